@@ -1,0 +1,47 @@
+"""Pruned timm models: any zoo model smaller in one call, shared as an ordinary timm model.
+
+``import timm_epfs`` adds its models to timm's registry; the rest is loaded when it's first used.
+"""
+from typing import TYPE_CHECKING, Any, List
+
+from . import models, registry  # noqa: F401, registered by their import
+from .errors import PruningError
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .api import prune
+    from .calibrate import recalibrate_bn
+    from .criteria import CRITERIA
+    from .hub import save_pretrained
+    from .plan import Plan
+    from .report import inspect
+    from .surgery import rebuild, slice_checkpoint
+
+__all__ = [
+    'CRITERIA', 'Plan', 'PruningError', '__version__', 'inspect', 'prune', 'rebuild', 'recalibrate_bn',
+    'save_pretrained', 'slice_checkpoint',
+]
+
+_HOMES = {
+    'CRITERIA': 'criteria',
+    'Plan': 'plan',
+    'inspect': 'report',
+    'prune': 'api',
+    'rebuild': 'surgery',
+    'recalibrate_bn': 'calibrate',
+    'save_pretrained': 'hub',
+    'slice_checkpoint': 'surgery',
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    import importlib
+    value = getattr(importlib.import_module(f'.{_HOMES[name]}', __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> List[str]:
+    return sorted(set(globals()) | set(__all__))

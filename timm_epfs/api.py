@@ -1,0 +1,296 @@
+"""The main job, one call: from a name or a module and a budget to a smaller module of the same class."""
+import copy
+import warnings
+from fnmatch import fnmatchcase
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import timm
+import torch
+from timm.models import get_model_args, get_model_input_config
+from torch import nn
+
+from .allocate import allocate, budget_from
+from .criteria import score
+from .errors import PruningError
+from .plan import Cut, Plan
+from .structure import KINDS, Structure
+from .surgery import TORCHVISION, apply_plan, build_base
+from .trace import Trace, meta_copy, trace
+from .version import __version__
+
+__all__ = ['prune', 'trace_model', 'example_for', 'base_of']
+
+Example = Union[torch.Tensor, Tuple, Dict[str, Any]]
+
+
+def prune(
+        model: Union[str, nn.Module],
+        macs: Optional[float] = None,
+        params: Optional[float] = None,
+        *,
+        criterion: str = 'l2',
+        scope: str = 'global',
+        round_to: Optional[int] = None,
+        floor: float = 0.1,
+        exclude: Sequence[str] = (),
+        only: Sequence[str] = (),
+        ratios: Optional[Mapping[str, float]] = None,
+        kinds: Sequence[str] = KINDS,
+        streams: Optional[bool] = None,
+        data: Optional[Iterable] = None,
+        loss_fn: Optional[Any] = None,
+        seed: int = 0,
+        example_input: Optional[Example] = None,
+        pretrained: bool = False,
+        base: Optional[str] = None,
+        **model_args: Any,
+) -> nn.Module:
+    """Cut a model to a budget in one shot, by the importance of its weights.
+
+    >>> slim = prune('resnet18', macs=0.5)
+    >>> dense, pruned = slim.pruning_plan.cost['macs']
+    >>> abs(pruned / dense - 0.5) < 0.01
+    True
+
+    Args:
+        model: timm name, ``'torchvision/<name>'``, or any module; a module is left as it is.
+        macs: Budget of multiply-accumulates at batch 1: a share of the dense model, or a count from 1 on.
+        params: Budget of parameters, likewise. Exactly one of the two is given.
+        criterion: How units are ranked, one of ``timm_epfs.CRITERIA``.
+        scope: ``'global'``, ``'local'`` or ``'isomorphic'``: what is ranked against what.
+        round_to: Widths that are cut stay multiples of this. None: 8 for wide layers, less for narrow ones.
+        floor: Share of its units that each structure keeps at least.
+        exclude: Names, module prefixes or patterns of layers whose outputs are not to be cut.
+        only: The same, of the only layers to cut.
+        ratios: Shares to remove by pattern, set before the budget is met by the rest.
+        kinds: Kinds of structures to cut.
+        streams: Whether to cut residual streams that are normalised over their channels (ViT, ConvNeXt), which can't
+            be done exactly. None: only where the budget can't be met without, with a warning.
+        data: Batches (images, targets) for criteria that need them.
+        loss_fn: ``loss_fn(output, target)`` for these; None: cross-entropy.
+        seed: For ``criterion='random'``.
+        example_input: What the forward takes, where that isn't known: a tensor, a tuple of positional or a dict of
+            keyword arguments; batch 1, only shapes matter.
+        pretrained: Load timm's or torchvision's weights, where ``model`` is a name.
+        base: Name from which the dense model can be rebuilt, where ``model`` is a module that doesn't say.
+        **model_args: Keyword arguments of the model, where ``model`` is a name (``num_classes``, ``in_chans``, …).
+
+    Returns:
+        A smaller module of the same class, with its ``pruning_plan``.
+
+    Raises:
+        PruningError: What was asked can't be done; one line says why and what to do.
+    """
+    model, own = _resolve(model, pretrained, model_args)
+    traced = trace_model(model, example_input)
+    budget = budget_from(traced.structures, traced.cost, macs=macs, params=params)
+    fixed = _fixed(traced.structures, exclude, only, kinds)
+    pool = [s for s in traced.structures if s.name not in fixed]
+    if not pool:
+        raise PruningError(f'nothing is left to cut: {_nothing(traced)}')
+    scores = score(model, traced.structures, criterion, data=data, loss_fn=loss_fn, seed=seed)
+
+    def allocated(fixed):
+        return allocate(
+            traced.structures, scores, traced.cost, budget,
+            scope=scope, round_to=round_to, floor=floor, ratios=ratios, fixed=fixed,
+        )
+
+    stream_names = {s.name for s in pool if s.stream}
+    keep = _with_or_without(allocated, fixed, stream_names, streams, all_streams=len(stream_names) == len(pool))
+    recipe = _recipe(
+        method='one-shot', criterion=criterion, scope=scope, floor=floor, macs=macs, params=params, round_to=round_to,
+        exclude=list(exclude), only=list(only), ratios=dict(ratios or {}), streams=streams,
+        kinds=list(kinds) if tuple(kinds) != KINDS else None, seed=seed if criterion == 'random' else None,
+    )
+    plan = make_plan(traced, keep, recipe, *(base_of(model) if base is None else (base, {})))
+    slim = apply_plan(model if own else _shallow_copy(model), plan)
+    if not own:
+        _unshare(slim, model)
+    earlier = getattr(model, 'pruning_plan', None)
+    slim.pruning_plan = earlier.compose(plan) if isinstance(earlier, Plan) else plan
+    return slim
+
+
+def make_plan(
+        traced: Trace,
+        keep: Mapping[str, np.ndarray],
+        recipe: Dict[str, Any],
+        base: Optional[str] = None,
+        base_args: Optional[Dict[str, Any]] = None,
+) -> Plan:
+    """The plan that keeps the given units, with everything that follows from their numbers.
+
+    Args:
+        traced: Trace of the dense model.
+        keep: Units that stay, by structure name.
+        recipe: How they were found.
+        base: Name of the dense model.
+        base_args: Its keyword arguments.
+    """
+    left = {s.name: len(keep[s.name]) for s in traced.structures}
+    dense = {s.name: s.units for s in traced.structures}
+    changed = {path: size(left) for path, size in traced.attributes.items() if size(left) != size(dense)}
+    cost = {
+        quantity: (traced.cost(quantity, traced.cost.counts(dense)), traced.cost(quantity, traced.cost.counts(left)))
+        for quantity in ('macs', 'params')
+    }
+    cuts = tuple(Cut(s, keep[s.name]) for s in traced.structures)
+    return Plan(base, base_args or {}, cuts, changed, recipe, cost)
+
+
+def trace_model(model: nn.Module, example_input: Optional[Example] = None) -> Trace:
+    """Trace a module and verify what was found on a cut copy.
+
+    Raises:
+        PruningError: Its input isn't known or its forward fails.
+    """
+    args, kwargs = example_for(model, example_input)
+    return trace(model, args, kwargs, cut=_cut)
+
+
+def _cut(copy_: nn.Module, structures, keep, attributes) -> None:
+    apply_plan(copy_, Plan(None, {}, tuple(Cut(s, keep[s.name]) for s in structures), attributes))
+
+
+def example_for(model: nn.Module, example_input: Optional[Example] = None) -> Tuple[Tuple, Dict[str, Any]]:
+    """Arguments of one forward, on the meta device.
+
+    Raises:
+        PruningError: The model doesn't say what it takes and no example was given.
+    """
+    if isinstance(example_input, dict):
+        return (), example_input
+    if example_input is not None:
+        return (example_input if isinstance(example_input, tuple) else (example_input,)), {}
+    size = _input_size(model)
+    if size is None:
+        raise PruningError(
+            f'{type(model).__name__} doesn\'t say what it takes as input; give example_input=, such as '
+            f'torch.empty(1, 3, 224, 224)'
+        )
+    return (torch.empty(1, *size, device='meta'),), {}
+
+
+def _input_size(model: nn.Module) -> Optional[Tuple[int, ...]]:
+    if getattr(model, 'pretrained_cfg', None):
+        return tuple(get_model_input_config(model)['input_size'])
+    if type(model).__module__.startswith('torchvision.models'):
+        size = getattr(model, 'image_size', 299 if type(model).__name__ == 'Inception3' else 224)
+        return (3, size, size)
+    return None
+
+
+def base_of(model: nn.Module) -> Tuple[Optional[str], Dict[str, Any]]:
+    """Name and keyword arguments from which timm rebuilds a module, as far as that is known."""
+    plan = getattr(model, 'pruning_plan', None)
+    if isinstance(plan, Plan):
+        return plan.base, plan.base_args
+    name = getattr(model, '_timm_epfs_base', None)
+    if name is not None:
+        return name
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    architecture = cfg.get('architecture') if isinstance(cfg, dict) else getattr(cfg, 'architecture', None)
+    if architecture and timm.is_model(architecture):
+        return architecture, dict(get_model_args(model))
+    return None, {}
+
+
+def _resolve(model: Union[str, nn.Module], pretrained: bool, model_args: Dict[str, Any]) -> Tuple[nn.Module, bool]:
+    """The module to cut, and whether it is ours to change."""
+    if isinstance(model, str):
+        built = build_base(model, model_args, pretrained=pretrained)
+        if model.startswith(TORCHVISION):
+            object.__setattr__(built, '_timm_epfs_base', (model, dict(model_args)))
+        return built.eval(), True
+    if not isinstance(model, nn.Module):
+        raise PruningError(f'a model was asked for, {type(model).__name__} was given; give a name or an nn.Module')
+    if model_args:
+        raise PruningError(f'{next(iter(model_args))}= goes with a model\'s name; build the module with it instead')
+    return model, False
+
+
+def matches(structure: Structure, pattern: str) -> bool:
+    """Whether a layer whose output is part of the structure has this name, prefix or pattern."""
+    names = {structure.name.partition('#')[0], structure.name}
+    names.update(m.tensor.rpartition('.')[0] for m in structure.members if m.role == 'out')
+    return any(name == pattern or name.startswith(f'{pattern}.') or fnmatchcase(name, pattern) for name in names)
+
+
+def _fixed(structures: Sequence[Structure], exclude, only, kinds) -> set:
+    """Names of the structures that the user wants left alone."""
+    for option, patterns in (('exclude', exclude), ('only', only)):
+        if isinstance(patterns, str):
+            raise PruningError(f'{option}={patterns!r} was given; give a list of patterns: {option}=[{patterns!r}]')
+        for pattern in patterns:
+            if not any(matches(s, pattern) for s in structures):
+                raise PruningError(
+                    f'{option}: nothing that can be cut is named {pattern!r}; timm_epfs.inspect lists the names, such '
+                    f'as {", ".join(s.name for s in structures[:3])}'
+                )
+    for kind in kinds:
+        if kind not in KINDS:
+            raise PruningError(f'kinds: there is no kind {kind!r}; choose among {", ".join(KINDS)}')
+    return {
+        s.name for s in structures
+        if s.kind not in kinds
+        or any(matches(s, p) for p in exclude)
+        or (only and not any(matches(s, p) for p in only))
+    }
+
+
+def _with_or_without(allocated, fixed: set, stream_names: set, streams: Optional[bool], all_streams: bool):
+    if streams or not stream_names:
+        return allocated(fixed)
+    if streams is None and all_streams:
+        keep = allocated(fixed)
+    else:
+        try:
+            return allocated(fixed | stream_names)
+        except PruningError as e:
+            if streams is not None or 'can reach' not in str(e):
+                raise
+            keep = allocated(fixed)
+    warnings.warn(
+        'the budget needs residual streams that are normalised over their channels to be cut: masking and cutting '
+        'differ there, fine-tune after; streams=False forbids it',
+        stacklevel=3,
+    )
+    return keep
+
+
+def _nothing(traced: Trace) -> str:
+    if traced.structures:
+        return 'exclude=, only= and kinds= leave out every structure; loosen them'
+    places = '; '.join(f'{s.where} ({s.why})' for s in traced.skipped[:3])
+    return f'no structure of this model can be cut{": " + places if places else ""}'
+
+
+def _recipe(**values: Any) -> Dict[str, Any]:
+    """What was asked and by which versions; what was left at its default of nothing is left out."""
+    given = {key: value for key, value in values.items() if value not in (None, [], {})}
+    return {**given, 'timm_epfs': __version__, 'timm': timm.__version__, 'torch': torch.__version__.split('+')[0]}
+
+
+def _shallow_copy(model: nn.Module) -> nn.Module:
+    """A copy whose tensors are still the original's: what is cut gets new ones, the rest is unshared after."""
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    plan = getattr(model, 'pruning_plan', None)
+    memo[id(plan)] = plan
+    return copy.deepcopy(model, memo)
+
+
+def _unshare(slim: nn.Module, model: nn.Module) -> None:
+    theirs = {id(t) for t in (*model.parameters(), *model.buffers())}
+    memo: Dict[int, torch.Tensor] = {}
+    for module in slim.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None and id(tensor) in theirs:
+                    if id(tensor) not in memo:
+                        clone = tensor.detach().clone()
+                        if isinstance(tensor, nn.Parameter):
+                            clone = nn.Parameter(clone, requires_grad=tensor.requires_grad)
+                        memo[id(tensor)] = clone
+                    tensors[name] = memo[id(tensor)]

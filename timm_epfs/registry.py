@@ -1,0 +1,200 @@
+"""Pruned models in timm's own registry: one entry point that builds any base, cut to a plan.
+
+``config.json`` carries the plan in its ``model_args``, so that ``timm.create_model('hf-hub:…')`` and
+``('local-dir:…')`` need nothing but ``import timm_epfs``.
+"""
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Tuple, Type, Union
+
+import safetensors.torch
+import torch
+from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet, PretrainedCfg, register_model
+from timm.models._features import FeatureGetterNet
+from timm.models._features_fx import FeatureGraphNet
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_cached_file, load_state_dict_from_hf
+from torch import Tensor, nn
+
+from .errors import PruningError
+from .plan import Plan
+from .surgery import TORCHVISION, apply_plan, build_base, inflate_checkpoint
+
+__all__ = ['epfs_pruned', 'describe_torchvision', 'ARCHITECTURE']
+
+ARCHITECTURE = 'epfs_pruned'
+
+_WEIGHT_SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')
+_FEATURE_CLASSES = {
+    'list': FeatureListNet,
+    'dict': FeatureDictNet,
+    'hook': FeatureHookNet,
+    'fx': FeatureGraphNet,
+    'getter': FeatureGetterNet,
+}
+
+
+@register_model
+def epfs_pruned(
+        pretrained: bool = False,
+        pretrained_cfg: Optional[Union[str, Dict[str, Any], PretrainedCfg]] = None,
+        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        plan: Optional[Union[Plan, Mapping[str, Any], str, Path]] = None,
+        cache_dir: Optional[Union[str, Path]] = None,
+        pretrained_model_args: Optional[Dict[str, Any]] = None,
+        **kwargs: Any,
+) -> nn.Module:
+    """A pruned model: the plan's base, cut. Arguments mean what they mean for the base.
+
+    With ``pretrained=True``, weights come from where ``pretrained_cfg`` says (a pushed repo, a local folder). Where it
+    names no source they are the base's own dense weights, cut.
+
+    Args:
+        pretrained: Load weights.
+        pretrained_cfg: As in ``timm.create_model``.
+        pretrained_cfg_overlay: As in ``timm.create_model``.
+        plan: A plan, its dict, or the path of its JSON.
+        cache_dir: Where downloads go.
+        pretrained_model_args: Arguments that the saved weights' model was built with; timm passes them.
+        **kwargs: Further arguments of the base (``num_classes``, ``in_chans``, ``features_only``, …).
+
+    Raises:
+        PruningError: The plan can't be read or applied, or the weights don't fit.
+    """
+    plan = _as_plan(plan)
+    cfg = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
+    if cfg == PretrainedCfg(architecture=ARCHITECTURE).to_dict():
+        # What timm's scripts pass for an architecture without a config of its own: it says nothing about the base.
+        cfg = None
+    described = {**(cfg if isinstance(cfg, dict) else {}), **(pretrained_cfg_overlay or {})}
+    weights = None
+    if pretrained and any(described.get(source) for source in _WEIGHT_SOURCES):
+        weights = _read_weights(described, cache_dir)
+
+    if (plan.base or '').startswith(TORCHVISION):
+        return _pruned_torchvision(plan, described, pretrained, weights, kwargs)
+
+    described.setdefault('architecture', ARCHITECTURE)
+    overlay = {**(pretrained_cfg_overlay or {}), 'architecture': described['architecture']}
+    if weights is not None:
+        # timm adapts dense weights to classes, channels and image size by rules of each base. It is given dense
+        # weights, with zeros in the entries that the plan then cuts.
+        overlay.update(state_dict=inflate_checkpoint(weights, plan), source=None)
+    feature_args: Dict[str, Any] = {}
+    if kwargs.pop('features_only', False):
+        kwargs, feature_args = _feature_args(plan, kwargs)
+    model = build_base(
+        plan.base,
+        {**plan.base_args, **kwargs},
+        pretrained=pretrained,
+        pretrained_cfg=cfg,
+        pretrained_cfg_overlay=overlay,
+        pretrained_model_args={k: v for k, v in (pretrained_model_args or {}).items() if k != 'plan'},
+        cache_dir=cache_dir,
+        **feature_args,
+    )
+    if weights is not None:
+        model.pretrained_cfg.pop('state_dict')
+        model.pretrained_cfg.update({k: described[k] for k in ('source', 'state_dict') if described.get(k)})
+    if not feature_args:
+        apply_plan(model, plan).pruning_plan = plan
+    return model
+
+
+def describe_torchvision(model: nn.Module, plan: Plan, cfg: Optional[Mapping[str, Any]] = None) -> nn.Module:
+    """Set on a torchvision model the attributes that timm's own helpers read, where they are missing."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    num_classes = plan.base_args.get('num_classes', linears[-1].out_features if linears else 1000)
+    fields = {'interpolation': 'bilinear', 'num_classes': num_classes, 'architecture': ARCHITECTURE, **(cfg or {})}
+    pretrained_cfg = PretrainedCfg(**fields).to_dict()
+    defaults = {
+        'num_classes': num_classes,
+        'num_features': linears[-1].in_features if linears else 0,
+        'pretrained_cfg': pretrained_cfg,
+        'default_cfg': pretrained_cfg,
+    }
+    for name, value in defaults.items():
+        if not hasattr(model, name):
+            setattr(model, name, value)
+    return model
+
+
+def _as_plan(plan: Optional[Union[Plan, Mapping[str, Any], str, Path]]) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    if isinstance(plan, Mapping):
+        return Plan.from_dict(plan)
+    if isinstance(plan, (str, Path)):
+        return Plan.load(plan)
+    raise PruningError(f'{ARCHITECTURE} needs a plan, found {plan!r:.40}; pass plan=<path of a plan.json>')
+
+
+def _pruned_torchvision(
+        plan: Plan,
+        cfg: Mapping[str, Any],
+        pretrained: bool,
+        weights: Optional[Mapping[str, Tensor]],
+        kwargs: Mapping[str, Any],
+) -> nn.Module:
+    if pretrained and weights is None:
+        raise PruningError(f'no weights are known for {plan.base} cut to a plan; use pretrained=False and load them')
+    model = apply_plan(build_base(plan.base, {**plan.base_args, **kwargs}), plan)
+    if weights is not None:
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as e:
+            reason = str(e).splitlines()[1].strip()
+            raise PruningError(f'the weights do not fit {plan.base} with {dict(kwargs)}: {reason[:200]}') from e
+    model.pruning_plan = plan
+    return describe_torchvision(model, plan, cfg)
+
+
+def _read_weights(cfg: Mapping[str, Any], cache_dir: Optional[Union[str, Path]]) -> Dict[str, Tensor]:
+    """Read weights from where a pretrained_cfg says, in timm's order of precedence, safetensors only."""
+    if cfg.get('source') == 'local-dir':
+        path = Path(cfg['file']) / HF_SAFE_WEIGHTS_NAME
+    elif cfg.get('source') == 'hf-hub':
+        path = None
+    elif cfg.get('state_dict'):
+        return cfg['state_dict']
+    elif cfg.get('file') or not cfg.get('hf_hub_id'):
+        path = Path(cfg.get('file') or cfg['url'])
+    else:
+        path = None
+
+    name = str(path or cfg.get('hf_hub_filename') or HF_SAFE_WEIGHTS_NAME)
+    if not name.endswith('.safetensors'):
+        raise PruningError(f'weights in {name} are not read, only safetensors are; convert them')
+    if path is None:
+        return load_state_dict_from_hf(cfg['hf_hub_id'], name, cache_dir=cache_dir)
+    if cfg.get('url') and not cfg.get('file'):
+        path = download_cached_file(cfg['url'], cache_dir=cache_dir)
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as e:
+        raise PruningError(f'weights not read from {path}: {e}') from e
+
+
+def _feature_args(plan: Plan, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
+    """Split off the arguments of feature extraction, and have its wrapper cut the model that it is about to wrap."""
+    kwargs = dict(kwargs)
+    args = {'features_only': True, **{k: kwargs.pop(k) for k in ('out_indices',) if k in kwargs}}
+    feature_cls = kwargs.pop('feature_cls', None)
+    if feature_cls is None:
+        feature_cls = type(build_base(plan.base, {**plan.base_args, **kwargs}, torch.device('meta'), **args))
+        if not issubclass(feature_cls, tuple(_FEATURE_CLASSES.values())):
+            # Model classes of features alone (EfficientNetFeatures, …) lack tensors that the plan names.
+            feature_cls = FeatureGetterNet
+    elif isinstance(feature_cls, str):
+        if feature_cls not in _FEATURE_CLASSES:
+            raise PruningError(f'feature_cls={feature_cls!r} is unknown; one of {", ".join(_FEATURE_CLASSES)}')
+        feature_cls = _FEATURE_CLASSES[feature_cls]
+    return kwargs, {**args, 'feature_cls': _cut_then_wrap(feature_cls, plan)}
+
+
+def _cut_then_wrap(feature_cls: Type[nn.Module], plan: Plan) -> Type[nn.Module]:
+    class CutThenWrap(feature_cls):
+        """Stands in for ``feature_cls`` in timm's builder, which asks for its base classes and then calls it."""
+
+        def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+            return feature_cls(apply_plan(model, plan), *args, **kwargs)
+
+    return CutThenWrap

@@ -1,0 +1,335 @@
+"""Apply a plan: the only room that changes the shapes of tensors and the attributes of modules."""
+import difflib
+import inspect
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import timm
+import torch
+import torchvision
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from .errors import PruningError
+from .plan import Plan
+
+__all__ = ['apply_plan', 'slice_checkpoint', 'inflate_checkpoint', 'build_base', 'rebuild', 'TORCHVISION']
+
+TORCHVISION = 'torchvision/'
+
+# A plan may come from anyone: its base_args describe an architecture, and must not reach what loads or places weights.
+_RESERVED_ARGS = (
+    'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'pretrained_strict',
+    'checkpoint_path', 'cache_dir', 'weights', 'weights_backbone', 'plan', 'pruned', 'features_only', 'feature_cls',
+    'scriptable', 'exportable', 'no_jit',
+)
+
+# What a module says about its own shapes, read off its tensors after a cut. What can't be read off a shape (groups,
+# num_heads, splits, …) is listed in the plan.
+_SHAPE_ATTRIBUTES: Tuple[Tuple[type, Callable[[nn.Module], Dict[str, Any]]], ...] = (
+    (nn.Linear, lambda m: dict(out_features=m.weight.shape[0], in_features=m.weight.shape[1])),
+    (_ConvTransposeNd, lambda m: dict(in_channels=m.weight.shape[0], out_channels=m.weight.shape[1] * m.groups)),
+    (_ConvNd, lambda m: dict(out_channels=m.weight.shape[0], in_channels=m.weight.shape[1] * m.groups)),
+    (_NormBase, lambda m: dict(num_features=len(m.weight if m.running_mean is None else m.running_mean))),
+    (nn.GroupNorm, lambda m: dict(num_channels=len(m.weight))),
+    (nn.Embedding, lambda m: dict(num_embeddings=m.weight.shape[0], embedding_dim=m.weight.shape[1])),
+    (nn.PReLU, lambda m: dict(num_parameters=len(m.weight))),
+)
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+    """Cut a model in place. The model is the caller's own copy; on any error it is as it was.
+
+    Tied tensors are cut once and stay tied. Tensors of a layer that was replaced by ``nn.Identity`` (a classifier at
+    ``num_classes=0``) are passed over.
+
+    Args:
+        model: The plan's base, on any device, the meta device included.
+        plan: What stays.
+
+    Raises:
+        PruningError: The model is not the base that the plan was made for.
+    """
+    tensors = _named_tensors(model)
+    problems = _tensor_misfits(plan, tensors, absent=lambda name: _is_identity(model, name))
+    problems += _attribute_misfits(model, plan.attributes)
+    if problems:
+        raise PruningError(f'{_misfit_message(plan, problems)}; cut the model that the plan was made for')
+
+    changed = _cut_tensors(model, tensors, plan)
+    for path, value in plan.attributes.items():
+        _replaced(model, path.split('.'), value)
+    for name in {name.rpartition('.')[0] for name in changed}:
+        _refresh_shape_attributes(model.get_submodule(name))
+    return model
+
+
+def slice_checkpoint(state_dict: Mapping[str, Tensor], plan: Plan) -> Dict[str, Tensor]:
+    """Cut a dense checkpoint of the plan's base. Tensors that the plan doesn't cut pass through as they are.
+
+    Args:
+        state_dict: Tensors by name, as in the base's ``state_dict()``.
+        plan: What stays.
+
+    Raises:
+        PruningError: The checkpoint is of another base.
+    """
+    named = {member.tensor for cut in plan.cuts for member in cut.structure.members}
+    absent = named.difference(state_dict)
+    if absent and plan.base is not None:
+        # Buffers that are not persistent are in the model and never in a checkpoint.
+        absent = absent.intersection(build_base(plan.base, plan.base_args, device='meta').state_dict())
+        named = named.intersection(state_dict) | absent
+    problems = _tensor_misfits(plan, state_dict, absent=lambda name: name not in named)
+    if problems:
+        raise PruningError(f'{_misfit_message(plan, problems)}; give a dense checkpoint of the base, unwrapped')
+
+    removed = plan.removed()
+    return {
+        name: _cut_tensor(tensor, removed[name]) if name in removed else tensor
+        for name, tensor in state_dict.items()
+    }
+
+
+def inflate_checkpoint(state_dict: Mapping[str, Tensor], plan: Plan) -> Dict[str, Tensor]:
+    """The inverse of ``slice_checkpoint``: a checkpoint of the pruned model with zeros for what the plan removed.
+
+    It fits the dense base, so whatever adapts a dense checkpoint (to other classes, channels or image sizes) adapts it.
+
+    Raises:
+        PruningError: The checkpoint is not of this plan's model.
+    """
+    dense = dict(state_dict)
+    for name, dims in plan.removed().items():
+        for dim, gone in dims.items() if name in dense else ():
+            part = dense[name]
+            length = part.shape[dim] + len(gone) if dim < part.ndim else 0
+            if gone[-1] >= length:
+                raise PruningError(
+                    f'{name} of shape {tuple(state_dict[name].shape)} is not what the plan leaves of {plan.base}; '
+                    'give the weights that were saved with the plan'
+                )
+            keep = torch.from_numpy(np.setdiff1d(np.arange(length), gone)).to(part.device)
+            whole = part.new_zeros((*part.shape[:dim], length, *part.shape[dim + 1:]))
+            dense[name] = whole.index_copy(dim, keep, part)
+    return dense
+
+
+def build_base(
+        base: Optional[str],
+        base_args: Optional[Mapping[str, Any]] = None,
+        device: Optional[Union[str, torch.device]] = None,
+        **create_args: Any,
+) -> nn.Module:
+    """Build a dense model by name, without weights unless ``create_args`` asks for them.
+
+    Args:
+        base: timm name or ``'torchvision/<name>'``.
+        base_args: Keyword arguments that shape the architecture (``num_classes``, ``in_chans``, …).
+        device: Where to build.
+        **create_args: Further arguments of ``timm.create_model``: from the caller, never from a plan.
+
+    Raises:
+        PruningError: No such model, or it can't be built with these arguments.
+    """
+    if base is None:
+        raise PruningError("the plan names no base, it was made on a module of the user's own; pass base= when pruning")
+    base_args = dict(base_args or {})
+    reserved = [name for name in base_args if name in _RESERVED_ARGS]
+    if reserved:
+        raise PruningError(f'base_args of {base} hold {reserved[0]!r}, which is not for a plan to set; remove it')
+    with torch.device(device or torch.get_default_device()):
+        if base.startswith(TORCHVISION):
+            return _build_torchvision(base, base_args)
+        if '/' in base or ':' in base or not timm.is_model(base.partition('.')[0]):
+            raise _unknown_base(base, timm.list_models())
+        with _one_line(f'{base} can\'t be built with {base_args}'):
+            return timm.create_model(base, **{**create_args, **base_args})
+
+
+def rebuild(plan: Plan, device: Optional[Union[str, torch.device]] = None) -> nn.Module:
+    """The pruned model of a plan, built from its base, with fresh weights and ``model.pruning_plan`` set.
+
+    Raises:
+        PruningError: The base can't be built, or is not the one that the plan was made for.
+    """
+    model = apply_plan(build_base(plan.base, plan.base_args, device), plan)
+    model.pruning_plan = plan
+    return model
+
+
+def _named_tensors(model: nn.Module) -> Dict[str, Tensor]:
+    """Parameters and buffers under every name they have: tied ones appear several times."""
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+
+
+def _cut_tensors(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> List[str]:
+    """Cut every tensor of the plan; returns the names of those that changed."""
+    removed = plan.removed()
+    aliases: Dict[int, List[str]] = {}
+    for name, tensor in tensors.items():
+        aliases.setdefault(id(tensor), []).append(name)
+
+    changed = []
+    for names in aliases.values():
+        dims: Dict[int, np.ndarray] = {}
+        for name in names:
+            for dim, gone in removed.get(name, {}).items():
+                dims[dim] = np.union1d(dims[dim], gone) if dim in dims else gone
+        if not dims:
+            continue
+        dense = tensors[names[0]]
+        cut = _cut_tensor(dense, dims)
+        if isinstance(dense, nn.Parameter):
+            cut = nn.Parameter(cut, requires_grad=dense.requires_grad)
+        for name in names:
+            owner, _, leaf = name.rpartition('.')
+            setattr(model.get_submodule(owner), leaf, cut)
+        changed += names
+    return changed
+
+
+def _cut_tensor(tensor: Tensor, removed: Mapping[int, np.ndarray]) -> Tensor:
+    cut = tensor.detach()
+    for dim, gone in removed.items():
+        keep = np.setdiff1d(np.arange(tensor.shape[dim]), gone)
+        cut = cut.index_select(dim, torch.from_numpy(keep).to(tensor.device))
+    channels_last = tensor.ndim == 4 and not tensor.is_contiguous() and \
+        tensor.is_contiguous(memory_format=torch.channels_last)
+    return cut.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _tensor_misfits(plan: Plan, tensors: Mapping[str, Tensor], absent: Callable[[str], bool]) -> List[str]:
+    """What stands in the way of a cut, one line a tensor.
+
+    Args:
+        plan: The plan.
+        tensors: What it is to cut, by name.
+        absent: Whether a tensor of the plan may be missing.
+    """
+    problems = []
+    for member in (member for cut in plan.cuts for member in cut.structure.members):
+        tensor = tensors.get(member.tensor)
+        if tensor is None:
+            if not absent(member.tensor):
+                problems.append(f'{member.tensor} is missing')
+        elif member.dim >= tensor.ndim or member.index.max() >= tensor.shape[member.dim]:
+            problems.append(
+                f'{member.tensor} has shape {tuple(tensor.shape)} where dim {member.dim} needs '
+                f'{member.index.max() + 1} or more'
+            )
+    return list(dict.fromkeys(problems))
+
+
+def _attribute_misfits(model: nn.Module, attributes: Mapping[str, int]) -> List[str]:
+    problems = []
+    for path, value in attributes.items():
+        try:
+            *parents, last = path.split('.')
+            owner = model
+            for part in parents:
+                owner = _entry(owner, part)
+            present = _entry(owner, last)
+        except (AttributeError, IndexError, KeyError, ValueError):
+            problems.append(f'attribute {path} is missing')
+            continue
+        fixed = isinstance(getattr(type(owner), last, None), property) and getattr(type(owner), last).fset is None
+        if not isinstance(present, int) or isinstance(present, bool) or fixed:
+            problems.append(f'attribute {path} is no integer that can be set')
+        elif not 0 <= value <= present:
+            problems.append(f'attribute {path} is {present} and the plan says {value}')
+    return problems
+
+
+def _misfit_message(plan: Plan, problems: Sequence[str]) -> str:
+    more = f' and {len(problems) - 3} more' if len(problems) > 3 else ''
+    base = f' (base {plan.base})' if plan.base else ''
+    return f'a plan for another base{base}: {"; ".join(problems[:3])}{more}'
+
+
+def _is_identity(model: nn.Module, name: str) -> bool:
+    """Whether the layer that would own a tensor was left out when the model was built."""
+    module = model
+    for part in name.split('.')[:-1]:
+        if part not in module._modules:
+            return False
+        module = module._modules[part]
+        if module is None or isinstance(module, nn.Identity):
+            return True
+    return False
+
+
+def _entry(owner: Any, part: str) -> Any:
+    """One step of an attribute path."""
+    if part.startswith('__'):
+        raise AttributeError(part)
+    if isinstance(owner, FeatureInfo) and part.isdigit():
+        return owner.info[int(part)]
+    if isinstance(owner, (list, tuple)):
+        return owner[int(part)]
+    return owner[part] if isinstance(owner, dict) else getattr(owner, part)
+
+
+def _replaced(owner: Any, path: Sequence[str], value: int) -> Any:
+    """Set the entry at a path: in place on objects, in a new container for lists, tuples and dicts.
+
+    Containers are replaced because a model may share them with its copies or its class.
+    """
+    part, rest = path[0], path[1:]
+    present = _entry(owner, part)
+    entry = _replaced(present, rest, value) if rest else value
+    if entry is present:
+        return owner
+    if isinstance(owner, FeatureInfo) and part.isdigit():
+        owner.info = _replaced(owner.info, path, value)
+        return owner
+    if isinstance(owner, (list, tuple)):
+        return type(owner)(entry if i == int(part) else item for i, item in enumerate(owner))
+    if isinstance(owner, dict):
+        return {**owner, part: entry}
+    setattr(owner, part, entry)
+    return owner
+
+
+def _refresh_shape_attributes(module: nn.Module) -> None:
+    for kind, read in _SHAPE_ATTRIBUTES:
+        if isinstance(module, kind):
+            for name, value in read(module).items():
+                setattr(module, name, value)
+            return
+    if hasattr(module, 'normalized_shape') and getattr(module, 'weight', None) is not None:
+        module.normalized_shape = tuple(module.weight.shape)
+
+
+def _build_torchvision(base: str, args: Mapping[str, Any]) -> nn.Module:
+    name = base[len(TORCHVISION):]
+    if name not in torchvision.models.list_models():
+        raise _unknown_base(base, [TORCHVISION + known for known in torchvision.models.list_models()])
+    accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
+    # Detection and segmentation models fetch a backbone unless told not to.
+    no_weights = {arg: None for arg in ('weights', 'weights_backbone') if arg in accepted}
+    with _one_line(f'{base} can\'t be built with {args}'):
+        return torchvision.models.get_model(name, **no_weights, **args)
+
+
+def _unknown_base(base: str, known: Iterable[str]) -> PruningError:
+    near = difflib.get_close_matches(base, known, n=3)
+    hint = f'nearest: {", ".join(near)}' if near else "give a timm name or 'torchvision/<name>'"
+    return PruningError(f'no model is named {base[:80]!r}; {hint}')
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    try:
+        yield
+    except PruningError:
+        raise
+    except Exception as e:
+        reason = ' '.join(str(e).split())
+        raise PruningError(f'{what}: {type(e).__name__} {reason[:300]}') from e

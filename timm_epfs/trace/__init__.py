@@ -1,0 +1,139 @@
+"""From a model to named structures: record a forward on the meta device, solve, propose, verify."""
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..cost import CostModel
+from ..errors import PruningError
+from ..structure import Size, Structure
+from .build import Blueprint, build
+from .interface import watch_interface
+from .recorder import Recorder, meta_copy
+from .verify import Mismatch, replay
+
+__all__ = ['Trace', 'Skipped', 'trace', 'meta_copy']
+
+_MAX_ROUNDS = 60
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A place in the model's code around which nothing is cut, and why."""
+    where: str
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Everything that later rooms need to know of a model.
+
+    Attributes:
+        structures: What can be cut, in the order of the model's parameters.
+        cost: MACs, parameters and activations as functions of the units left.
+        attributes: Integer attributes that follow a cut, by path.
+        skipped: Where cutting was given up, and why.
+    """
+    structures: Tuple[Structure, ...]
+    cost: CostModel
+    attributes: Dict[str, Size]
+    skipped: Tuple[Skipped, ...] = ()
+
+
+def trace(
+        model: nn.Module,
+        args: Tuple = (),
+        kwargs: Optional[Dict[str, Any]] = None,
+        cut: Optional[Callable] = None,
+) -> Trace:
+    """Find what can be cut. The model isn't touched: all work is done on copies without data.
+
+    Args:
+        model: Any module.
+        args: Positional arguments of one forward; tensors are taken for their shapes only. Batch 1.
+        kwargs: Keyword arguments of the forward.
+        cut: ``cut(copy, structures, keep, attributes)`` cuts a copy for verification.
+
+    Raises:
+        PruningError: The forward fails.
+    """
+    copy = meta_copy(model).eval()
+    args, kwargs = _to_meta((args, kwargs or {}))
+    rec = Recorder(copy)
+    with watch_interface(copy, rec):
+        try:
+            rec.run(args, kwargs)
+        except Exception as e:
+            message = (str(e).splitlines() or [''])[0]
+            raise PruningError(f"the model's forward fails on {_shapes(args, kwargs)}: {type(e).__name__}: {message}") from e
+    del copy
+    pins: List[np.ndarray] = []
+    skipped: List[Skipped] = [
+        Skipped(f'{site[0]}:{site[1]}', f'operation {name} has no rule') for name, site in rec.opaque.items()
+    ]
+    for _ in range(_MAX_ROUNDS):
+        blueprint = build(rec, rec.labels.solve(pins))
+        if blueprint.conflicts:
+            pins += blueprint.conflicts
+            continue
+        if cut is None or not blueprint.structures:
+            break
+        try:
+            _verify(model, rec, blueprint, cut, args, kwargs)
+            break
+        except Mismatch as e:
+            where, new = _around(rec, e.index, blueprint)
+            if not new:
+                where, new = _everything(rec, e.index)
+            pins += new
+            skipped.append(Skipped(where, e.why))
+    else:
+        raise PruningError(f'no cut of this model could be verified after {_MAX_ROUNDS} tries; the last: {skipped[-1]}')
+    return Trace(blueprint.structures, blueprint.cost, blueprint.attributes, tuple(skipped))
+
+
+def _verify(model: nn.Module, rec: Recorder, blueprint: Blueprint, cut: Callable, args, kwargs) -> None:
+    """Cut about half of everything, by different amounts, and replay."""
+    keep = {}
+    for i, s in enumerate(blueprint.structures):
+        left = min(max(s.units // 2 + i % 3 - 1, 1), s.units - 1)
+        keep[s.name] = np.sort(np.random.default_rng(i).permutation(s.units)[:left])
+    left = {name: len(units) for name, units in keep.items()}
+    copy = meta_copy(model).eval()
+    cut(copy, blueprint.structures, keep, {path: size(left) for path, size in blueprint.attributes.items()})
+    replay(copy, rec.operations[:rec.main], lambda n, label: blueprint.sizer(n, label)(left), args, kwargs)
+
+
+def _around(rec: Recorder, index: int, blueprint: Blueprint) -> Tuple[str, List[np.ndarray]]:
+    """Labels that touch an operation wherever the same line of code runs it, if any of them is still free."""
+    op = rec.operations[index]
+    found = []
+    for other in rec.operations:
+        if (other.name, other.site) == (op.name, op.site):
+            for labels in (*other.inputs, *(labels for _, labels in other.outputs)):
+                found += [label for label in labels if label is not None and blueprint.sizer(0, label).coefs]
+    return f'{op.site[0]}:{op.site[1]}', found
+
+
+def _everything(rec: Recorder, index: int) -> Tuple[str, List[np.ndarray]]:
+    """Nothing at the operation is free: give up what the operations before and after it in the same file touch."""
+    op = rec.operations[index]
+    near = [o for o in rec.operations[max(index - 3, 0):index + 4]]
+    sites = {(o.name, o.site) for o in near}
+    found = []
+    for other in rec.operations:
+        if (other.name, other.site) in sites:
+            for labels in (*other.inputs, *(labels for _, labels in other.outputs)):
+                found += [label for label in labels if label is not None]
+    return f'{op.site[0]}:{op.site[1]}', found
+
+
+def _to_meta(tree: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda x: x.to('meta') if isinstance(x, torch.Tensor) else x, tree)
+
+
+def _shapes(args: Tuple, kwargs: Dict[str, Any]) -> str:
+    tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    return ', '.join(str(tuple(x.shape)) for x in tensors) or 'no input'
