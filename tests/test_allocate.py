@@ -233,7 +233,7 @@ def test_rounding_counts_the_entries_of_a_unit_and_leaves_heads_alone():
             seen[name].add(len(units))
     assert {left % 2 for left in seen['mixed']} == {0} and {left % 4 for left in seen['mixed']} == {0, 2}
     assert {left * 6 % 8 for left in seen['only_in']} == {0} and {left % 8 for left in seen['only_in']} == {0, 4}
-    assert {left % 2 for left in seen['attn']} == {0, 1}
+    assert any(left % 8 for left in seen['attn'] - {31})
 
 
 def test_explicit_rounding_that_cannot_meet_the_budget_warns():

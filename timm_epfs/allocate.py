@@ -53,7 +53,7 @@ def budget_from(
         macs: Optional[float] = None,
         params: Optional[float] = None,
 ) -> Budget:
-    """The budget that ``macs=0.5`` (a share of the dense model) or ``macs=2e9`` (a count, from 1 on) stands for.
+    """The budget that ``macs=0.5`` (a share of the dense model) or ``macs=2e9`` (a count, over 1) stands for.
 
     Raises:
         PruningError: None or both are given, or the budget is not between nothing and the dense model.

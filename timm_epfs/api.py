@@ -7,6 +7,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 import timm
 import torch
+import torchvision
 from timm.models import get_model_args, get_model_input_config
 from torch import nn
 
@@ -15,11 +16,11 @@ from .criteria import score
 from .errors import PruningError
 from .plan import Cut, Plan
 from .structure import KINDS, Structure
-from .surgery import TORCHVISION, apply_plan, build_base
+from .surgery import TORCHVISION, apply_plan, build_base, one_line
 from .trace import Trace, meta_copy, trace
 from .version import __version__
 
-__all__ = ['prune', 'trace_model', 'example_for', 'base_of']
+__all__ = ['prune', 'trace_model', 'create_base', 'example_for', 'base_of']
 
 Example = Union[torch.Tensor, Tuple, Dict[str, Any]]
 
@@ -32,7 +33,7 @@ def prune(
         criterion: str = 'l2',
         scope: str = 'global',
         round_to: Optional[int] = None,
-        floor: float = 0.1,
+        floor: float = 0.05,
         exclude: Sequence[str] = (),
         only: Sequence[str] = (),
         ratios: Optional[Mapping[str, float]] = None,
@@ -197,13 +198,36 @@ def base_of(model: nn.Module) -> Tuple[Optional[str], Dict[str, Any]]:
     return None, {}
 
 
+def create_base(name: str, pretrained: bool = False, /, **model_args: Any) -> nn.Module:
+    """Build the model that a user names, in evaluation mode, ready to be cut.
+
+    Args:
+        name: timm name, ``'torchvision/<name>'``, or a saved model: ``'local-dir:<folder>'``, ``'hf-hub:<repo>'``.
+        pretrained: Load its weights.
+        **model_args: Keyword arguments of the model.
+
+    Raises:
+        PruningError: No such model, or it can't be built with these arguments.
+    """
+    if name.startswith(('local-dir:', 'hf-hub:')):
+        with one_line(f'{name} can\'t be loaded'):
+            return timm.create_model(name, pretrained=pretrained, **model_args).eval()
+    if not name.startswith(TORCHVISION):
+        return build_base(name, model_args, pretrained=pretrained).eval()
+    model = build_base(name, model_args)
+    if pretrained:
+        # Not by the builder's own weights=, which would read any pickle.
+        with one_line(f'the weights of {name} can\'t be loaded'):
+            weights = torchvision.models.get_model_weights(name[len(TORCHVISION):]).DEFAULT
+            model.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
+    object.__setattr__(model, '_timm_epfs_base', (name, dict(model_args)))
+    return model.eval()
+
+
 def _resolve(model: Union[str, nn.Module], pretrained: bool, model_args: Dict[str, Any]) -> Tuple[nn.Module, bool]:
     """The module to cut, and whether it is ours to change."""
     if isinstance(model, str):
-        built = build_base(model, model_args, pretrained=pretrained)
-        if model.startswith(TORCHVISION):
-            object.__setattr__(built, '_timm_epfs_base', (model, dict(model_args)))
-        return built.eval(), True
+        return create_base(model, pretrained, **model_args), True
     if not isinstance(model, nn.Module):
         raise PruningError(f'a model was asked for, {type(model).__name__} was given; give a name or an nn.Module')
     if model_args:

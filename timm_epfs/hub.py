@@ -15,7 +15,7 @@ from .plan import Plan
 from .registry import ARCHITECTURE, describe_torchvision
 from .surgery import TORCHVISION
 
-__all__ = ['save_pretrained']
+__all__ = ['check_free', 'save_pretrained']
 
 # What a folder of a saved model may hold; a folder with anything else in it is not overwritten.
 _OWN_FILES = ('config.json', HF_SAFE_WEIGHTS_NAME, 'README.md', '.gitattributes')
@@ -44,7 +44,7 @@ def save_pretrained(model: nn.Module, folder: Union[str, Path], overwrite: bool 
         raise PruningError("save: the plan names no base to rebuild the model from; give base= when pruning")
 
     folder = Path(folder).resolve()
-    _check_free(folder, overwrite)
+    check_free(folder, overwrite)
     try:
         with _whole_folder(folder) as part:
             safetensors.torch.save_file(_separate(model.state_dict()), part / HF_SAFE_WEIGHTS_NAME, {'format': 'pt'})
@@ -74,12 +74,13 @@ def _separate(tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raise ``PruningError`` where a model may not be saved: a file, another's folder, or one not to be overwritten."""
     if folder.exists() and not folder.is_dir():
         raise PruningError(f'save: {folder} is a file; name a folder')
     present = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
     if present and not overwrite:
-        raise PruningError(f'save: {folder} is not empty; name another folder or pass overwrite=True')
+        raise PruningError(f'save: {folder} is not empty; name another folder or pass overwrite=True (--overwrite)')
     others = [name for name in present if name not in _OWN_FILES]
     if others:
         raise PruningError(f'save: {folder} holds {others[0]!r}, which no saved model does; name another folder')

@@ -16,7 +16,9 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from .errors import PruningError
 from .plan import Plan
 
-__all__ = ['apply_plan', 'slice_checkpoint', 'inflate_checkpoint', 'build_base', 'rebuild', 'TORCHVISION']
+__all__ = [
+    'apply_plan', 'slice_checkpoint', 'inflate_checkpoint', 'build_base', 'rebuild', 'one_line', 'TORCHVISION',
+]
 
 TORCHVISION = 'torchvision/'
 
@@ -141,12 +143,27 @@ def build_base(
     reserved = [name for name in base_args if name in _RESERVED_ARGS]
     if reserved:
         raise PruningError(f'base_args of {base} hold {reserved[0]!r}, which is not for a plan to set; remove it')
-    with torch.device(device or torch.get_default_device()):
+    try:
+        return _build_on(device or torch.get_default_device(), base, base_args, create_args)
+    except PruningError as e:
+        # A constructor that reads what it computes with tensors can't do so without data.
+        if not isinstance(e.__cause__, NotImplementedError) or torch.device(device or 'cpu').type != 'meta':
+            raise
+        return _build_on('cpu', base, base_args, create_args).to(device)
+
+
+def _build_on(
+        device: Union[str, torch.device],
+        base: str,
+        base_args: Dict[str, Any],
+        create_args: Dict[str, Any],
+) -> nn.Module:
+    with torch.device(device):
         if base.startswith(TORCHVISION):
             return _build_torchvision(base, base_args)
         if '/' in base or ':' in base or not timm.is_model(base.partition('.')[0]):
             raise _unknown_base(base, timm.list_models())
-        with _one_line(f'{base} can\'t be built with {base_args}'):
+        with one_line(f'{base} can\'t be built with {base_args}'):
             return timm.create_model(base, **{**create_args, **base_args})
 
 
@@ -314,7 +331,7 @@ def _build_torchvision(base: str, args: Mapping[str, Any]) -> nn.Module:
     accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
     # Detection and segmentation models fetch a backbone unless told not to.
     no_weights = {arg: None for arg in ('weights', 'weights_backbone') if arg in accepted}
-    with _one_line(f'{base} can\'t be built with {args}'):
+    with one_line(f'{base} can\'t be built with {args}'):
         return torchvision.models.get_model(name, **no_weights, **args)
 
 
@@ -325,7 +342,8 @@ def _unknown_base(base: str, known: Iterable[str]) -> PruningError:
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def one_line(what: str) -> Iterator[None]:
+    """Turn whatever a library raises inside the block into a ``PruningError`` that starts with ``what``."""
     try:
         yield
     except PruningError:

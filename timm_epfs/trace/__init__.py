@@ -68,11 +68,10 @@ def trace(
         except Exception as e:
             message = (str(e).splitlines() or [''])[0]
             raise PruningError(f"the model's forward fails on {_shapes(args, kwargs)}: {type(e).__name__}: {message}") from e
+    skipped = _also_in_training(copy, rec, args, kwargs)
+    skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
     del copy
     pins: List[np.ndarray] = []
-    skipped: List[Skipped] = [
-        Skipped(f'{site[0]}:{site[1]}', f'operation {name} has no rule') for name, site in rec.opaque.items()
-    ]
     for _ in range(_MAX_ROUNDS):
         blueprint = build(rec, rec.labels.solve(pins))
         if blueprint.conflicts:
@@ -94,11 +93,30 @@ def trace(
     return Trace(blueprint.structures, blueprint.cost, blueprint.attributes, tuple(skipped))
 
 
+def _also_in_training(copy: nn.Module, rec: Recorder, args: Tuple, kwargs: Dict[str, Any]) -> List[Skipped]:
+    """Auxiliary heads run in training only: what they read must be cut along."""
+    unseen = [name for name in rec.parameters if name not in rec.params]
+    if not unseen:
+        return []
+    pair = torch.utils._pytree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) else x, (args, kwargs))
+    try:
+        rec.run(*pair, count=False, training=True)
+    except Exception as e:
+        return [Skipped(unseen[0], f'runs neither in eval nor in training mode: {type(e).__name__}')]
+    return []
+
+
+def _place(site: Tuple[str, int]) -> str:
+    """File and line, from the package on."""
+    path = site[0].replace('\\', '/').rpartition('/site-packages/')[2]
+    return f'{path}:{site[1]}'
+
+
 def _verify(model: nn.Module, rec: Recorder, blueprint: Blueprint, cut: Callable, args, kwargs) -> None:
     """Cut about half of everything, by different amounts, and replay."""
     keep = {}
     for i, s in enumerate(blueprint.structures):
-        left = min(max(s.units // 2 + i % 3 - 1, 1), s.units - 1)
+        left = min(max(s.units // 2 + i % 3 - 1, 2), s.units - 1)
         keep[s.name] = np.sort(np.random.default_rng(i).permutation(s.units)[:left])
     left = {name: len(units) for name, units in keep.items()}
     copy = meta_copy(model).eval()
@@ -114,7 +132,7 @@ def _around(rec: Recorder, index: int, blueprint: Blueprint) -> Tuple[str, List[
         if (other.name, other.site) == (op.name, op.site):
             for labels in (*other.inputs, *(labels for _, labels in other.outputs)):
                 found += [label for label in labels if label is not None and blueprint.sizer(0, label).coefs]
-    return f'{op.site[0]}:{op.site[1]}', found
+    return _place(op.site), found
 
 
 def _everything(rec: Recorder, index: int) -> Tuple[str, List[np.ndarray]]:
@@ -127,7 +145,7 @@ def _everything(rec: Recorder, index: int) -> Tuple[str, List[np.ndarray]]:
         if (other.name, other.site) in sites:
             for labels in (*other.inputs, *(labels for _, labels in other.outputs)):
                 found += [label for label in labels if label is not None]
-    return f'{op.site[0]}:{op.site[1]}', found
+    return _place(op.site), found
 
 
 def _to_meta(tree: Any) -> Any:

@@ -47,8 +47,9 @@ def build(rec: Recorder, solution: Solution) -> Blueprint:
         inputs[label] = True
     residual = rec.labels.residual(solution)
     found = [_structure(rec, dims, units, solution, reasons, inputs, bool(residual[units].any())) for units in groups]
-    made = [any(m.role != 'in' and m.tensor in rec.parameters for m in s.members) for s in found]
-    groups = [units for units, is_made in zip(groups, made) if is_made]  # the rest are constants that layers read
+    # the rest are constants that layers read, and vectors that no layer makes
+    made = [any(m.role == 'out' and m.tensor in rec.parameters for m in s.members) for s in found]
+    groups = [units for units, is_made in zip(groups, made) if is_made]
     structures = _name([s for s, is_made in zip(found, made) if is_made])
     sizer = Sizer(solution, structures, groups)
     attributes, conflicts = _attributes(rec, sizer)

@@ -17,7 +17,7 @@ __all__ = ['watch_interface']
 
 # Surgery reads the widths of these off their tensors.
 _SAID_BY_SHAPE = (nn.Linear, _ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding, nn.PReLU)
-_INPUT = frozenset({'in_features', 'in_chs', 'in_channels', 'num_features', 'in_dim', 'hidden_size'})
+_INPUT = frozenset({'in_features', 'in_chs', 'in_channels', 'num_features', 'in_dim', 'input_size', 'hidden_size'})
 _OUTPUT = frozenset({'out_features', 'out_chs', 'out_channels', 'out_dim', 'num_features'})
 
 

@@ -56,6 +56,7 @@ class Labels:
         self._batched: List[np.ndarray] = []
         self._inexact: List[Tuple[np.ndarray, str]] = []
         self._residual: List[np.ndarray] = []
+        self._equal: List[Tuple[np.ndarray, np.ndarray]] = []
         self._factors: List[Factor] = []
         self._axes: Dict[Tuple, Tuple[np.ndarray, ...]] = {}
         self._merged: Dict[Tuple, np.ndarray] = {}
@@ -76,6 +77,11 @@ class Labels:
         if a is not b and not np.array_equal(a, b):
             self._ties.append((a.ravel(), b.ravel()))
         return a
+
+    def tie_counts(self, a: np.ndarray, b: np.ndarray) -> None:
+        """As many entries stay in one as in the other. Which goes with which is chosen last: whole units together."""
+        if a is not b and not np.array_equal(a, b):
+            self._equal.append((a.ravel(), b.ravel()))
 
     def pin(self, label: Label) -> None:
         if label is not None:
@@ -154,6 +160,8 @@ class Labels:
             for factor, choice in zip(self._factors, chosen):
                 _constrain(factor, choice, edges, factor_pins)
             new_unit = ties.solve(edges)
+            if self._equal:
+                new_unit = ties.solve(edges + _pair_units(new_unit, self._equal))
             new_pinned = _spread(new_unit, np.concatenate(factor_pins))
             broken = [
                 i for i, (factor, choice) in enumerate(zip(self._factors, chosen))
@@ -215,6 +223,11 @@ def _constrain(factor: Factor, choice: Optional[int], edges: List, pins: List[np
                 pins.append(label)
         if active is None:
             pins.append(entries.ravel())
+
+
+def _pair_units(unit: np.ndarray, equal: Sequence[Tuple[np.ndarray, np.ndarray]]) -> List[Tuple[np.ndarray, np.ndarray]]:
+    """Ties that keep two counts equal, in the order of the units, so that a unit of several entries meets one such."""
+    return [(a[np.argsort(unit[a], kind='stable')], b[np.argsort(unit[b], kind='stable')]) for a, b in equal]
 
 
 def _spread(unit: np.ndarray, atoms: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .labels import Factor, Label, Labels
+from .labels import Label, Labels
 from .rules import RULES, elementwise, opaque
 
 __all__ = ['Recorder', 'Operation', 'Attribute', 'meta_copy', 'quiet']
@@ -292,7 +292,7 @@ class Recorder(TorchDispatchMode):
 
     def _follow_shape(self, name: str, outputs: List[torch.Tensor]) -> None:
         sizes = self.hints.get('size')
-        if sizes and name in ('view', '_unsafe_view', 'expand', 'reshape') and len(sizes) == outputs[0].ndim:
+        if sizes and (name in ('view', '_unsafe_view', 'expand', 'reshape') or name in _CREATES) and len(sizes) == outputs[0].ndim:
             labels = self.labels_of(outputs[0])
             for i, label in enumerate(labels):
                 self.follow('size', i, label)
@@ -309,6 +309,14 @@ class Recorder(TorchDispatchMode):
                     if isinstance(stop, _Tracked) and label is not None and len(label) == int(stop):
                         self._see(stop, label)
 
+    def note_normalized(self, out: Any) -> None:
+        """``out`` comes from a layer norm or one of its kin, in one operation or in many."""
+        shape = self.hints.get('normalized_shape', ())
+        for i in range(len(shape)):
+            label = self.labels_of(out)[out.ndim - len(shape) + i]
+            self.labels.mark_inexact(label, 'normalised over the channels')
+            self.follow('normalized_shape', i, label)
+
     def _follow_quotients(self, sizes: Sequence[Any], labels: List[Label]) -> None:
         """``x.view(b, n, heads, c // heads)``: entries of the dim that ``c`` is the length of are cut as whole heads."""
         for j, size in enumerate(sizes):
@@ -323,16 +331,18 @@ class Recorder(TorchDispatchMode):
 
     def _tie_quotient(self, whole: np.ndarray, heads: Label, inner: Label, n: int) -> None:
         if heads is None or inner is None:
-            self.labels.pin(whole if heads is None else None)
-            return
-        self.labels.add_factor(Factor([(whole.reshape(n, -1), (heads, inner))], [((0,), 'channels'), ((1,), 'channels')]))
+            entries = np.repeat(heads, len(whole) // n) if inner is None and heads is not None else inner
+            entries = self.constant(len(whole)) if entries is None else np.resize(entries, len(whole))
+        else:
+            entries = self.labels.merge([heads, inner]).ravel()
+        self.labels.tie_counts(whole, entries)
 
     def _see(self, given: '_Tracked', label: Label) -> None:
         if given.path is not None:
             attribute = self.attributes.setdefault(given.path, Attribute(given.path, int(int(given) / given.scale)))
             attribute.seen.append((label, given.scale))
         elif given.label is not None and label is not None:
-            self.labels.tie(given.label, label)
+            self.labels.tie_counts(given.label, label)
 
     def length(self, tensor: torch.Tensor, dim: int) -> int:
         """Length of a dim, which remembers whose it is."""
@@ -346,9 +356,10 @@ class Recorder(TorchDispatchMode):
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def run(self, args: Tuple, kwargs: Dict[str, Any], count: bool = True) -> Any:
+    def run(self, args: Tuple, kwargs: Dict[str, Any], count: bool = True, training: bool = False) -> Any:
         """One forward; the outputs' dims are pinned, since others rely on them."""
         self.counting = count
+        self._model.train(training)
         with ExitStack() as stack:
             stack.enter_context(quiet(self._model))
             stack.enter_context(_tagged(self._model))
@@ -413,7 +424,9 @@ class _Provenance(TorchFunctionMode):
             return self._shape(args[0], *args[1:2])
         before, self._recorder.hints = self._recorder.hints, self._hints(func, args, kwargs) or self._recorder.hints
         try:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            self._recorder.note_normalized(out)
+            return out
         finally:
             self._recorder.hints = before
 
@@ -426,6 +439,8 @@ class _Provenance(TorchFunctionMode):
         name = getattr(func, '__name__', '')
         if name in ('view', 'reshape', 'expand'):
             return {'size': _flat_ints(args[1:]) or list(kwargs.get('shape', kwargs.get('size', ())))}
+        if name in _CREATES:
+            return {'size': _flat_ints(args[1:] if name.startswith('new_') else args[:1] if name == 'full' else args)}
         if name in ('split', 'split_with_sizes'):
             sizes = args[1] if len(args) > 1 else kwargs.get('split_size_or_sections', kwargs.get('split_size', ()))
             dim = args[2] if len(args) > 2 else kwargs.get('dim', 0)

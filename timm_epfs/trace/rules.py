@@ -189,12 +189,25 @@ def _slice(rec, out, x, dim=0, start=None, end=None, step=1):
     d = _axis(dim, x.ndim)
     if labels[d] is not None:
         start = 0 if start is None else min(start + x.shape[d] if start < 0 else start, x.shape[d])
-        rec.expect_start(labels[d][:start])
+        if step == 1:
+            rec.expect_start(labels[d][:start])
+        else:
+            _keep_blocks(rec, labels[d], step)
         labels[d] = labels[d][start:][::step][:out.shape[d]]
     return labels
 
 
-@rule('split', 'split_with_sizes')
+def _keep_blocks(rec, label: np.ndarray, step: int) -> None:
+    """Every ``step``-th entry is still the same one after a cut if entries go by whole blocks of ``step``."""
+    if len(label) % step:
+        rec.labels.pin(label)
+        return
+    blocks = label.reshape(-1, step)
+    for i in range(1, step):
+        rec.labels.tie(np.ascontiguousarray(blocks[:, 0]), np.ascontiguousarray(blocks[:, i]))
+
+
+@rule('split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes')
 def _split(rec, out, x, size, dim=0):
     d = _axis(dim, x.ndim)
     label = rec.labels_of(x)[d]
@@ -447,7 +460,6 @@ def _layer_norm(rec, out, x, shape, weight=None, bias=None, *args, **kwargs):
         for tensor in rec.tensors((weight, bias)):
             labels[d] = rec.labels.tie(labels[d], rec.labels_of(tensor)[i]) if x.shape[d] > 1 else None
         rec.labels.mark_inexact(labels[d], 'normalised over the channels')
-        rec.follow('normalized_shape', i, labels[d])
     return [labels] if isinstance(out, (tuple, list)) else labels
 
 

@@ -3,18 +3,18 @@
 What doesn't is found by the operation at which the cut model leaves the road, and the dims it touches are pinned
 wherever that line of code runs. A wrong proposal costs coverage of a few layers, never a broken model.
 """
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..structure import Size
 from .labels import Label
 from .recorder import TRANSPARENT, Operation, quiet, same_name
 
 __all__ = ['Mismatch', 'replay']
+
+_VIEWS = frozenset({'view', 't', 'transpose', 'permute', 'expand', 'unsqueeze', 'squeeze'})
 
 
 class Mismatch(Exception):
@@ -32,33 +32,72 @@ class Mismatch(Exception):
 
 
 class _Replay(TorchDispatchMode):
+    """Compares lengths, operation by operation.
+
+    Which views and transposes a product needs depends on strides, which a cut may change: they may come and go. One that
+    isn't as predicted is only remembered, as the place to blame if what follows fails.
+    """
+
     def __init__(self, operations: Sequence[Operation], length: Callable[[int, Label], int]):
         super().__init__()
         self._operations = operations
         self._length = length
+        self._suspect: Optional[int] = None
         self.index = 0
 
+    @property
+    def blame(self) -> int:
+        return min(self.index if self._suspect is None else self._suspect, len(self._operations) - 1)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.split('::')[1]
+        name = same_name(func._schema.name.split('::')[1])
         if name in TRANSPARENT:
             return func(*args, **(kwargs or {}))
-        if self.index >= len(self._operations):
-            raise Mismatch(len(self._operations) - 1, 'the cut model runs more operations than the dense one')
-        op = self._operations[self.index]
-        if same_name(name) != op.name:
-            raise Mismatch(self.index, f'{name} where the dense model runs {op.name}')
+        at = self._find(name)
+        if name in _VIEWS:
+            if at is not None and self._suspect is None:
+                self.index = at  # for the message, should the call fail
+            out = func(*args, **(kwargs or {}))
+            if at is not None and not self._difference(self._operations[at], out):
+                self.index = at + 1
+            elif at is not None and self._suspect is None:
+                self._suspect = at
+            return out
+        if at is None:
+            here = self._operations[self.blame].name
+            raise Mismatch(self.blame, f'{name} where the dense model runs {here}')
+        self.index = at
         out = func(*args, **(kwargs or {}))
+        difference = self._difference(self._operations[at], out) or self._start_difference(self._operations[at], args)
+        if difference:
+            raise Mismatch(self.blame, f'{name} {difference}')
+        self.index, self._suspect = at + 1, None
+        return out
+
+    def _find(self, name: str) -> Optional[int]:
+        """The next operation of this name, past views only."""
+        for at in range(self.index, len(self._operations)):
+            if self._operations[at].name == name:
+                return at
+            if self._operations[at].name not in _VIEWS:
+                return None
+        return None
+
+    def _difference(self, op: Operation, out: Any) -> str:
         tensors = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(o, torch.Tensor)]
         for tensor, (shape, labels) in zip(tensors, op.outputs):
             expected = tuple(self._length(n, label) for n, label in zip(shape, labels))
             if tuple(tensor.shape) != expected:
-                raise Mismatch(self.index, f'{name} gives {tuple(tensor.shape)} where {expected} was expected')
-        if op.start is not None:
-            start = args[2] if len(args) > 2 else 0
-            if (start or 0) >= 0 and (start or 0) != self._length(len(op.start), op.start):
-                raise Mismatch(self.index, f'slice starts at {start}')
-        self.index += 1
-        return out
+                return f'gives {tuple(tensor.shape)} where {expected} was expected'
+        return ''
+
+    def _start_difference(self, op: Operation, args: Tuple) -> str:
+        if op.start is None:
+            return ''
+        start = (args[2] if len(args) > 2 else 0) or 0
+        if start < 0 or start == self._length(len(op.start), op.start):
+            return ''
+        return f'starts at {start}'
 
 
 def replay(
@@ -87,6 +126,7 @@ def replay(
     except Mismatch:
         raise
     except Exception as e:
-        raise Mismatch(min(mode.index, len(operations) - 1), f'{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}')
-    if mode.index != len(operations):
-        raise Mismatch(mode.index, 'the cut model runs fewer operations than the dense one')
+        message = (str(e).splitlines() or [''])[0]
+        raise Mismatch(mode.blame, f'{type(e).__name__}: {message}') from e
+    if any(op.name not in _VIEWS for op in operations[mode.index:]):
+        raise Mismatch(mode.blame, 'the cut model runs fewer operations than the dense one')

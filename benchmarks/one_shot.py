@@ -1,0 +1,150 @@
+"""The main job on real input: top-1 dense, after a one-shot cut, and after ``recalibrate_bn``, for each criterion.
+
+``python benchmarks/one_shot.py --checkpoint resnet56.safetensors --data-dir cifar10-jpeg`` writes
+results/one_shot_resnet56_cifar.json and .md.
+"""
+import argparse
+import copy
+import time
+from pathlib import Path
+from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+
+import numpy as np
+import timm
+import torch
+from common import RESULTS, header, header_line, write_atomic, write_json
+from timm.data import create_dataset
+from timm.models import load_checkpoint
+from torch import nn
+from tqdm import tqdm
+
+import timm_epfs
+from timm_epfs.models.cifar import checkpoint_filter_fn
+
+Batches = Callable[[], Iterator[Tuple[torch.Tensor, torch.Tensor]]]
+
+BATCH = 128
+RECALIBRATION, TAYLOR, OBDC = 2048, 1024, 256  # training images
+RANDOM_SEEDS = (0, 1, 2)
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    model = timm.create_model(args.model).eval()
+    load_checkpoint(model, str(args.checkpoint), filter_fn=checkpoint_filter_fn)
+    cfg = model.pretrained_cfg
+    test = loader(args.data_dir / 'test.tar', cfg, args.test_images)
+    train = loader(args.data_dir / 'train.tar', cfg, RECALIBRATION)
+
+    results = {
+        'machine': header(), 'model': args.model, 'macs': args.macs,
+        'images': {
+            'test': sum(len(y) for _, y in test()), 'recalibration': RECALIBRATION, 'taylor': TAYLOR, 'obdc': OBDC,
+        },
+    }
+    rows = results['rows'] = [dense(model, train, test)]
+    runs = [(c, seed) for c in timm_epfs.CRITERIA for seed in (RANDOM_SEEDS if c == 'random' else (None,))]
+    for criterion, seed in tqdm(runs, unit='cut'):
+        rows.append(one_shot(model, criterion, seed, args.macs, train, test))
+        write_json(args.results / f'one_shot_{args.model}.json', results)
+    table = markdown(results)
+    write_atomic(args.results / f'one_shot_{args.model}.md', table)
+    print(table)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--model', default='resnet56_cifar')
+    parser.add_argument('--checkpoint', type=Path, required=True, help='safetensors of the dense model')
+    parser.add_argument('--data-dir', type=Path, required=True, help='folder with train.tar and test.tar')
+    parser.add_argument('--macs', type=float, default=0.7, help='share of the MACs to keep')
+    parser.add_argument('--test-images', type=int, help='use at most so many, all by default')
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
+    return parser.parse_args()
+
+
+def loader(tar: Path, cfg: Dict[str, Any], count: Optional[int]) -> Batches:
+    """Normalised batches of images that were decoded once, ``count`` of them drawn at random with a fixed seed."""
+    dataset = create_dataset('', root=str(tar))
+    order = np.random.default_rng(0).permutation(len(dataset))[:count]
+    decoded = [dataset[i] for i in tqdm(order, desc=tar.name, unit='image', leave=False)]
+    images = torch.stack([torch.from_numpy(np.array(image.convert('RGB'))) for image, _ in decoded]).permute(0, 3, 1, 2)
+    targets = torch.tensor([target for _, target in decoded])
+    mean, std = (255 * torch.tensor(cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
+
+    def batches():
+        for x, y in zip(images.split(BATCH), targets.split(BATCH)):
+            yield (x.float() - mean) / std, y
+
+    return batches
+
+
+@torch.inference_mode()
+def top1(model: nn.Module, batches: Batches) -> float:
+    """Accuracy in percent."""
+    right = [(model(x).argmax(1) == y).float() for x, y in batches()]
+    return 100 * torch.cat(right).mean().item()
+
+
+def dense(model: nn.Module, train: Batches, test: Batches) -> Dict[str, Any]:
+    return {'criterion': 'dense', 'macs_ratio': 1.0, 'params_ratio': 1.0, **_both(copy.deepcopy(model), train, test)}
+
+
+def one_shot(
+        model: nn.Module,
+        criterion: str,
+        seed: Optional[int],
+        macs: float,
+        train: Batches,
+        test: Batches,
+) -> Dict[str, Any]:
+    start = time.perf_counter()
+    slim = timm_epfs.prune(model, macs=macs, criterion=criterion, data=_data(criterion, train), seed=seed or 0)
+    seconds = time.perf_counter() - start
+    ratios = {f'{name}_ratio': left / whole for name, (whole, left) in slim.pruning_plan.cost.items()}
+    return {'criterion': criterion, 'seed': seed, **ratios, 'seconds': seconds, **_both(slim, train, test)}
+
+
+def _data(criterion: str, train: Batches) -> Optional[List[Tuple[torch.Tensor, torch.Tensor]]]:
+    """Training batches for the criteria that look at gradients."""
+    if not timm_epfs.CRITERIA[criterion].needs_data:
+        return None
+    count = OBDC if criterion == 'obdc' else TAYLOR
+    return [batch for _, batch in zip(range(count // BATCH), train())]
+
+
+def _both(model: nn.Module, train: Batches, test: Batches) -> Dict[str, float]:
+    before = top1(model, test)
+    timm_epfs.recalibrate_bn(model, train())
+    return {'top1': before, 'top1_recalibrated': top1(model, test)}
+
+
+def markdown(results: Dict[str, Any]) -> str:
+    images = results['images']
+    lines = [
+        f'# {results["model"]}, cut once to {results["macs"]:.0%} of its MACs, not fine-tuned',
+        '',
+        f'Top-1 on {images["test"]:,} test images; BatchNorm recalibrated, and criteria that need data shown, training '
+        f'images ({images["recalibration"]:,}; taylor {images["taylor"]:,}, obdc {images["obdc"]:,}).',
+        header_line(results['machine']),
+        '',
+        '| criterion | MACs | parameters | top-1 % | after `recalibrate_bn` |',
+        '|---|---|---|---|---|',
+    ]
+    for name in dict.fromkeys(row['criterion'] for row in results['rows']):
+        rows = [row for row in results['rows'] if row['criterion'] == name]
+        macs, params = (np.mean([row[f'{quantity}_ratio'] for row in rows]) for quantity in ('macs', 'params'))
+        scores = ' | '.join(_mean([row[key] for row in rows]) for key in ('top1', 'top1_recalibrated'))
+        seeds = f' ({len(rows)} seeds)' if len(rows) > 1 else ''
+        lines.append(f'| {name}{seeds} | {macs:.3f} | {params:.3f} | {scores} |')
+    return '\n'.join(lines) + '\n'
+
+
+def _mean(values: List[float]) -> str:
+    return f'{np.mean(values):.2f}' + (f' ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else '')
+
+
+if __name__ == '__main__':
+    main()

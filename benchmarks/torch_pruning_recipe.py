@@ -1,0 +1,66 @@
+"""torch-pruning's own one-shot, as its examples for timm and torchvision do it: what ours is compared with."""
+from typing import Callable, Dict, List
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+__all__ = ['MetaMagnitude', 'one_shot']
+
+
+class MetaMagnitude(tp.importance.GroupMagnitudeImportance):
+    """The importance of the recipe where there are no weights: it is run for its errors, then values are drawn."""
+
+    def __call__(self, group):
+        importance = super().__call__(group)
+        return None if importance is None else torch.rand(importance.shape)
+
+
+def one_shot(
+        model: nn.Module,
+        example: torch.Tensor,
+        importance: tp.importance.Importance,
+        entered: Callable[[str], None] = lambda stage: None,
+        ratio: float = 0.5,
+) -> nn.Module:
+    """Cut ``ratio`` of all channels in place: L2 over groups, classifier left alone, numbers of heads given.
+
+    Args:
+        model: The model, in evaluation mode.
+        example: One input.
+        importance: How channels are ranked.
+        entered: Told ``'cut'`` when the tracing is done.
+        ratio: Share of channels to remove.
+    """
+    for module in model.modules():
+        if hasattr(module, 'fused_attn'):
+            module.fused_attn = False  # a fused attention hides the graph
+    num_heads: Dict[nn.Module, int] = {
+        m.qkv: m.num_heads for m in model.modules()
+        if isinstance(getattr(m, 'qkv', None), nn.Linear) and isinstance(getattr(m, 'num_heads', None), int)
+    }
+    # Fresh dicts: the pruner updates its shared default arguments.
+    pruner = tp.pruner.MagnitudePruner(
+        model, example, importance, pruning_ratio=ratio, ignored_layers=_classifier(model), num_heads=num_heads,
+        in_channel_groups={}, out_channel_groups={},
+    )
+    entered('cut')
+    pruner.step()
+    for module in model.modules():
+        if getattr(module, 'qkv', None) in num_heads:
+            module.num_heads = pruner.num_heads[module.qkv]
+            module.head_dim = module.qkv.out_features // (3 * module.num_heads)
+            if hasattr(module, 'attn_dim'):
+                module.attn_dim = module.num_heads * module.head_dim
+    if hasattr(model, 'conv_proj') and hasattr(model, 'hidden_dim'):  # torchvision's ViT
+        model.hidden_dim = model.conv_proj.out_channels
+    return model
+
+
+def _classifier(model: nn.Module) -> List[nn.Module]:
+    classes = getattr(model, 'num_classes', 1000)
+    return [
+        m for m in model.modules()
+        if (isinstance(m, nn.Linear) and m.out_features == classes)
+        or (isinstance(m, nn.Conv2d) and m.out_channels == classes)
+    ]

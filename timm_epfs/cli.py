@@ -1,0 +1,322 @@
+"""The shell's way in: ``timm-epfs inspect`` and ``timm-epfs prune``. Names of options are those of timm's scripts."""
+import argparse
+import copy
+import json
+import os
+import sys
+import warnings
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Tuple
+
+import torch
+from timm.data import resolve_data_config
+from timm.models import load_checkpoint, resolve_model_input_args
+from timm.utils import ParseKwargs
+from torch import Tensor, nn
+
+from .allocate import SCOPES
+from .api import create_base, example_for, prune
+from .calibrate import recalibrate_bn
+from .criteria import CRITERIA
+from .errors import PruningError
+from .hub import check_free, save_pretrained
+from .measure import image_loader, image_splits, latencies, size_on_disk, top1
+from .progress import progress, step
+from .report import format_count, inspect
+from .surgery import TORCHVISION, one_line
+from .version import __version__
+
+__all__ = ['main']
+
+# Options of prune() that the shell passes on where they are given, so that their defaults stand in one place.
+_PRUNE_OPTIONS = ('macs', 'params', 'criterion', 'scope', 'round_to', 'floor', 'exclude', 'only', 'ratios', 'streams')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run a command line.
+
+    Args:
+        argv: Arguments after the program's name, the process's own by default.
+
+    Returns:
+        Exit code: 0, 2 where what was asked can't be done, 130 where it was interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        with _warnings_in_one_line():
+            args.run(args)
+            sys.stdout.flush()
+    except PruningError as e:
+        print(f'timm-epfs: error: {e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('timm-epfs: interrupted', file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever reads stdout has enough of it (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print its usage first."""
+        self.exit(2, f'timm-epfs: error: {message} (see {self.prog} --help)\n')
+
+
+class _KeyValues(ParseKwargs):
+    """timm's key=value pairs, with an error for what isn't one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if '=' not in value:
+                parser.error(f'argument {option_string}: {value!r} is not key=value')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser('timm-epfs', description='Cut models of timm and torchvision to a budget.')
+    parser.add_argument('--version', action='version', version=f'timm-epfs {__version__}')
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+
+    show = commands.add_parser('inspect', help='show what can be cut of a model')
+    _add_model_arguments(show)
+    show.add_argument('--json', action='store_true', help='print JSON')
+    show.set_defaults(run=_inspect)
+
+    cut = commands.add_parser('prune', help='cut a model and save it')
+    _add_model_arguments(cut)
+    _add_prune_arguments(cut)
+    _add_data_arguments(cut)
+    cut.set_defaults(run=_prune)
+    return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('model')
+    group.add_argument(
+        'model', metavar='NAME',
+        help='timm name, torchvision/<name>, or a saved model: local-dir:<folder>, hf-hub:<repo>')
+    group.add_argument('--num-classes', type=int, metavar='N', help="number of classes (the model's own by default)")
+    group.add_argument('--in-chans', type=int, metavar='N', help='image input channels (3 by default)')
+    group.add_argument('--img-size', type=int, metavar='N', help="image size in pixels (the model's own by default)")
+    group.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE',
+        help='further arguments of the model')
+
+
+def _add_prune_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('what to cut')
+    budget = group.add_mutually_exclusive_group(required=True)
+    budget.add_argument(
+        '--macs', type=float, metavar='BUDGET', help='MACs to keep: a share (0.5) or a count (2e9)')
+    budget.add_argument('--params', type=float, metavar='BUDGET', help='parameters to keep, likewise')
+    group.add_argument('--criterion', metavar='NAME', help=f'{", ".join(CRITERIA)} (l2 by default)')
+    group.add_argument('--scope', metavar='NAME', help=f'what is ranked together: {", ".join(SCOPES)}')
+    group.add_argument('--round-to', type=int, metavar='N', help='widths that are cut stay multiples of this')
+    group.add_argument('--floor', type=float, metavar='SHARE', help='share of its units that every structure keeps')
+    group.add_argument('--exclude', nargs='+', metavar='PATTERN', help='layers whose outputs are not to be cut')
+    group.add_argument('--only', nargs='+', metavar='PATTERN', help='the only layers whose outputs are to be cut')
+    group.add_argument(
+        '--ratios', nargs='+', action=_KeyValues, metavar='PATTERN=SHARE', help='shares to remove, set beforehand')
+    group.add_argument(
+        '--streams', action=argparse.BooleanOptionalAction,
+        help='cut residual streams that are normalised over their channels (only in need by default)')
+    group.add_argument('--seed', type=int, default=0, metavar='N', help='of random weights, scores and image choice')
+
+    group = parser.add_argument_group('weights and output')
+    group.add_argument('--pretrained', action='store_true', help="start from the model's published weights")
+    group.add_argument('--checkpoint', type=Path, metavar='FILE', help='start from a .safetensors checkpoint')
+    group.add_argument('--device', default='cpu', help='device to run on (cpu by default)')
+    group.add_argument(
+        '-o', '--output', type=Path, required=True, metavar='DIR', help='folder to save in, new or empty')
+    group.add_argument('--overwrite', action='store_true', help='replace a model that was saved there before')
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('data', 'Adds BatchNorm recalibration and top-1; some criteria need it.')
+    group.add_argument(
+        '--data-dir', type=Path, metavar='DIR',
+        help='folder with a subfolder or .tar for each split, or a folder or .tar of images')
+    group.add_argument('--dataset', default='', metavar='NAME', help='dataset type, as in timm (folder or tar)')
+    group.add_argument('--train-split', default='train', metavar='NAME', help='for criteria and recalibration (train)')
+    group.add_argument('--val-split', default='validation', metavar='NAME', help='for top-1 (validation)')
+    group.add_argument('-b', '--batch-size', type=_positive, default=128, metavar='N', help='images a batch (128)')
+    group.add_argument(
+        '--num-batches', type=_positive, default=32, metavar='N',
+        help='batches of training images for the criterion and for recalibration (32)')
+    group.add_argument(
+        '-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N',
+        help='processes that read images')
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 on')
+    return int(text)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    with step(f'inspecting {args.model}'):
+        report = inspect(args.model, _example(args, create_args := _model_args(args)), **create_args)
+    print(json.dumps(report.to_dict(), indent=1) if args.json else report)
+
+
+def _prune(args: argparse.Namespace) -> None:
+    _check(args)
+    torch.manual_seed(args.seed)
+    with step(f'building {args.model}'):
+        dense = create_base(args.model, args.pretrained, **_model_args(args))
+        if args.checkpoint:
+            _load_checkpoint(dense, args.checkpoint)
+        with one_line(f'device {args.device!r} can\'t be used'):
+            dense.to(args.device)
+    images = _images(args, dense)
+    train, val = _loaders(args, dense, images) if args.data_dir else (None, None)
+
+    options = {name: value for name in _PRUNE_OPTIONS if (value := getattr(args, name)) is not None}
+    needs_data = CRITERIA[args.criterion].needs_data if args.criterion else False
+    with step(f'cutting {args.model}'):
+        slim = prune(
+            dense,
+            data=_some(train, args, f'scoring by {args.criterion}') if needs_data else None,
+            seed=args.seed,
+            example_input=images,
+            **options,
+        )
+    cut_only = slim
+    if train and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in slim.modules()):
+        cut_only = copy.deepcopy(slim)
+        with one_line('recalibration of BatchNorm failed'):
+            recalibrate_bn(slim, _some(train, args, 'recalibrating BatchNorm'))
+    accuracy = _accuracy(dense, cut_only, slim, val) if val else {}
+    with step('measuring latency'):
+        speed = latencies([dense, slim], images.to(args.device))
+    with step(f'saving to {args.output}'):
+        folder = save_pretrained(slim, args.output, overwrite=args.overwrite)
+    _print_result(args, slim, speed, (size_on_disk(dense), size_on_disk(slim)), accuracy, folder)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse before any work what would be refused after it."""
+    check_free(args.output.resolve(), args.overwrite)
+    criterion = CRITERIA.get(args.criterion)
+    if criterion and criterion.needs_data and not args.data_dir:
+        raise PruningError(f'criterion {args.criterion!r} needs data, found none: give --data-dir')
+    if args.checkpoint and args.checkpoint.suffix != '.safetensors':
+        raise PruningError(
+            f'checkpoint {args.checkpoint} is not read, only .safetensors are; convert it with '
+            'safetensors.torch.save_file')
+    if args.checkpoint and not args.checkpoint.is_file():
+        raise PruningError(f'checkpoint {args.checkpoint} does not exist')
+
+
+def _model_args(args: argparse.Namespace) -> Dict[str, Any]:
+    """Arguments of the model; an image size only where its structure depends on it."""
+    given = {'num_classes': args.num_classes, 'in_chans': args.in_chans, **args.model_kwargs}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.img_size is None or args.model.startswith(TORCHVISION):
+        return given
+    try:
+        resolved = resolve_model_input_args(args.model, {'img_size': args.img_size}, **given)
+    except Exception:  # whatever is wrong with the name is said better where the model is built
+        return given
+    return {name: value for name, value in resolved.items() if name == 'img_size' or name in given}
+
+
+def _images(args: argparse.Namespace, model: nn.Module) -> Tensor:
+    """One image of random values, as large as the model's MACs are counted for."""
+    (example,), _ = example_for(model)
+    size = tuple(example.shape[1:]) if args.img_size is None else (example.shape[1], args.img_size, args.img_size)
+    return torch.randn(1, *size, generator=torch.Generator().manual_seed(args.seed))
+
+
+def _loaders(args: argparse.Namespace, model: nn.Module, images: Tensor) -> Tuple[Any, Any]:
+    """Batches for calibration and for evaluation."""
+    splits = (args.train_split, args.val_split)
+    train, val = image_splits(args.data_dir, splits, args.dataset, getattr(model, 'num_classes', None))
+    config = resolve_data_config({'input_size': tuple(images.shape[1:])}, model=model)
+    some = args.num_batches * args.batch_size
+    return (
+        image_loader(train, config, args.batch_size, args.workers, some, args.seed),
+        image_loader(val, config, args.batch_size, args.workers),
+    )
+
+
+def _some(loader: Any, args: argparse.Namespace, what: str) -> Iterator:
+    return progress(islice(loader, args.num_batches), what, args.num_batches)
+
+
+def _accuracy(dense: nn.Module, cut: nn.Module, slim: nn.Module, val: Any) -> Dict[str, Tuple[float, float]]:
+    """Top-1 of the dense model against the cut one, before and after recalibration, in percent."""
+    models = [dense, cut] if cut is slim else [dense, cut, slim]
+    with one_line('top-1 can\'t be measured'):
+        first, *others = top1(models, progress(val, 'measuring top-1', len(val)))
+    return dict(zip(('top-1, %', 'top-1 after BatchNorm recalibration, %'), [(first, other) for other in others]))
+
+
+def _load_checkpoint(model: nn.Module, path: Path) -> None:
+    module_filter = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
+
+    def fitting(state_dict: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
+        state_dict = module_filter(state_dict, model) if module_filter else state_dict
+        problems = _misfits(model.state_dict(), state_dict)
+        if problems:
+            more = f' and {len(problems) - 3} more' if len(problems) > 3 else ''
+            raise PruningError(f'checkpoint {path} does not fit: {"; ".join(problems[:3])}{more}')
+        return state_dict
+
+    with one_line(f'checkpoint {path} not read'):
+        load_checkpoint(model, str(path), filter_fn=fitting)
+
+
+def _misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> List[str]:
+    problems = []
+    for name in (*wanted, *(name for name in found if name not in wanted)):
+        if name not in found:
+            if not name.endswith('.num_batches_tracked'):  # torch fills it in
+                problems.append(f'{name} {tuple(wanted[name].shape)} is missing')
+        elif name not in wanted:
+            problems.append(f'{name} {tuple(found[name].shape)} is not in the model')
+        elif wanted[name].shape != found[name].shape:
+            problems.append(f'{name} is {tuple(found[name].shape)}, the model has {tuple(wanted[name].shape)}')
+    return problems
+
+
+def _print_result(
+        args: argparse.Namespace,
+        slim: nn.Module,
+        speed: Sequence[float],
+        sizes: Sequence[int],
+        accuracy: Mapping[str, Tuple[float, float]],
+        folder: Path,
+) -> None:
+    rows = [('', 'dense', 'pruned', 'ratio')]
+    for label, (dense, pruned), show in (
+        ('MACs', slim.pruning_plan.cost['macs'], format_count),
+        ('parameters', slim.pruning_plan.cost['params'], format_count),
+        ('size on disk, bytes', sizes, format_count),
+        ('latency, ms', speed, lambda ms: f'{ms:.2f}'),
+    ):
+        rows.append((label, show(dense), show(pruned), f'{pruned / dense:.3f}'))
+    for label, (dense, pruned) in accuracy.items():
+        rows.append((label, f'{dense:.2f}', f'{pruned:.2f}', f'{pruned / dense:.3f}' if dense else ''))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for label, *cells in rows:
+        print('  '.join([label.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))]))
+
+    weights = str(args.checkpoint) if args.checkpoint else 'pretrained' if args.pretrained else 'random'
+    print(f'weights: {weights}; latency: median at batch 1 on {args.device}, {torch.get_num_threads()} threads')
+    print(f'saved in {args.output}: timm.create_model({f"local-dir:{folder}"!r}, pretrained=True)')
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        print(f'timm-epfs: warning: {" ".join(str(message).split())}', file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield

@@ -1,0 +1,42 @@
+"""Progress on stderr, of whatever takes longer than two seconds."""
+import sys
+import threading
+from contextlib import contextmanager
+from typing import Iterable, Iterator, Optional
+
+from tqdm import tqdm
+
+__all__ = ['progress', 'step']
+
+DELAY = 2.0  # seconds
+
+
+def progress(batches: Iterable, what: str, total: Optional[int] = None) -> Iterable:
+    """The batches as they are, with a bar."""
+    # A log file is not a terminal: a line there every ten seconds is enough.
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(batches, what, total, leave=False, file=sys.stderr, delay=DELAY, mininterval=interval)
+
+
+@contextmanager
+def step(what: str) -> Iterator[None]:
+    """Say what is being done inside the block, and for how long."""
+    done = threading.Event()
+    thread = threading.Thread(target=_tick, args=(what, done), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _tick(what: str, done: threading.Event) -> None:
+    if done.wait(DELAY):
+        return
+    if not sys.stderr.isatty():
+        print(f'timm-epfs: {what} …', file=sys.stderr, flush=True)
+        return
+    with tqdm(desc=f'timm-epfs: {what}', bar_format='{desc} {elapsed}', leave=False, file=sys.stderr) as clock:
+        while not done.wait(0.5):
+            clock.refresh()
