@@ -4,16 +4,27 @@ from typing import Callable, Dict, List
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
-__all__ = ['MetaMagnitude', 'one_shot']
+__all__ = ['DrawnMagnitude', 'NoInit', 'one_shot']
 
 
-class MetaMagnitude(tp.importance.GroupMagnitudeImportance):
-    """The importance of the recipe where there are no weights: it is run for its errors, then values are drawn."""
+class DrawnMagnitude(tp.importance.GroupMagnitudeImportance):
+    """The importance of the recipe where weights have no values: it is run for its errors, then values are drawn."""
 
     def __call__(self, group):
         importance = super().__call__(group)
         return None if importance is None else torch.rand(importance.shape)
+
+
+class NoInit(TorchFunctionMode):
+    """Inside, random initialisation costs nothing: weights are what the memory holds, zeros mostly."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, '__name__', '') in ('normal_', 'uniform_', 'erfinv_'):
+            return args[0] if args else kwargs['tensor']
+        return func(*args, **kwargs)
 
 
 def one_shot(

@@ -101,7 +101,7 @@ def allocate(
             al., Isomorphic Pruning for Vision Models, ECCV 2024).
         round_to: Channel structures that are cut keep widths that are multiples of this. None: of 8 from 64 units on,
             of 4 from 32, of 2 from 16, and any width in as few structures as possible where the budget needs it.
-        floor: Share of its units that every structure keeps, one unit at least.
+        floor: Share of its units that every structure but a block keeps, one unit at least.
         ratios: Shares of units to remove by name, module prefix or fnmatch pattern, the longest that matches. These are
             set first, the rest meets the budget.
         fixed: Names of structures to leave uncut.
@@ -305,7 +305,7 @@ def _step(structure: Structure, round_to: Optional[int]) -> int:
 
 def _grid(structure: Structure, step: int, floor: float, share: Optional[float] = None) -> np.ndarray:
     """The counts that a structure may keep, ascending: one of them where the share to remove is set."""
-    lowest = max(1, ceil(floor * structure.units - 1e-9))
+    lowest = 0 if structure.kind == 'blocks' else max(1, ceil(floor * structure.units - 1e-9))
     grid = np.append(np.arange(-(-lowest // step) * step, structure.units, step), structure.units)
     if share is None:
         return grid

@@ -2,7 +2,7 @@
 import copy
 import warnings
 from fnmatch import fnmatchcase
-from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import timm
@@ -17,11 +17,12 @@ from .errors import PruningError
 from .plan import Cut, Plan
 from .structure import KINDS, Structure
 from .surgery import TORCHVISION, apply_plan, build_base, one_line
-from .trace import Trace, meta_copy, trace
+from .trace import Trace, trace
 from .version import __version__
 
 __all__ = ['prune', 'trace_model', 'create_base', 'example_for', 'base_of']
 
+DEFAULT_KINDS = ('channels', 'heads', 'groups')
 Example = Union[torch.Tensor, Tuple, Dict[str, Any]]
 
 
@@ -37,7 +38,7 @@ def prune(
         exclude: Sequence[str] = (),
         only: Sequence[str] = (),
         ratios: Optional[Mapping[str, float]] = None,
-        kinds: Sequence[str] = KINDS,
+        kinds: Sequence[str] = DEFAULT_KINDS,
         streams: Optional[bool] = None,
         data: Optional[Iterable] = None,
         loss_fn: Optional[Any] = None,
@@ -65,7 +66,7 @@ def prune(
         exclude: Names, module prefixes or patterns of layers whose outputs are not to be cut.
         only: The same, of the only layers to cut.
         ratios: Shares to remove by pattern, set before the budget is met by the rest.
-        kinds: Kinds of structures to cut.
+        kinds: Kinds of structures to cut; whole residual blocks (``'blocks'``) only if named here.
         streams: Whether to cut residual streams that are normalised over their channels (ViT, ConvNeXt), which can't
             be done exactly. None: only where the budget can't be met without, with a warning.
         data: Batches (images, targets) for criteria that need them.
@@ -90,7 +91,7 @@ def prune(
     pool = [s for s in traced.structures if s.name not in fixed]
     if not pool:
         raise PruningError(f'nothing is left to cut: {_nothing(traced)}')
-    scores = score(model, traced.structures, criterion, data=data, loss_fn=loss_fn, seed=seed)
+    scores = score(model, pool, criterion, data=data, loss_fn=loss_fn, seed=seed)
 
     def allocated(fixed):
         return allocate(
@@ -103,7 +104,7 @@ def prune(
     recipe = _recipe(
         method='one-shot', criterion=criterion, scope=scope, floor=floor, macs=macs, params=params, round_to=round_to,
         exclude=list(exclude), only=list(only), ratios=dict(ratios or {}), streams=streams,
-        kinds=list(kinds) if tuple(kinds) != KINDS else None, seed=seed if criterion == 'random' else None,
+        kinds=list(kinds) if tuple(kinds) != DEFAULT_KINDS else None, seed=seed if criterion == 'random' else None,
     )
     plan = make_plan(traced, keep, recipe, *(base_of(model) if base is None else (base, {})))
     slim = apply_plan(model if own else _shallow_copy(model), plan)
@@ -237,9 +238,15 @@ def _resolve(model: Union[str, nn.Module], pretrained: bool, model_args: Dict[st
 
 def matches(structure: Structure, pattern: str) -> bool:
     """Whether a layer whose output is part of the structure has this name, prefix or pattern."""
+    if structure.kind == 'blocks':
+        return _named(structure.name, pattern)
     names = {structure.name.partition('#')[0], structure.name}
     names.update(m.tensor.rpartition('.')[0] for m in structure.members if m.role == 'out')
-    return any(name == pattern or name.startswith(f'{pattern}.') or fnmatchcase(name, pattern) for name in names)
+    return any(_named(name, pattern) for name in names)
+
+
+def _named(name: str, pattern: str) -> bool:
+    return name == pattern or name.startswith(f'{pattern}.') or fnmatchcase(name, pattern)
 
 
 def _fixed(structures: Sequence[Structure], exclude, only, kinds) -> set:

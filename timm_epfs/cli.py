@@ -8,30 +8,34 @@ import warnings
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NoReturn, Optional, Sequence, Tuple
 
 import torch
 from timm.data import resolve_data_config
-from timm.models import load_checkpoint, resolve_model_input_args
+from timm.models import resolve_model_input_args
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
 
 from .allocate import SCOPES
 from .api import create_base, example_for, prune
 from .calibrate import recalibrate_bn
+from .checkpoint import check_readable, load_weights
 from .criteria import CRITERIA
 from .errors import PruningError
 from .hub import check_free, save_pretrained
 from .measure import image_loader, image_splits, latencies, size_on_disk, top1
 from .progress import progress, step
 from .report import format_count, inspect
+from .structure import KINDS
 from .surgery import TORCHVISION, one_line
 from .version import __version__
 
 __all__ = ['main']
 
 # Options of prune() that the shell passes on where they are given, so that their defaults stand in one place.
-_PRUNE_OPTIONS = ('macs', 'params', 'criterion', 'scope', 'round_to', 'floor', 'exclude', 'only', 'ratios', 'streams')
+_PRUNE_OPTIONS = (
+    'macs', 'params', 'criterion', 'scope', 'round_to', 'floor', 'exclude', 'only', 'ratios', 'kinds', 'streams',
+)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -122,6 +126,8 @@ def _add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--ratios', nargs='+', action=_KeyValues, metavar='PATTERN=SHARE', help='shares to remove, set beforehand')
     group.add_argument(
+        '--kinds', nargs='+', metavar='KIND', help=f'{", ".join(KINDS)} (all but whole blocks by default)')
+    group.add_argument(
         '--streams', action=argparse.BooleanOptionalAction,
         help='cut residual streams that are normalised over their channels (only in need by default)')
     group.add_argument('--seed', type=int, default=0, metavar='N', help='of random weights, scores and image choice')
@@ -159,8 +165,10 @@ def _positive(text: str) -> int:
 
 
 def _inspect(args: argparse.Namespace) -> None:
+    size = args.img_size
+    example = None if size is None else torch.empty(1, args.in_chans or 3, size, size, device='meta')
     with step(f'inspecting {args.model}'):
-        report = inspect(args.model, _example(args, create_args := _model_args(args)), **create_args)
+        report = inspect(args.model, example, **_model_args(args))
     print(json.dumps(report.to_dict(), indent=1) if args.json else report)
 
 
@@ -170,18 +178,17 @@ def _prune(args: argparse.Namespace) -> None:
     with step(f'building {args.model}'):
         dense = create_base(args.model, args.pretrained, **_model_args(args))
         if args.checkpoint:
-            _load_checkpoint(dense, args.checkpoint)
+            load_weights(dense, args.checkpoint)
         with one_line(f'device {args.device!r} can\'t be used'):
             dense.to(args.device)
     images = _images(args, dense)
     train, val = _loaders(args, dense, images) if args.data_dir else (None, None)
 
     options = {name: value for name in _PRUNE_OPTIONS if (value := getattr(args, name)) is not None}
-    needs_data = CRITERIA[args.criterion].needs_data if args.criterion else False
     with step(f'cutting {args.model}'):
         slim = prune(
             dense,
-            data=_some(train, args, f'scoring by {args.criterion}') if needs_data else None,
+            data=_some(train, args, f'scoring by {args.criterion}') if train else None,
             seed=args.seed,
             example_input=images,
             **options,
@@ -189,14 +196,23 @@ def _prune(args: argparse.Namespace) -> None:
     cut_only = slim
     if train and any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in slim.modules()):
         cut_only = copy.deepcopy(slim)
-        with one_line('recalibration of BatchNorm failed'):
-            recalibrate_bn(slim, _some(train, args, 'recalibrating BatchNorm'))
+        recalibrate_bn(slim, _some(train, args, 'recalibrating BatchNorm'))
     accuracy = _accuracy(dense, cut_only, slim, val) if val else {}
     with step('measuring latency'):
         speed = latencies([dense, slim], images.to(args.device))
     with step(f'saving to {args.output}'):
         folder = save_pretrained(slim, args.output, overwrite=args.overwrite)
-    _print_result(args, slim, speed, (size_on_disk(dense), size_on_disk(slim)), accuracy, folder)
+    rows = {
+        'MACs': (_cost(dense, slim, 'macs'), format_count),
+        'parameters': (_cost(dense, slim, 'params'), format_count),
+        'size on disk, bytes': ((size_on_disk(dense), size_on_disk(slim)), format_count),
+        'latency, ms': (speed, '{:.2f}'.format),
+        **{label: (pair, '{:.2f}'.format) for label, pair in accuracy.items()},
+    }
+    _print_table(rows)
+    weights = args.checkpoint or ('pretrained' if args.pretrained else 'random')
+    print(f'weights: {weights}; latency: median at batch 1 on {args.device}, {torch.get_num_threads()} threads')
+    print(f'saved in {args.output}: timm.create_model({f"local-dir:{folder}"!r}, pretrained=True)')
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -205,12 +221,8 @@ def _check(args: argparse.Namespace) -> None:
     criterion = CRITERIA.get(args.criterion)
     if criterion and criterion.needs_data and not args.data_dir:
         raise PruningError(f'criterion {args.criterion!r} needs data, found none: give --data-dir')
-    if args.checkpoint and args.checkpoint.suffix != '.safetensors':
-        raise PruningError(
-            f'checkpoint {args.checkpoint} is not read, only .safetensors are; convert it with '
-            'safetensors.torch.save_file')
-    if args.checkpoint and not args.checkpoint.is_file():
-        raise PruningError(f'checkpoint {args.checkpoint} does not exist')
+    if args.checkpoint:
+        check_readable(args.checkpoint)
 
 
 def _model_args(args: argparse.Namespace) -> Dict[str, Any]:
@@ -246,70 +258,35 @@ def _loaders(args: argparse.Namespace, model: nn.Module, images: Tensor) -> Tupl
 
 
 def _some(loader: Any, args: argparse.Namespace, what: str) -> Iterator:
-    return progress(islice(loader, args.num_batches), what, args.num_batches)
+    return _reading(islice(loader, args.num_batches), what, min(args.num_batches, len(loader)))
+
+
+def _reading(batches: Iterable, what: str, total: int) -> Iterator:
+    with one_line(f'{what}: images can\'t be read'):
+        yield from progress(batches, what, total)
 
 
 def _accuracy(dense: nn.Module, cut: nn.Module, slim: nn.Module, val: Any) -> Dict[str, Tuple[float, float]]:
     """Top-1 of the dense model against the cut one, before and after recalibration, in percent."""
     models = [dense, cut] if cut is slim else [dense, cut, slim]
-    with one_line('top-1 can\'t be measured'):
-        first, *others = top1(models, progress(val, 'measuring top-1', len(val)))
+    first, *others = top1(models, _reading(val, 'measuring top-1', len(val)))
     return dict(zip(('top-1, %', 'top-1 after BatchNorm recalibration, %'), [(first, other) for other in others]))
 
 
-def _load_checkpoint(model: nn.Module, path: Path) -> None:
-    module_filter = getattr(sys.modules[type(model).__module__], 'checkpoint_filter_fn', None)
-
-    def fitting(state_dict: Mapping[str, Tensor], model: nn.Module) -> Mapping[str, Tensor]:
-        state_dict = module_filter(state_dict, model) if module_filter else state_dict
-        problems = _misfits(model.state_dict(), state_dict)
-        if problems:
-            more = f' and {len(problems) - 3} more' if len(problems) > 3 else ''
-            raise PruningError(f'checkpoint {path} does not fit: {"; ".join(problems[:3])}{more}')
-        return state_dict
-
-    with one_line(f'checkpoint {path} not read'):
-        load_checkpoint(model, str(path), filter_fn=fitting)
+def _cost(dense: nn.Module, slim: nn.Module, quantity: str) -> Tuple[float, float]:
+    """Before and after this cut; a model that was pruned before starts from what that left."""
+    before, after = slim.pruning_plan.cost[quantity]
+    earlier = getattr(dense, 'pruning_plan', None)
+    return (earlier.cost[quantity][1] if earlier else before), after
 
 
-def _misfits(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> List[str]:
-    problems = []
-    for name in (*wanted, *(name for name in found if name not in wanted)):
-        if name not in found:
-            if not name.endswith('.num_batches_tracked'):  # torch fills it in
-                problems.append(f'{name} {tuple(wanted[name].shape)} is missing')
-        elif name not in wanted:
-            problems.append(f'{name} {tuple(found[name].shape)} is not in the model')
-        elif wanted[name].shape != found[name].shape:
-            problems.append(f'{name} is {tuple(found[name].shape)}, the model has {tuple(wanted[name].shape)}')
-    return problems
-
-
-def _print_result(
-        args: argparse.Namespace,
-        slim: nn.Module,
-        speed: Sequence[float],
-        sizes: Sequence[int],
-        accuracy: Mapping[str, Tuple[float, float]],
-        folder: Path,
-) -> None:
-    rows = [('', 'dense', 'pruned', 'ratio')]
-    for label, (dense, pruned), show in (
-        ('MACs', slim.pruning_plan.cost['macs'], format_count),
-        ('parameters', slim.pruning_plan.cost['params'], format_count),
-        ('size on disk, bytes', sizes, format_count),
-        ('latency, ms', speed, lambda ms: f'{ms:.2f}'),
-    ):
-        rows.append((label, show(dense), show(pruned), f'{pruned / dense:.3f}'))
-    for label, (dense, pruned) in accuracy.items():
-        rows.append((label, f'{dense:.2f}', f'{pruned:.2f}', f'{pruned / dense:.3f}' if dense else ''))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for label, *cells in rows:
+def _print_table(rows: Mapping[str, Tuple[Tuple[float, float], Callable[[float], str]]]) -> None:
+    table = [('', 'dense', 'pruned', 'ratio')]
+    for label, ((dense, pruned), show) in rows.items():
+        table.append((label, show(dense), show(pruned), f'{pruned / dense:.3f}' if dense else '-'))
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for label, *cells in table:
         print('  '.join([label.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))]))
-
-    weights = str(args.checkpoint) if args.checkpoint else 'pretrained' if args.pretrained else 'random'
-    print(f'weights: {weights}; latency: median at batch 1 on {args.device}, {torch.get_num_threads()} threads')
-    print(f'saved in {args.output}: timm.create_model({f"local-dir:{folder}"!r}, pretrained=True)')
 
 
 @contextmanager

@@ -8,7 +8,7 @@ a flatten), and nothing of the model itself is handed over.
 """
 import difflib
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -124,10 +124,19 @@ def score(
     tensors = {m.tensor: _tensor(model, m) for _, members in rules.values() for m in members}
     needs_data = CRITERIA[criterion].needs_data
     slopes = _slopes(model, tensors, criterion, data, loss_fn, seed) if needs_data else {}
-    return {
-        s.name: _score(s, *rules[s.name], tensors, slopes).cpu().numpy().astype(np.float64)
-        for s in structures
-    }
+    scores = {}
+    for s in structures:
+        rule, members = rules[s.name]
+        rule = replace(rule, normalizer=None) if s.kind == 'blocks' else rule
+        scores[s.name] = _score(s, rule, members, tensors, slopes).cpu().numpy().astype(np.float64)
+    return _across_blocks(structures, scores)
+
+
+def _across_blocks(structures: Sequence[Structure], scores: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
+    """A block is a structure of one unit: blocks are normalised by the mean over all of them."""
+    blocks = [s.name for s in structures if s.kind == 'blocks']
+    mean = np.mean([scores[name] for name in blocks]) if blocks else 0.0
+    return {name: score / mean if name in blocks and mean > 0 else score for name, score in scores.items()}
 
 
 def _random(structure: Structure, seed: int) -> np.ndarray:

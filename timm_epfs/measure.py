@@ -1,4 +1,5 @@
 """What a user wants to know of a dense and a pruned model side by side: size, speed and accuracy."""
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
@@ -6,7 +7,6 @@ from typing import Any, Iterable, List, Mapping, Optional, Sequence, Tuple, Unio
 import torch
 from timm.data import create_dataset, create_transform
 from torch import Tensor, nn
-from torch.utils.benchmark import timer
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .calibrate import eval_mode
@@ -22,11 +22,12 @@ def size_on_disk(model: nn.Module) -> int:
 
 
 @torch.inference_mode()
-def latencies(models: Sequence[nn.Module], images: Tensor, seconds: float = 2.0) -> List[float]:
+def latencies(models: Sequence[nn.Module], images: Tensor, seconds: float = 1.5) -> List[float]:
     """Median milliseconds of a forward of each model.
 
     The models take turns, so that what else runs on the machine slows all of them alike. The first turn warms up; it
-    counts only where it leaves no time for another.
+    counts only where it leaves no time for another. Not by ``torch.utils.benchmark``: its import logs to stderr on
+    machines with half a CUDA, and each of its measurements runs the model three times.
 
     Args:
         models: Models on the device of the images.
@@ -34,14 +35,20 @@ def latencies(models: Sequence[nn.Module], images: Tensor, seconds: float = 2.0)
         seconds: How long to measure.
     """
     times: List[List[float]] = [[] for _ in models]
-    start = timer()  # synchronises the accelerator
-    while timer() - start < seconds:
+    start = _now(images)
+    while _now(images) - start < seconds:
         for model, taken in zip(models, times):
             with eval_mode(model):
-                begin = timer()
+                begin = _now(images)
                 model(images)
-                taken.append(timer() - begin)
+                taken.append(_now(images) - begin)
     return [1000 * median(taken[1:] or taken) for taken in times]
+
+
+def _now(images: Tensor) -> float:
+    if images.device.type != 'cpu':
+        torch.accelerator.synchronize(images.device)
+    return time.perf_counter()
 
 
 @torch.inference_mode()

@@ -66,10 +66,19 @@ class Plan:
     recipe: Dict[str, Any] = field(default_factory=dict)
     cost: Dict[str, Tuple[float, float]] = field(default_factory=dict)
 
+    def removed_blocks(self) -> List[str]:
+        """Paths of the modules that are taken out whole."""
+        return [cut.structure.name for cut in self.cuts if cut.structure.kind == 'blocks' and not len(cut.keep)]
+
     def removed(self) -> Dict[str, Dict[int, np.ndarray]]:
-        """Entries that go, by tensor and dim, each sorted. An entry that several structures own goes with any."""
+        """Entries that go, by tensor and dim, each sorted. An entry that several structures own goes with any.
+
+        Blocks aren't among them: what is in a block goes with its module.
+        """
         gone: Dict[str, Dict[int, List[np.ndarray]]] = {}
         for cut in self.cuts:
+            if cut.structure.kind == 'blocks':
+                continue
             units = np.setdiff1d(np.arange(cut.structure.units), cut.keep)
             for member in cut.structure.members if len(units) else ():
                 gone.setdefault(member.tensor, {}).setdefault(member.dim, []).append(member.index[units].ravel())

@@ -70,7 +70,8 @@ class Report:
         del data['groups']
         for row in data['structures']:
             del row['count']
-        return {**data, 'skipped': [{'where': where, 'why': why} for where, why in self.skipped]}
+        skipped = [{'where': where, 'why': why} for where, why in self.skipped]
+        return {**data, 'structures': list(data['structures']), 'skipped': skipped}
 
     def __str__(self) -> str:
         lines = [f'{self.model}: {format_count(self.macs)} MACs, {format_count(self.params)} parameters']
@@ -84,7 +85,7 @@ class Report:
             if len(self.groups) < len(self.structures):
                 lines += ['', f'{len(self.structures)} structures, those of one shape in one row']
         else:
-            lines.append('nothing can be cut')
+            lines.append('nothing can be cut: every width is held by the input, the output or a mixing of channels')
         if self.skipped:
             lines += ['', 'nothing is cut around:']
             lines += [_clip(f'  {where}: {why}', _WIDTH) for where, why in self.skipped]
@@ -149,7 +150,7 @@ def _alike(structures: Iterable[Structure]) -> List[List[Structure]]:
     """Structures that differ by nothing but the numbers of their blocks, together."""
     groups: Dict[Tuple, List[Structure]] = {}
     for s in structures:
-        block, _, layer = s.name.rpartition('.')
+        block, _, layer = (s.name, '', '') if s.kind == 'blocks' else s.name.rpartition('.')
         key = (re.sub(r'\d+', '0', block), layer, s.kind, s.units, s.exact, s.reason, s.stream)
         groups.setdefault(key, []).append(s)
     return list(groups.values())

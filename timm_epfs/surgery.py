@@ -58,6 +58,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     tensors = _named_tensors(model)
     problems = _tensor_misfits(plan, tensors, absent=lambda name: _is_identity(model, name))
     problems += _attribute_misfits(model, plan.attributes)
+    problems += [f'block {name} is missing' for name in plan.removed_blocks() if not _has_module(model, name)]
     if problems:
         raise PruningError(f'{_misfit_message(plan, problems)}; cut the model that the plan was made for')
 
@@ -66,7 +67,21 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         _replaced(model, path.split('.'), value)
     for name in {name.rpartition('.')[0] for name in changed}:
         _refresh_shape_attributes(model.get_submodule(name))
+    for name in plan.removed_blocks():
+        model.set_submodule(name, nn.Identity())
+    _drop_caches(model)
     return model
+
+
+def _drop_caches(model: nn.Module) -> None:
+    """What modules keep between forwards in evaluation (levit's attention biases) was made from dense tensors.
+
+    timm drops it when training starts.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()
+    for module, training in modes:
+        module.training = training
 
 
 def slice_checkpoint(state_dict: Mapping[str, Tensor], plan: Plan) -> Dict[str, Tensor]:
@@ -89,10 +104,10 @@ def slice_checkpoint(state_dict: Mapping[str, Tensor], plan: Plan) -> Dict[str, 
     if problems:
         raise PruningError(f'{_misfit_message(plan, problems)}; give a dense checkpoint of the base, unwrapped')
 
-    removed = plan.removed()
+    removed, blocks = plan.removed(), tuple(f'{name}.' for name in plan.removed_blocks())
     return {
         name: _cut_tensor(tensor, removed[name]) if name in removed else tensor
-        for name, tensor in state_dict.items()
+        for name, tensor in state_dict.items() if not name.startswith(blocks)
     }
 
 
@@ -117,6 +132,13 @@ def inflate_checkpoint(state_dict: Mapping[str, Tensor], plan: Plan) -> Dict[str
             keep = torch.from_numpy(np.setdiff1d(np.arange(length), gone)).to(part.device)
             whole = part.new_zeros((*part.shape[:dim], length, *part.shape[dim + 1:]))
             dense[name] = whole.index_copy(dim, keep, part)
+    blocks = tuple(f'{name}.' for name in plan.removed_blocks())
+    if blocks:
+        base = build_base(plan.base, plan.base_args, device='meta').state_dict()
+        dense.update({
+            name: torch.zeros(tensor.shape, dtype=tensor.dtype)
+            for name, tensor in base.items() if name.startswith(blocks)
+        })
     return dense
 
 
@@ -176,6 +198,10 @@ def rebuild(plan: Plan, device: Optional[Union[str, torch.device]] = None) -> nn
     model = apply_plan(build_base(plan.base, plan.base_args, device), plan)
     model.pruning_plan = plan
     return model
+
+
+def _has_module(model: nn.Module, name: str) -> bool:
+    return any(path == name for path, _ in model.named_modules())
 
 
 def _named_tensors(model: nn.Module) -> Dict[str, Tensor]:

@@ -14,10 +14,16 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerType, calculate_drop_path_rates, create_classifier, get_act_layer, \
-    get_device_dtype, get_norm_layer
+from timm.layers import (
+    DropPath,
+    LayerType,
+    calculate_drop_path_rates,
+    create_classifier,
+    get_act_layer,
+    get_device_dtype,
+    get_norm_layer,
+)
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 

@@ -5,13 +5,15 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..cost import CostModel
 from ..errors import PruningError
 from ..structure import Size, Structure
-from .build import Blueprint, build
+from .build import Blueprint, blocks, build
+from .copies import meta_copy, quiet
 from .interface import watch_interface
-from .recorder import Recorder, meta_copy
+from .recorder import Recorder
 from .verify import Mismatch, replay
 
 __all__ = ['Trace', 'Skipped', 'trace', 'meta_copy']
@@ -59,15 +61,17 @@ def trace(
     Raises:
         PruningError: The forward fails.
     """
-    copy = meta_copy(model).eval()
+    copy = meta_copy(model)
     args, kwargs = _to_meta((args, kwargs or {}))
     rec = Recorder(copy)
     with watch_interface(copy, rec):
         try:
             rec.run(args, kwargs)
         except Exception as e:
-            message = (str(e).splitlines() or [''])[0]
-            raise PruningError(f"the model's forward fails on {_shapes(args, kwargs)}: {type(e).__name__}: {message}") from e
+            why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
+            raise PruningError(f"the model's forward fails on {_shapes(args, kwargs)}: {why}") from e
+    if cut is not None and rec.blocks and not _runs_without_blocks(model, rec, cut, args, kwargs):
+        rec.blocks = []
     skipped = _also_in_training(copy, rec, args, kwargs)
     skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
     del copy
@@ -93,12 +97,24 @@ def trace(
     return Trace(blueprint.structures, blueprint.cost, blueprint.attributes, tuple(skipped))
 
 
+def _runs_without_blocks(model: nn.Module, rec: Recorder, cut: Callable, args: Tuple, kwargs: Dict[str, Any]) -> bool:
+    copy = meta_copy(model).eval()
+    gone = blocks(rec)
+    cut(copy, gone, {s.name: np.zeros(0, dtype=np.int64) for s in gone}, {})
+    try:
+        with quiet():
+            copy(*args, **kwargs)
+    except Exception:
+        return False
+    return True
+
+
 def _also_in_training(copy: nn.Module, rec: Recorder, args: Tuple, kwargs: Dict[str, Any]) -> List[Skipped]:
     """Auxiliary heads run in training only: what they read must be cut along."""
     unseen = [name for name in rec.parameters if name not in rec.params]
     if not unseen:
         return []
-    pair = torch.utils._pytree.tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) else x, (args, kwargs))
+    pair = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) else x, (args, kwargs))
     try:
         rec.run(*pair, count=False, training=True)
     except Exception as e:
@@ -113,10 +129,10 @@ def _place(site: Tuple[str, int]) -> str:
 
 
 def _verify(model: nn.Module, rec: Recorder, blueprint: Blueprint, cut: Callable, args, kwargs) -> None:
-    """Cut about half of everything, by different amounts, and replay."""
+    """Cut about half of everything but whole blocks, by different amounts, and replay."""
     keep = {}
     for i, s in enumerate(blueprint.structures):
-        left = min(max(s.units // 2 + i % 3 - 1, 2), s.units - 1)
+        left = 1 if s.kind == 'blocks' else min(max(s.units // 2 + i % 3 - 1, 2), s.units - 1)
         keep[s.name] = np.sort(np.random.default_rng(i).permutation(s.units)[:left])
     left = {name: len(units) for name, units in keep.items()}
     copy = meta_copy(model).eval()
@@ -138,8 +154,7 @@ def _around(rec: Recorder, index: int, blueprint: Blueprint) -> Tuple[str, List[
 def _everything(rec: Recorder, index: int) -> Tuple[str, List[np.ndarray]]:
     """Nothing at the operation is free: give up what the operations before and after it in the same file touch."""
     op = rec.operations[index]
-    near = [o for o in rec.operations[max(index - 3, 0):index + 4]]
-    sites = {(o.name, o.site) for o in near}
+    sites = {(o.name, o.site) for o in rec.operations[max(index - 3, 0):index + 4]}
     found = []
     for other in rec.operations:
         if (other.name, other.site) in sites:
@@ -149,9 +164,9 @@ def _everything(rec: Recorder, index: int) -> Tuple[str, List[np.ndarray]]:
 
 
 def _to_meta(tree: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda x: x.to('meta') if isinstance(x, torch.Tensor) else x, tree)
+    return tree_map(lambda x: x.to('meta') if isinstance(x, torch.Tensor) else x, tree)
 
 
 def _shapes(args: Tuple, kwargs: Dict[str, Any]) -> str:
-    tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     return ', '.join(str(tuple(x.shape)) for x in tensors) or 'no input'

@@ -10,7 +10,7 @@ from ..structure import Member, Size, Structure
 from .labels import Label, Solution
 from .recorder import Recorder
 
-__all__ = ['Blueprint', 'build']
+__all__ = ['Blueprint', 'blocks', 'build']
 
 
 @dataclass
@@ -40,17 +40,15 @@ class Blueprint:
 
 def build(rec: Recorder, solution: Solution) -> Blueprint:
     dims = _parameter_dims(rec, solution)
-    groups = _by_signature(dims, _activation_labels(rec, solution), solution)
-    reasons = rec.labels.reasons(solution)
-    inputs = np.zeros(rec.labels.size, dtype=bool)
-    for label in rec.inputs_of_products:
-        inputs[label] = True
-    residual = rec.labels.residual(solution)
-    found = [_structure(rec, dims, units, solution, reasons, inputs, bool(residual[units].any())) for units in groups]
-    # the rest are constants that layers read, and vectors that no layer makes
-    made = [any(m.role == 'out' and m.tensor in rec.parameters for m in s.members) for s in found]
+    groups = _by_signature(dims, _activation_labels(rec), solution)
+    members = _members(rec, dims, groups, solution)
+    # What no layer makes is a constant that layers read, or a vector of its own: nothing to cut.
+    made = [any(m.role == 'out' and m.tensor in rec.parameters for m in found) for found in members]
     groups = [units for units, is_made in zip(groups, made) if is_made]
-    structures = _name([s for s, is_made in zip(found, made) if is_made])
+    members = [found for found, is_made in zip(members, made) if is_made]
+    whole = blocks(rec)
+    structures = _name(whole + _structures(rec, groups, members, solution))
+    structures = structures[len(whole):] + structures[:len(whole)]
     sizer = Sizer(solution, structures, groups)
     attributes, conflicts = _attributes(rec, sizer)
     return Blueprint(structures, _cost(rec, structures, sizer), attributes, conflicts, sizer)
@@ -65,10 +63,10 @@ def _parameter_dims(rec: Recorder, solution: Solution) -> List[_Dim]:
     ]
 
 
-def _activation_labels(rec: Recorder, solution: Solution) -> Iterable[np.ndarray]:
-    for dims, written in rec.products:
-        yield from (label for _, label in (*dims, *written) if label is not None)
-    for attribute in rec.attributes.values():
+def _activation_labels(rec: Recorder) -> Iterable[np.ndarray]:
+    for product in rec.products:
+        yield from (label for _, label in (*product.dims, *product.written) if label is not None)
+    for attribute in rec.follower.attributes.values():
         yield from (label for label, _ in attribute.seen if label is not None)
 
 
@@ -108,29 +106,66 @@ def _mix(hashes: np.ndarray, units: np.ndarray, number: int) -> None:
         hashes[owners] = (x ^ (x >> np.uint64(31))) | np.uint64(1)
 
 
-def _structure(
+def _members(
         rec: Recorder,
         dims: Sequence[_Dim],
-        units: np.ndarray,
+        groups: Sequence[np.ndarray],
         solution: Solution,
-        reasons: Dict[int, List[str]],
-        inputs: np.ndarray,
-        residual: bool,
-) -> Structure:
-    rank = np.full(len(solution.unit), -1, dtype=np.int64)
-    rank[units] = np.arange(len(units))
-    members = []
+) -> List[Tuple[Member, ...]]:
+    """Members of each group of units, in the order of the dims."""
+    group = np.full(len(solution.unit), -1, dtype=np.int64)
+    rank = np.zeros(len(solution.unit), dtype=np.int64)
+    for number, units in enumerate(groups):
+        group[units] = number
+        rank[units] = np.arange(len(units))
+    inputs = np.zeros(rec.labels.size, dtype=bool)
+    for label in rec.inputs_of_products:
+        inputs[label] = True
+
+    members: List[List[Member]] = [[] for _ in groups]
     for dim in dims:
-        owner = np.where(dim.unit >= 0, rank[dim.unit], -1)
-        at = np.flatnonzero(owner >= 0)
-        if len(at):
-            index = at[np.argsort(owner[at], kind='stable')].reshape(len(units), -1)
-            members.append(Member(dim.tensor, dim.dim, _role(rec, dim, inputs), index))
-    why = sorted({reason for u in units for reason in reasons.get(int(u), ())})
-    return Structure(
-        '', solution.kinds.get(int(units[0]), 'channels'), len(units), tuple(members),
-        exact=not why, reason='; '.join(why), stream=residual and 'normalised over the channels' in why,
-    )
+        owner = np.where(dim.unit >= 0, group[dim.unit], -1)
+        order = np.lexsort((rank[dim.unit], owner))
+        numbers, starts = np.unique(owner[order], return_index=True)
+        for number, at in zip(numbers.tolist(), np.split(order, starts[1:])):
+            if number >= 0:
+                index = at.reshape(len(groups[number]), -1)
+                members[number].append(Member(dim.tensor, dim.dim, _role(rec, dim, inputs), index))
+    return [tuple(found) for found in members]
+
+
+def _structures(
+        rec: Recorder,
+        groups: Sequence[np.ndarray],
+        members: Sequence[Tuple[Member, ...]],
+        solution: Solution,
+) -> List[Structure]:
+    reasons = rec.labels.reasons(solution)
+    residual = rec.labels.residual(solution)
+    structures = []
+    for units, found in zip(groups, members):
+        why = sorted({reason for u in units.tolist() for reason in reasons.get(u, ())})
+        structures.append(Structure(
+            '',
+            solution.kinds.get(int(units[0]), 'channels'),
+            len(units),
+            found,
+            exact=not why,
+            reason='; '.join(why),
+            stream=bool(residual[units].any()) and 'normalised over the channels' in why,
+        ))
+    return structures
+
+
+def blocks(rec: Recorder) -> List[Structure]:
+    """One structure of one unit a block; its members are what a mask on the block's branches would scale."""
+    found = []
+    for block in rec.blocks:
+        members = tuple(
+            Member(name, 0, 'out', np.arange(rec.parameters[name].shape[0])[None]) for name in block.last
+        )
+        found.append(Structure(block.module, 'blocks', 1, members))
+    return found
 
 
 def _role(rec: Recorder, dim: _Dim, inputs: np.ndarray) -> str:
@@ -150,7 +185,7 @@ def _name(structures: Sequence[Structure]) -> Tuple[Structure, ...]:
     named = []
     for s in structures:
         maker = next((m for m in s.members if m.role == 'out'), s.members[0])
-        name = maker.tensor.rpartition('.')[0] or maker.tensor
+        name = s.name or maker.tensor.rpartition('.')[0] or maker.tensor
         used[name] = used.get(name, 0) + 1
         name = name if used[name] == 1 else f'{name}#{used[name]}'
         named.append(Structure(name, s.kind, s.units, s.members, s.exact, s.reason, s.stream))
@@ -182,7 +217,7 @@ class Sizer:
 
 def _attributes(rec: Recorder, sizer: Sizer) -> Tuple[Dict[str, Size], List[np.ndarray]]:
     out, conflicts = {}, []
-    for attribute in rec.attributes.values():
+    for attribute in rec.follower.attributes.values():
         sizes = {
             Size(attribute.value) if label is None else _scaled(sizer(0, label), scale)
             for label, scale in attribute.seen
@@ -205,12 +240,13 @@ def _scaled(size: Size, scale: Fraction) -> Optional[Size]:
 
 def _cost(rec: Recorder, structures: Sequence[Structure], sizer: Sizer) -> CostModel:
     terms: List[Tuple[str, float, Tuple[Size, ...]]] = []
-    for dims, written in rec.products:
-        terms.append(('macs', 1.0, tuple(sizer(n, label) for n, label in dims)))
-        terms.append(('activations', 1.0, tuple(sizer(n, label) for n, label in written)))
-    parameters = dict(rec.parameters)
-    for name, tensor in parameters.items():
-        labels: Optional[List[Label]] = rec.params.get(name, (None, None))[1]
-        sizes = tuple(sizer(n, label) for n, label in zip(tensor.shape, labels or [None] * tensor.ndim))
-        terms.append(('params', 1.0, sizes))
+    gates = {block.module: Size(0, ((block.module, 1),)) for block in rec.blocks}
+    for product in rec.products:
+        gate = tuple(gates[name] for name in product.modules if name in gates)
+        terms.append(('macs', 1.0, (*(sizer(n, label) for n, label in product.dims), *gate)))
+        terms.append(('activations', 1.0, (*(sizer(n, label) for n, label in product.written), *gate)))
+    for name, tensor in rec.parameters.items():
+        labels: List[Label] = rec.params[name][1] if name in rec.params else [None] * tensor.ndim
+        gate = tuple(size for block, size in gates.items() if name.startswith(f'{block}.'))
+        terms.append(('params', 1.0, (*(sizer(n, label) for n, label in zip(tensor.shape, labels)), *gate)))
     return CostModel([s.name for s in structures], terms)

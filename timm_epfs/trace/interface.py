@@ -1,4 +1,4 @@
-"""Integers that a forward doesn't read but a user of the model does: ``num_features``, ``feature_info``, ``in_features`` …
+"""Integers that a user of the model reads, not its forward: ``num_features``, ``feature_info``, ``in_features`` …
 
 They are found by what they describe: the width of a module's input or output, or of what ``forward_features`` returns.
 """
@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from .recorder import Attribute, Recorder
+from .follow import Attribute
+from .recorder import Recorder
 
 __all__ = ['watch_interface']
 
@@ -27,7 +28,7 @@ def watch_interface(model: nn.Module, rec: Recorder) -> Iterator[None]:
 
     Args:
         model: The recorder's copy; it is left with hooks and is to be thrown away.
-        rec: Attributes found are added to ``rec.attributes``.
+        rec: Attributes found are added to ``rec.follower.attributes``.
     """
     widths: Dict[str, Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]] = {}
     for name, module in model.named_modules():
@@ -52,12 +53,12 @@ def _first(value: Any) -> Optional[torch.Tensor]:
 
 def _note(rec: Recorder, path: str, value: Any, tensor: Optional[torch.Tensor]) -> None:
     """``path`` is the width of ``tensor`` if one of its cuttable dims, the usual ones first, has that length."""
-    if type(value) is not int or tensor is None or path in rec.attributes:
+    if type(value) is not int or tensor is None or path in rec.follower.attributes:
         return
     labels = rec.labels_of(tensor)
     for d in (1, tensor.ndim - 1, *range(tensor.ndim)):
         if d < tensor.ndim and tensor.shape[d] == value and labels[d] is not None:
-            rec.attributes[path] = Attribute(path, value, [(labels[d], Fraction(1))])
+            rec.follower.attributes[path] = Attribute(path, value, [(labels[d], Fraction(1))])
             return
 
 

@@ -1,13 +1,13 @@
 """Labels: which entries of which dims stand or fall together.
 
 Every dim of every tensor that a forward touches carries either ``None`` (it can't be cut: batch, image rows, logits) or
-a *label*, an int array with one atom per entry. Operations pass labels on and tie atoms; once the forward has run, atoms
-that are tied, directly or through others, are one unit. Ties are only written down while tracing and solved at the
-end, in numpy, all at once.
+a *label*, an int array with one atom per entry. Operations pass labels on and tie atoms; once the forward has run,
+atoms that are tied, directly or through others, are one unit. Ties are only written down while tracing and solved at
+the end, in numpy, all at once.
 
 Reshapes that split or merge a cuttable dim (heads, groups) are the one thing that a tie can't say: after
-``view(B, N, 3, H, D)`` the entries left must form a box. Such a reshape is a ``Factor``: its axes get atoms of their own, and
-the solver picks the axis along which units are cut.
+``view(B, N, 3, H, D)`` the entries left must form a box. Such a reshape is a ``Factor``: its axes get atoms of their
+own, and the solver picks the axis along which units are cut.
 """
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional, Sequence, Tuple
@@ -17,6 +17,7 @@ import numpy as np
 __all__ = ['Labels', 'Label', 'Factor', 'Solution', 'PINNED']
 
 Label = Optional[np.ndarray]
+Tie = Tuple[np.ndarray, np.ndarray]
 PINNED = 0  # the atom that stands for "never cut"
 
 
@@ -51,12 +52,12 @@ class Labels:
 
     def __init__(self):
         self.size = 1  # atom 0 is PINNED
-        self._ties: List[Tuple[np.ndarray, np.ndarray]] = []
+        self._ties: List[Tie] = []
         self._pins: List[np.ndarray] = []
         self._batched: List[np.ndarray] = []
         self._inexact: List[Tuple[np.ndarray, str]] = []
         self._residual: List[np.ndarray] = []
-        self._equal: List[Tuple[np.ndarray, np.ndarray]] = []
+        self._equal: List[Tie] = []
         self._factors: List[Factor] = []
         self._axes: Dict[Tuple, Tuple[np.ndarray, ...]] = {}
         self._merged: Dict[Tuple, np.ndarray] = {}
@@ -145,44 +146,33 @@ class Labels:
 
     def solve(self, extra_pins: Sequence[np.ndarray] = ()) -> Solution:
         """Solve the ties: first without the factors, then with one axis chosen for each, until the choices hold."""
-        ties = _Ties(self.size, self._ties)
+        base = _components(np.arange(self.size, dtype=np.int64), self._ties)
         pins = np.concatenate([np.array([PINNED]), *self._pins, *extra_pins])
-        unit = ties.solve()
-        pinned = _spread(unit, pins)
+        pinned = _spread(base, pins)
         banned: List[set] = [set() for _ in self._factors]
+        batched = _spread(base, np.concatenate([np.array([PINNED]), *self._batched]))
+        batched &= base != base[PINNED]
         while True:
-            # heads are known by their use, and a factor's axes may be tied to it only through other factors
-            batched = _spread(unit, np.concatenate([np.array([PINNED]), *self._batched]))
-            batched &= unit != unit[PINNED]
             chosen = [_choose(factor, ban, pinned, batched) for factor, ban in zip(self._factors, banned)]
             factor_pins = [pins]
             edges = []
             for factor, choice in zip(self._factors, chosen):
                 _constrain(factor, choice, edges, factor_pins)
-            new_unit = ties.solve(edges)
+            unit = _components(base.copy(), edges)
             if self._equal:
-                new_unit = ties.solve(edges + _pair_units(new_unit, self._equal))
-            new_pinned = _spread(new_unit, np.concatenate(factor_pins))
+                unit = _components(base.copy(), edges + _pair_units(unit, self._equal))
+            now_pinned = _spread(unit, np.concatenate(factor_pins))
             broken = [
                 i for i, (factor, choice) in enumerate(zip(self._factors, chosen))
                 if choice is not None and any(
-                    new_pinned[axes[axis]].any() for (_, axes), axis in zip(factor.boxes, factor.choices[choice][0])
+                    now_pinned[axes[axis]].any() for (_, axes), axis in zip(factor.boxes, factor.choices[choice][0])
                 )
             ]
             if not broken:
                 break
             for i in broken:
                 banned[i].add(chosen[i])
-        kinds = {}
-        for factor, choice in zip(self._factors, chosen):
-            if choice is None:
-                continue
-            which, kind = factor.choices[choice]
-            for (_, axes), axis in zip(factor.boxes, which):
-                name = 'heads' if kind == 'channels' and batched[axes[axis]].all() else kind
-                if name != 'channels':
-                    kinds.update((int(u), name) for u in np.unique(new_unit[axes[axis]]) if kinds.get(int(u)) != 'heads')
-        return Solution(new_unit, new_pinned, kinds)
+        return Solution(unit, now_pinned, _kinds(self._factors, chosen, unit, batched))
 
     def residual(self, solution: Solution) -> np.ndarray:
         """True for each atom whose unit is part of a residual stream, shape (atoms,)."""
@@ -212,6 +202,24 @@ def _choose(factor: Factor, banned: set, pinned: np.ndarray, batched: np.ndarray
     return (heads or free or [None])[0]
 
 
+def _kinds(
+        factors: Sequence[Factor],
+        chosen: Sequence[Optional[int]],
+        unit: np.ndarray,
+        batched: np.ndarray,
+) -> Dict[int, str]:
+    """Kinds of the units that factors are cut along, by representative, where they aren't plain channels."""
+    kinds: Dict[int, str] = {}
+    for factor, choice in zip(factors, chosen):
+        which, kind = factor.choices[choice] if choice is not None else ((), '')
+        for (_, axes), axis in zip(factor.boxes, which):
+            name = 'heads' if kind == 'channels' and batched[axes[axis]].all() else kind
+            for u in np.unique(unit[axes[axis]]).tolist() if name != 'channels' else ():
+                if kinds.get(u) != 'heads':
+                    kinds[u] = name
+    return kinds
+
+
 def _constrain(factor: Factor, choice: Optional[int], edges: List, pins: List[np.ndarray]) -> None:
     for box, (entries, axes) in enumerate(factor.boxes):
         active = None if choice is None else factor.choices[choice][0][box]
@@ -225,7 +233,7 @@ def _constrain(factor: Factor, choice: Optional[int], edges: List, pins: List[np
             pins.append(entries.ravel())
 
 
-def _pair_units(unit: np.ndarray, equal: Sequence[Tuple[np.ndarray, np.ndarray]]) -> List[Tuple[np.ndarray, np.ndarray]]:
+def _pair_units(unit: np.ndarray, equal: Sequence[Tie]) -> List[Tie]:
     """Ties that keep two counts equal, in the order of the units, so that a unit of several entries meets one such."""
     return [(a[np.argsort(unit[a], kind='stable')], b[np.argsort(unit[b], kind='stable')]) for a, b in equal]
 
@@ -237,17 +245,7 @@ def _spread(unit: np.ndarray, atoms: np.ndarray) -> np.ndarray:
     return hit[unit]
 
 
-class _Ties:
-    """Connected components; the ties known from the start are solved once."""
-
-    def __init__(self, size: int, ties: Sequence[Tuple[np.ndarray, np.ndarray]]):
-        self._base = _components(np.arange(size, dtype=np.int64), ties)
-
-    def solve(self, more: Sequence[Tuple[np.ndarray, np.ndarray]] = ()) -> np.ndarray:
-        return _components(self._base.copy(), more) if more else self._base
-
-
-def _components(unit: np.ndarray, ties: Sequence[Tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+def _components(unit: np.ndarray, ties: Sequence[Tie]) -> np.ndarray:
     """Hook the larger of two roots under the smaller and halve the paths, until every tie is inside one unit."""
     if not ties:
         return unit

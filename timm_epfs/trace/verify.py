@@ -1,4 +1,4 @@
-"""Propose, then verify: a cut of everything, run on the meta copy, must repeat the forward with every length as predicted.
+"""Propose, then verify: a copy with everything cut must repeat the forward with every length as predicted.
 
 What doesn't is found by the operation at which the cut model leaves the road, and the dims it touches are pinned
 wherever that line of code runs. A wrong proposal costs coverage of a few layers, never a broken model.
@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .copies import quiet
 from .labels import Label
-from .recorder import TRANSPARENT, Operation, quiet, same_name
+from .recorder import TRANSPARENT, Operation, same_name
 
 __all__ = ['Mismatch', 'replay']
 
@@ -34,8 +35,8 @@ class Mismatch(Exception):
 class _Replay(TorchDispatchMode):
     """Compares lengths, operation by operation.
 
-    Which views and transposes a product needs depends on strides, which a cut may change: they may come and go. One that
-    isn't as predicted is only remembered, as the place to blame if what follows fails.
+    Which views and transposes a product needs depends on strides, which a cut may change: they may come and go. One
+    that isn't as predicted is only remembered, as the place to blame if what follows fails.
     """
 
     def __init__(self, operations: Sequence[Operation], length: Callable[[int, Label], int]):
@@ -121,7 +122,7 @@ def replay(
     """
     mode = _Replay(operations, length)
     try:
-        with quiet(cut), mode:
+        with quiet(), mode:
             cut(*args, **kwargs)
     except Mismatch:
         raise

@@ -1,0 +1,212 @@
+"""Masked against cut, on real numbers: 30 % of every structure marked exact, in one model of each family.
+
+Weights are random, and no norm parameter, statistic, bias or constant stays at a value that could hide a mistake.
+Masking zeroes, in the dense model, the entries by which consumers read the removed units. One row a name in
+results/exactness.csv, resumable.
+"""
+import argparse
+import copy
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, Dict, Iterable, List, Optional, Tuple
+
+import numpy as np
+import torch
+import zoo
+from common import RESULTS, Table, header, one_line, write_json
+from pool import run
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+from tqdm import tqdm
+from zoo_checks import module_of
+
+from timm_epfs import api
+from timm_epfs.structure import Structure
+from timm_epfs.surgery import TORCHVISION, apply_plan, build_base
+from timm_epfs.trace import Trace
+
+COLUMNS = (
+    'name', 'module', 'status', 'error', 'error64', 'changed', 'exact', 'inexact', 'reasons', 'params', 'message',
+)
+SHARE, TOLERANCE, BATCH = 0.3, 1e-4, 2
+
+
+def main() -> None:
+    args = parse_args()
+    table = Table(args.results / 'exactness.csv', COLUMNS)
+    if not args.summary:
+        names = args.names or representatives(args)
+        todo = [n for n in names if n not in table.rows or args.redo or table.rows[n]['status'] != 'ok']
+        try:
+            with tqdm(total=len(todo), unit='name') as bar:
+                for name, row in run(measure, todo, args.jobs, args.limit, args.memory):
+                    row = {'name': name, 'module': module_of(name), **row}
+                    table.put(row)
+                    if row['status'] != 'ok':
+                        bar.write(f'{name}: {row["status"]}: error {row.get("error")} {row.get("message", "")}')
+                    bar.update()
+        finally:
+            table.save()
+    result = summary(table)
+    print(json.dumps(result, indent=1))
+    if not args.names:
+        write_json(args.results / 'exactness.json', {'machine': header(), **result})
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('names', nargs='*', help='these names only')
+    parser.add_argument('--families', type=Path, help='JSON object whose keys are the names to check; '
+                        'without it the smallest name of each python module of timm')
+    parser.add_argument('--max-params', type=float, default=150e6, help='leave out larger models')
+    parser.add_argument('--jobs', type=int, default=2, help='processes')
+    parser.add_argument('--limit', type=float, default=300, help='seconds a name may take')
+    parser.add_argument('--memory', type=float, default=10, help='GB a process may allocate')
+    parser.add_argument('--redo', action='store_true', help='measure again what has a row')
+    parser.add_argument('--summary', action='store_true', help='only summarise the rows there are')
+    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
+    return parser.parse_args()
+
+
+def representatives(args: argparse.Namespace) -> List[str]:
+    """The families' names, or the smallest of each module of timm, and the smallest of each module of torchvision."""
+    names = zoo.all_names()
+    chosen = list(json.loads(args.families.read_text())) if args.families else []
+    rest = [n for n in names if not chosen or n.startswith(TORCHVISION)]
+    smallest: Dict[Tuple[bool, str], Tuple[int, str]] = {}
+    for name in tqdm(rest, desc='smallest of each module', unit='name', leave=False):
+        key = (name.startswith(TORCHVISION), module_of(name))
+        found = (_parameters(build_base(name, device='meta')), name)
+        smallest[key] = min(smallest.get(key, found), found)
+    chosen = {name: _parameters(build_base(name, device='meta')) for name in chosen}
+    chosen.update({name: params for params, name in smallest.values()})
+    return [name for name, params in sorted(chosen.items(), key=lambda item: item[1]) if params < args.max_params]
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def measure(name: str) -> Dict[str, Any]:
+    """The row of one name."""
+    row = {'status': 'failed'}
+    try:
+        torch.manual_seed(0)
+        model = build_base(name).eval()
+        randomise(model)
+        traced = api.trace_model(model)
+        exact = [s for s in traced.structures if s.exact]
+        row.update(
+            params=_parameters(model),
+            exact=len(exact),
+            inexact=len(traced.structures) - len(exact),
+            reasons='; '.join(f'{n} × {why}' for why, n in Counter(
+                s.reason for s in traced.structures if not s.exact).most_common()),
+        )
+        row['error'], row['changed'] = compare(model, traced)
+        if not row['error'] <= TOLERANCE:
+            row['error64'], _ = compare(model.double(), traced)
+        good = row.get('error64', row['error']) <= TOLERANCE and (row['changed'] > 0 or not exact)
+        row['status'] = 'ok' if good else 'differs'
+    except Exception as e:
+        row['message'] = one_line(e)
+    return row
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Replace every one-dimensional or constant tensor, where zeros and ones could hide a mistake."""
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(tensor, low, high):
+        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
+
+    for name, p in model.named_parameters():
+        if name.endswith('bias') and p.ndim == 1:
+            uniform(p, -0.5, 0.5)
+        elif p.ndim <= 1:
+            uniform(p, 0.5, 1.0)
+        elif p.numel() > 1 and p.min() == p.max():
+            uniform(p, -0.5, 0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith('running_mean'):
+            uniform(buffer, -0.5, 0.5)
+        elif name.endswith('running_var'):
+            uniform(buffer, 0.5, 1.0)
+
+
+@torch.no_grad()
+def compare(model: nn.Module, traced: Trace) -> Tuple[float, float]:
+    """How far masked is from cut, and how far masking moved the output, both relative to the masked output."""
+    keep, left = {}, {}
+    for i, s in enumerate(traced.structures):
+        gone = max(1, round(SHARE * s.units)) if s.exact and s.units > 1 else 0
+        keep[s.name] = np.sort(np.random.default_rng(i).permutation(s.units)[gone:])
+        left[s.name] = len(keep[s.name])
+    plan = api.make_plan(traced, keep, {})
+    inputs = _inputs(model)
+    dense = _output(model, inputs)
+    cut = _output(apply_plan(copy.deepcopy(model), plan), inputs)
+    masked = copy.deepcopy(model)
+    mask(masked, traced.structures, keep)
+    masked = _output(masked, inputs)
+    size = masked.abs().max()
+    return ((masked - cut).abs().max() / size).item(), ((masked - dense).abs().max() / size).item()
+
+
+def mask(model: nn.Module, structures: Iterable[Structure], keep: Dict[str, np.ndarray]) -> None:
+    """Zero what the consumers of removed units read them by."""
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for s in structures:
+        gone = np.setdiff1d(np.arange(s.units), keep[s.name])
+        for member in s.members:
+            if member.role == 'in' and len(gone):
+                entries = torch.from_numpy(member.index[gone].ravel())
+                tensors[member.tensor].data.index_fill_(member.dim, entries, 0)
+
+
+def _inputs(model: nn.Module):
+    generator = torch.Generator().manual_seed(1)
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+
+    def real(x):
+        if not isinstance(x, torch.Tensor):
+            return x
+        return torch.randn(BATCH, *x.shape[1:], generator=generator).to(dtype)
+
+    return tree_map(real, api.example_for(model))
+
+
+def _output(model: nn.Module, inputs) -> torch.Tensor:
+    args, kwargs = inputs
+    return torch.cat([x.flatten() for x in tree_leaves(model(*args, **kwargs)) if isinstance(x, torch.Tensor)])
+
+
+def summary(table: Table) -> Dict[str, Any]:
+    rows = list(table.rows.values())
+    measured = sorted((r for r in rows if r['error']), key=lambda r: -_error(r))
+    reasons: Counter = Counter()
+    for r in rows:
+        for count, why in re.findall(r'(\d+) × ([^;]+)', r['reasons']):
+            reasons[why] += int(count)
+    return {
+        'names': len(rows),
+        'ok': sum(r['status'] == 'ok' for r in rows),
+        'not_ok': {r['name']: r['status'] for r in rows if r['status'] != 'ok'},
+        'worst': {r['name']: _error(r) for r in measured[:5]},
+        'median_error': float(np.median([_error(r) for r in measured])) if measured else None,
+        'float64_needed': [r['name'] for r in measured if r['error64']],
+        'structures_exact': sum(int(r['exact'] or 0) for r in rows),
+        'structures_inexact': sum(int(r['inexact'] or 0) for r in rows),
+        'reasons': dict(reasons.most_common()),
+    }
+
+
+def _error(row: Dict[str, str]) -> Optional[float]:
+    return float(row['error64'] or row['error'])
+
+
+if __name__ == '__main__':
+    main()

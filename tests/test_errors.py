@@ -1,0 +1,331 @@
+"""Every bad input gets one clear line, and leaves nothing half-written."""
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from timm_epfs import hub
+from timm_epfs.api import prune
+from timm_epfs.cli import main
+from timm_epfs.errors import PruningError
+from timm_epfs.hub import save_pretrained
+from timm_epfs.plan import FORMAT, Plan
+from timm_epfs.surgery import apply_plan, rebuild, slice_checkpoint
+
+
+class Failing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        raise RuntimeError('this model is broken\nin two lines')
+
+
+class Branching(nn.Module):
+    """Its path depends on values, which a trace doesn't have."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.second = nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.second(x if x.sum().item() > 0 else -x)
+
+
+class Spectrum(nn.Module):
+    """All that could be cut goes through an operation that no rule covers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.head = nn.Conv2d(8, 8, 3)
+
+    def forward(self, x):
+        return self.head(torch.histc(self.conv(x).flatten(), 8).view(1, 8, 1, 1) * self.conv(x))
+
+
+IMAGE = torch.zeros(1, 3, 16, 16)
+
+
+def call(message, **arguments):
+    return arguments, message
+
+
+BAD_CALLS = {
+    'unknown name': call("'resnet5o'; nearest: resnet50", model='resnet5o', macs=0.5),
+    'unknown torchvision name': call('nearest: torchvision/resnet18', model='torchvision/resnet19', macs=0.5),
+    'name like nothing': call("give a timm name or 'torchvision/<name>'", model='§§§', macs=0.5),
+    'no model': call('NoneType was given', model=None, macs=0.5),
+    'no such folder': call("nowhere/at/all can't be loaded", model='local-dir:nowhere/at/all', macs=0.5),
+    'unknown argument': call('colour', model='test_resnet', macs=0.5, colour=1),
+    'arguments for a module': call('num_classes=', model=nn.Linear(2, 2), macs=0.5, num_classes=1),
+    'no weights known': call('No pretrained weights', model='resnet20_cifar', macs=0.5, pretrained=True),
+    'target 0': call('macs=0 was asked; give a share between 0 and 1', macs=0),
+    'target below 0': call('params=-0.5 was asked', params=-0.5),
+    'target 1': call('macs=1 was asked, the dense model has', macs=1),
+    'target above the model': call(r'params=1e\+12 was asked, the dense model has', params=1e12),
+    'target not a number': call('macs=nan was asked', macs=float('nan')),
+    'target as text': call("macs='0.5' was asked", macs='0.5'),
+    'target out of reach': call(r'asked for 0\.0 % of the MACs .* can reach \d+\.\d %', macs=1e-4),
+    'target out of reach under a floor': call(r'can reach \d\d\.\d %', params=0.3, floor=0.9),
+    'two budgets': call('2 budgets were given, one is needed', macs=0.5, params=0.5),
+    'no budget': call('0 budgets were given'),
+    'unknown criterion': call("unknown criterion 'l3'", macs=0.5, criterion='l3'),
+    'criterion without its data': call("'taylor' needs data, found none", macs=0.5, criterion='taylor'),
+    'criterion with empty data': call('found no batch', macs=0.5, criterion='obdc', data=[]),
+    'criterion with images alone': call(r'needs batches of \(images, ta', macs=0.5, criterion='taylor', data=[IMAGE]),
+    'exclude of nothing': call("exclude: nothing that can be cut is named 'nowhere'", macs=0.5, exclude=['nowhere']),
+    'only of nothing': call("only: nothing that can be cut is named 'nowhere\\*'", macs=0.5, only=['nowhere*']),
+    'exclude as text': call("exclude=\\['conv1'\\]", macs=0.5, exclude='conv1'),
+    'exclude of everything': call('nothing is left to cut', macs=0.5, exclude=['*']),
+    'ratios of nothing': call("'nowhere'", macs=0.5, ratios={'nowhere': 0.5}),
+    'unknown scope': call("scope='cosmic'", macs=0.5, scope='cosmic'),
+    'rounding to 0': call('round_to=0', macs=0.5, round_to=0),
+    'unknown kind': call("'colours'", macs=0.5, kinds=['colours']),
+    'input unknown': call('give example_input=', model=Failing(), macs=0.5),
+    'failing forward': call('forward fails .* this model is broken', model=Failing(), macs=0.5, example_input=IMAGE),
+    'wrong input': call(r'forward fails on \(1, 2, 16, 16\)', macs=0.5, example_input=IMAGE[:, :2]),
+    'untraceable': call(r'forward fails .* Tensor\.item\(\)', model=Branching(), macs=0.5, example_input=IMAGE),
+    'operation without a rule': call('nothing is left .* histc', model=Spectrum(), macs=0.5, example_input=IMAGE),
+    'nothing to cut': call('nothing is left to cut', model=nn.Linear(16, 4), macs=0.5, example_input=IMAGE[0]),
+}
+
+
+@pytest.fixture(scope='module')
+def dense():
+    torch.manual_seed(0)
+    return timm.create_model('test_resnet').eval()
+
+
+@pytest.fixture(scope='module')
+def slim(dense):
+    return prune(dense, macs=0.7)
+
+
+@pytest.fixture
+def plan(slim):
+    """A plan's JSON values, to spoil."""
+    return slim.pruning_plan.to_dict()
+
+
+def line(error):
+    """The message, which is one line."""
+    text = str(error.value)
+    assert text and len(text.splitlines()) == 1 and '\\n' not in text
+    return text
+
+
+@pytest.mark.parametrize('case', BAD_CALLS)
+def test_bad_calls(case):
+    arguments, message = BAD_CALLS[case]
+    with pytest.raises(PruningError, match=message) as e:
+        prune(**{'model': 'test_resnet', **arguments})
+    line(e)
+
+
+def test_how_far_it_can_go_is_how_far_it_goes():
+    with pytest.raises(PruningError) as e:
+        prune('test_resnet', macs=1e-4, round_to=1)
+    reach = float(line(e).split('can reach ')[1].split(' %')[0]) / 100
+    plan = prune('test_resnet', macs=reach + 0.001, round_to=1).pruning_plan
+    assert plan.cost['macs'][1] / plan.cost['macs'][0] == pytest.approx(reach, abs=0.002)
+
+
+def test_a_pruned_model_is_pruned_again(dense, slim):
+    twice = prune(slim, macs=0.5)
+    first, second = (model.pruning_plan.cost['macs'] for model in (slim, twice))
+    assert second == (first[0], pytest.approx(first[1] / 2, rel=0.02))
+    again = rebuild(twice.pruning_plan)
+    again.load_state_dict(slice_checkpoint(dense.state_dict(), twice.pruning_plan))
+    with torch.no_grad():
+        assert torch.equal(again.eval()(IMAGE), twice(IMAGE))
+
+
+def spoil_cut(**fields):
+    def spoil(plan):
+        plan['cuts'][0].update(fields)
+    return spoil
+
+
+BAD_PLANS = {
+    'newer format': (lambda plan: plan.update(format=FORMAT + 1), f'format {FORMAT + 1}.*upgrade'),
+    'no format': (lambda plan: plan.pop('format'), 'no timm_epfs plan'),
+    'no cuts': (lambda plan: plan.pop('cuts'), "no field 'cuts'"),
+    'unknown field': (lambda plan: plan.update(extra=1), "unknown field 'extra'"),
+    'index out of range': (spoil_cut(keep='0-2,999'), 'cuts\\[0\\].keep: unit 999 is out of range'),
+    'index duplicated': (spoil_cut(keep='0,1,1'), 'repeated or unsorted'),
+    'index unsorted': (spoil_cut(keep='3,1'), 'repeated or unsorted'),
+    'index that is none': (spoil_cut(keep='some'), 'cuts\\[0\\].keep'),
+    'missing members': (spoil_cut(members=[]), 'cuts\\[0\\].members'),
+    'no field members': (lambda plan: plan['cuts'][0].pop('members'), "no field 'members'"),
+    'member that is none': (spoil_cut(members=['conv1']), 'cuts\\[0\\].members\\[0\\]'),
+    'weights smuggled in': (lambda plan: plan.update(base_args={'checkpoint_path': 'x'}), "'checkpoint_path'"),
+    'unknown base': (lambda plan: plan.update(base='resnet5o'), 'nearest: resnet50'),
+    'another base': (lambda plan: plan.update(base='test_vit'), 'a plan for another base'),
+    'another size of base': (lambda plan: plan.update(base='resnet18'), 'a plan for another base'),
+}
+
+
+@pytest.mark.parametrize('case', BAD_PLANS)
+def test_bad_plans(plan, case, tmp_path):
+    spoil, message = BAD_PLANS[case]
+    spoil(plan)
+    (tmp_path / 'plan.json').write_text(json.dumps(plan))
+    with pytest.raises(PruningError, match=message) as e:
+        rebuild(Plan.load(tmp_path / 'plan.json'))
+    line(e)
+    with pytest.raises(PruningError, match=message) as e:
+        timm.create_model('epfs_pruned', plan=plan)
+    line(e)
+
+
+@pytest.mark.parametrize('text', ['', '{', 'null', '[]', '{"format": NaN}', '\x00', '{"a":' * 100_000])
+def test_what_is_no_json_is_no_plan(text):
+    with pytest.raises(PruningError, match='^plan') as e:
+        Plan.from_json(text)
+    line(e)
+
+
+def test_a_plan_for_another_model_leaves_it_as_it_was(slim):
+    model = timm.create_model('test_resnet', num_classes=7, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(PruningError, match='another base') as e:
+        apply_plan(model, slim.pruning_plan)
+    line(e)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_checkpoint_that_does_not_fit_is_named_by_three_tensors(slim):
+    other = timm.create_model('test_resnet', channels=(8, 8, 8, 8)).state_dict()
+    with pytest.raises(PruningError) as e:
+        slice_checkpoint(other, slim.pruning_plan)
+    named = [name for name in other if f'{name} ' in line(e)]
+    assert len(named) == 3 and all(str(tuple(other[name].shape)) in line(e) for name in named)
+    assert ' more' in line(e)
+
+
+def test_a_checkpoint_of_another_architecture_is_named_by_what_is_missing(slim):
+    with pytest.raises(PruningError, match='is missing') as e:
+        slice_checkpoint(timm.create_model('test_vit').state_dict(), slim.pruning_plan)
+    assert line(e).count('is missing') == 3
+
+
+def test_a_full_disk_leaves_nothing(slim, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(hub.safetensors.torch, 'save_file', full)
+    with pytest.raises(PruningError, match='No space left on device') as e:
+        save_pretrained(slim, tmp_path / 'out')
+    line(e)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_kill_in_the_middle_leaves_no_folder_and_the_old_one_whole(slim, tmp_path):
+    """Killed after the weights and before the config: what has the asked name is whole, or isn't there."""
+    save_pretrained(slim, tmp_path / 'old')
+    before = {path.name: path.read_bytes() for path in (tmp_path / 'old').iterdir()}
+    script = textwrap.dedent('''
+        import os, signal, sys, timm
+        from timm_epfs import hub
+        model = timm.create_model(f'local-dir:{sys.argv[1]}/old', pretrained=True)
+        hub._save_config = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+        hub.save_pretrained(model, sys.argv[1] + '/' + sys.argv[2], overwrite=True)
+    ''')
+    killed = [subprocess.Popen([sys.executable, '-c', script, str(tmp_path), name]) for name in ('old', 'new')]
+    assert [process.wait(timeout=120) for process in killed] == [-9, -9]
+    assert not (tmp_path / 'new').exists()
+    assert {path.name: path.read_bytes() for path in (tmp_path / 'old').iterdir()} == before
+
+
+def test_a_model_without_a_plan_or_a_base_is_not_saved(dense, tmp_path):
+    with pytest.raises(PruningError, match='has no pruning_plan') as e:
+        save_pretrained(dense, tmp_path / 'out')
+    line(e)
+    own = prune(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1)), macs=0.5, example_input=IMAGE)
+    with pytest.raises(PruningError, match='names no base') as e:
+        save_pretrained(own, tmp_path / 'out')
+    line(e)
+    assert list(tmp_path.iterdir()) == []
+
+
+SHELL_ERRORS = {
+    'no command': ('', 'required: COMMAND'),
+    'unknown command': ('prone test_resnet', "'prone'"),
+    'unknown name': ('inspect resnet5o', 'nearest: resnet50'),
+    'unknown name to prune': ('prune resnet5o --macs 0.5 -o OUT', 'nearest: resnet50'),
+    'no budget': ('prune test_resnet -o OUT', '--macs --params is required'),
+    'two budgets': ('prune test_resnet --macs 0.5 --params 0.5 -o OUT', 'not allowed with'),
+    'no output': ('prune test_resnet --macs 0.5', '-o/--output'),
+    'target 0': ('prune test_resnet --macs 0 -o OUT', 'macs=0'),
+    'target below 0': ('prune test_resnet --macs -0.5 -o OUT', 'macs=-0.5'),
+    'target out of reach': ('prune test_resnet --macs 0.0001 -o OUT', 'can reach'),
+    'target as text': ('prune test_resnet --macs half -o OUT', "'half'"),
+    'unknown criterion': ('prune test_resnet --macs 0.5 --criterion l3 -o OUT', "nearest is 'l"),
+    'criterion without its data': ('prune test_resnet --macs 0.5 --criterion taylor -o OUT', 'give --data-dir'),
+    'unknown kind': ('prune test_resnet --macs 0.5 --kinds colours -o OUT', "'colours'"),
+    'exclude of nothing': ('prune test_resnet --macs 0.5 --exclude nowhere -o OUT', "'nowhere'"),
+    'no data': ('prune test_resnet --macs 0.5 --data-dir OUT/x -o OUT', 'does not exist'),
+    'data without images': ('prune test_resnet --macs 0.5 --data-dir . -o OUT', "no images of split 'train'"),
+    'batch of nothing': ('prune test_resnet --macs 0.5 -b 0 -o OUT', "'0'"),
+    'no checkpoint': ('prune test_resnet --macs 0.5 --checkpoint OUT.safetensors -o OUT', 'does not exist'),
+    'pickle': ('prune test_resnet --macs 0.5 --checkpoint model.pth -o OUT', 'convert it'),
+    'pickle by another name': ('prune test_resnet --macs 0.5 --checkpoint pickle.safetensors -o OUT', 'not read'),
+    'checkpoint of another model': (
+        'prune test_resnet --macs 0.5 --checkpoint vit.safetensors -o OUT', 'does not fit: .*; .*; .* and \\d+ more'),
+    'taken folder': ('prune test_resnet --macs 0.5 -o TAKEN', 'is not empty'),
+    'folder of something else': ('prune test_resnet --macs 0.5 -o TAKEN --overwrite', "holds 'thesis.txt'"),
+    'file as folder': ('prune test_resnet --macs 0.5 -o TAKEN/thesis.txt', 'is a file'),
+    'unknown device': ('prune test_resnet --macs 0.5 --device abacus -o OUT', "'abacus' can't be used"),
+    'bad model arguments': ('inspect test_resnet --model-kwargs colour', "'colour' is not key=value"),
+    'unknown model arguments': ('inspect test_resnet --model-kwargs colour=3', 'colour'),
+}
+
+
+@pytest.fixture(scope='module')
+def bad_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('bad')
+    (folder / 'TAKEN').mkdir()
+    (folder / 'TAKEN' / 'thesis.txt').write_text('years of work')
+    torch.save({'a': torch.zeros(1)}, folder / 'model.pth')
+    (folder / 'pickle.safetensors').write_bytes((folder / 'model.pth').read_bytes())
+    safetensors.torch.save_file(timm.create_model('test_vit').state_dict(), folder / 'vit.safetensors')
+    return folder
+
+
+@pytest.mark.parametrize('case', SHELL_ERRORS)
+def test_the_shell_says_it_in_one_line_and_exits_with_2(case, bad_files, monkeypatch, capsys):
+    command, message = SHELL_ERRORS[case]
+    monkeypatch.chdir(bad_files)
+    before = {path: path.read_bytes() for path in bad_files.rglob('*') if path.is_file()}
+    try:
+        code = main(command.split())
+    except SystemExit as e:  # argparse's own way out
+        code = e.code
+    out, err = capsys.readouterr()
+    assert code == 2 and out == ''
+    assert err.count('\n') == 1 and err.startswith('timm-epfs: error: ')
+    assert re.search(message, err), err
+    assert {path: path.read_bytes() for path in bad_files.rglob('*') if path.is_file()} == before
+
+
+def test_a_folder_that_is_taken_is_refused_before_any_work(bad_files, monkeypatch, capsys):
+    def work(*args, **kwargs):
+        raise AssertionError('built a model first')
+
+    monkeypatch.setattr('timm_epfs.cli.create_base', work)
+    monkeypatch.chdir(bad_files)
+    assert main('prune test_resnet --macs 0.5 -o TAKEN'.split()) == 2
+    assert '--overwrite' in capsys.readouterr().err

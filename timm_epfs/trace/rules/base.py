@@ -1,0 +1,53 @@
+"""The table of rules, and the two that stand in where an operation has none."""
+from typing import Any, Callable, Dict, List, Sequence
+
+import torch
+
+from ..labels import Label
+
+__all__ = ['Dims', 'RULES', 'elementwise', 'opaque', 'rule', 'axis', 'axes']
+
+Dims = List[Label]
+RULES: Dict[str, Callable[..., Any]] = {}
+
+
+def rule(*names: str):
+    def register(fn):
+        RULES.update(dict.fromkeys(names, fn))
+        return fn
+    return register
+
+
+def axis(dim: int, ndim: int) -> int:
+    return dim % ndim if ndim else 0
+
+
+def axes(dim, ndim: int) -> List[int]:
+    if dim is None or (isinstance(dim, (list, tuple)) and not dim):
+        return list(range(ndim))
+    return [axis(d, ndim) for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
+
+
+def elementwise(rec, args: Sequence[Any], out: torch.Tensor) -> Dims:
+    """Broadcasting ties the dims of all operands, aligned at the last."""
+    result: Dims = [None] * out.ndim
+    seen = [False] * out.ndim
+    for tensor in rec.tensors(args):
+        labels = rec.labels_of(tensor)
+        for back in range(1, tensor.ndim + 1):
+            if back > out.ndim or tensor.shape[-back] != out.shape[-back] or out.shape[-back] == 1:
+                continue
+            result[-back] = rec.labels.tie(result[-back], labels[-back]) if seen[-back] else labels[-back]
+            seen[-back] = True
+    activations = [t for t in rec.tensors(args) if t.shape == out.shape and not rec.is_weight(t)]
+    if rec.name in ('add', 'add_') and len(activations) > 1:
+        for label in result:
+            rec.labels.mark_residual(label)
+    return result
+
+
+def opaque(rec, args: Sequence[Any], out: Any) -> None:
+    """Nothing is known: pin whatever touches it."""
+    for tensor in rec.tensors(args):
+        for label in rec.labels_of(tensor):
+            rec.labels.pin(label)
