@@ -73,11 +73,12 @@ def _ours(name: str, row: Dict[str, Any], caught: List) -> None:
     counts = traced.cost.counts(dense)
     plan = slim.pruning_plan
     macs, left = plan.cost['macs']
+    inside = [s for s in traced.structures if s.kind != 'blocks']  # a block taken out whole cuts no layer
     row.update(
         macs=round(macs),
         macs_ratio=left / macs,
-        share_cuttable=traced.cost.share('macs', set(dense), counts),
-        share_exact=traced.cost.share('macs', {s.name for s in traced.structures if s.exact}, counts),
+        share_cuttable=traced.cost.share('macs', {s.name for s in inside}, counts),
+        share_exact=traced.cost.share('macs', {s.name for s in inside if s.exact}, counts),
         structures=len(dense),
         streams_used=any(c.structure.stream and len(c.keep) < c.structure.units for c in plan.cuts),
         skipped=len(traced.skipped),

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from timm_epfs.api import create_base
 from timm_epfs.structure import Structure
-from timm_epfs.surgery import build_base
 
 
 @torch.no_grad()
@@ -37,25 +37,26 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def masked(model: nn.Module, structures: Iterable[Structure], keep: Mapping[str, np.ndarray]) -> nn.Module:
-    """A copy in which the consumers of the units that go read them by zeros. Nothing is cut."""
+    """A copy in which consumers read the units that go by zeros, and blocks that go add zero. Nothing is cut."""
     model = copy.deepcopy(model)
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     for s in structures:
         gone = np.setdiff1d(np.arange(s.units), keep[s.name])
         for member in s.members:
-            if member.role == 'in':
+            if member.role == 'in' or s.kind == 'blocks':
                 tensors[member.tensor].index_fill_(member.dim, torch.from_numpy(member.index[gone].ravel()), 0)
     return model
 
 
-def drop(structures: Iterable[Structure], share: float, seed: int = 0) -> Dict[str, np.ndarray]:
-    """Units that stay when a random share of every exact structure goes, at least one unit of each."""
-    rng = np.random.default_rng(seed)
-    return {
-        s.name: np.sort(rng.permutation(s.units)[max(1, round(share * s.units)) if s.exact and s.units > 1 else 0:])
-        for s in structures
-    }
+def drop(structures: Iterable[Structure], share: float = 0.3, exact: bool = True) -> Dict[str, np.ndarray]:
+    """Units that stay when a random share of every structure goes, of the exact ones or of the others. Blocks stay."""
+    rng = np.random.default_rng(0)
+    keep = {}
+    for s in structures:
+        gone = max(1, round(share * s.units)) if s.exact == exact and s.kind != 'blocks' else 0
+        keep[s.name] = np.sort(rng.permutation(s.units)[gone:])
+    return keep
 
 
 def flat(out: Any) -> torch.Tensor:
@@ -77,11 +78,13 @@ class Row:
         name: timm name or ``'torchvision/<name>'``.
         size: Height and width of the input.
         args: Arguments that make it smaller.
+        exact: Whether anything in it can be cut exactly.
     """
     coupling: str
     name: str
     size: int
     args: Dict[str, Any] = field(default_factory=dict)
+    exact: bool = True
 
     @property
     def id(self) -> str:
@@ -89,7 +92,7 @@ class Row:
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
-        return randomise(build_base(self.name, self.args).eval())
+        return randomise(create_base(self.name, **self.args))
 
     def images(self, batch: int = 2) -> torch.Tensor:
         return torch.randn(batch, 3, self.size, self.size, generator=torch.Generator().manual_seed(1))
@@ -128,24 +131,25 @@ MODELS: Tuple[Row, ...] = (
     Row('parallel convolutions summed', 'repvgg_a0', 64),
     Row('concatenation with gate (one-shot aggregation)', 'ese_vovnet19b_slim_dw', 64),
     Row('standardised weights', 'test_nfnet', 64),
-    Row('standardised weights, GroupNorm', 'resnetv2_50x1_bit', 64),
+    Row('standardised weights, GroupNorm', 'resnetv2_50x1_bit', 64, exact=False),
     Row('GroupNorm', 'test_efficientnet_gn', 64),
     Row('LayerNorm over channels, layer scale', 'test_convnext', 64),
-    Row('global response normalisation', 'convnextv2_atto', 64, {'depths': _ONE_EACH}),
+    Row('global response normalisation', 'convnextv2_atto', 64, {'depths': _ONE_EACH}, exact=False),
     Row('gated convolution (GLU)', 'test_mambaout', 64),
     Row('auxiliary heads', 'torchvision/googlenet', 64, {'aux_logits': True, 'init_weights': False}),
     # attention
     Row('fused qkv', 'test_vit', 64, {'img_size': 64}),
     Row('relative position table', 'test_vit_relpos', 64, {'img_size': 64}),
-    Row('separate q, k, v; RoPE; SwiGLU', 'eva02_base_patch14_224', 56, {
-        'img_size': 56, 'depth': 2, 'embed_dim': 96, 'num_heads': 4, 'num_classes': 10}),
+    Row('RoPE; SwiGLU', 'eva02_tiny_patch14_224', 56, {'img_size': 56, 'depth': 4, 'num_classes': 10}),
+    Row('separate q, k, v; SwiGLU with a norm inside', 'eva02_base_patch14_224', 56, {
+        'img_size': 56, 'depth': 4, 'embed_dim': 128, 'num_heads': 8, 'num_classes': 10}, exact=False),
     Row('packed kv of reduced tokens', 'pvt_v2_b0', 64),
     Row('windows with a relative position table', 'swin_tiny_patch4_window7_224', 56, {
         'img_size': 56, 'embed_dim': 48, 'depths': (2, 1, 1, 1)}),
     Row('windows (torchvision)', 'torchvision/swin_t', 64),
     Row('grid and block attention between convolutions', 'test_maxvit', 64, {'img_size': 64}),
-    Row('talking heads, class attention', 'cait_xxs24_224', 64, {'img_size': 64, 'depth': 2}),
-    Row('cross-covariance', 'xcit_nano_12_p16_224', 64, {'img_size': 64, 'depth': 2}),
+    Row('talking heads, class attention', 'cait_xxs24_224', 64, {'img_size': 64, 'depth': 4}),
+    Row('cross-covariance', 'xcit_nano_12_p16_224', 64, {'img_size': 64, 'depth': 4}),
     Row('unequal widths of key and value', 'levit_128s', 64, {'img_size': 64}),
     Row('linear attention', 'efficientvit_b0', 64),
     Row('additive attention with einsum and efficient pooling', 'swiftformer_xs', 64),
@@ -155,6 +159,6 @@ MODELS: Tuple[Row, ...] = (
     Row('outlook attention', 'volo_d1_224', 64, {'img_size': 64}),
     Row('focal modulation', 'focalnet_tiny_srf', 64),
     Row('tokens mixed by an MLP', 'mixer_s32_224', 64, {'img_size': 64}),
-    Row('tokens mixed by a gate', 'gmlp_ti16_224', 64, {'img_size': 64}),
+    Row('tokens mixed by a gate', 'gmlp_ti16_224', 64, {'img_size': 64}, exact=False),
     Row('bidirectional LSTM', 'sequencer2d_s', 64, {'layers': _ONE_EACH, 'img_size': 64}),
 )

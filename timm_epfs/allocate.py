@@ -6,45 +6,21 @@ is a place on that path, found by bisection. Where the steps are too coarse to m
 path: those that lose the least importance.
 """
 import warnings
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from math import ceil, gcd, isfinite
-from numbers import Integral, Real
-from typing import Collection, Dict, List, Mapping, Optional, Sequence, Tuple
+from math import ceil, gcd
+from numbers import Integral
+from typing import Collection, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 
-from .cost import CostModel
+from .cost import Budget, CostModel, is_number
 from .errors import PruningError
+from .search import TOLERANCE, Search
 from .structure import Structure
 
 __all__ = ['Budget', 'SCOPES', 'allocate', 'budget_from']
 
 SCOPES = ('global', 'local', 'isomorphic')
-LABELS = {'macs': 'MACs', 'params': 'parameters'}
-# Shares of the dense cost: how far from the target needs no warning, and what a repair aims at and must gain a move.
-TOLERANCE, NEAR, PROGRESS = 0.01, 0.001, 1e-6
-# How many steps from the path a repair may take a structure, where the gap is still wider than this.
-REACHES = ((1, NEAR), (4, 2 * NEAR), (16, TOLERANCE), (1 << 30, TOLERANCE))
-FIRST_MOVES = 128  # an exchange is tried from so many first moves, for about 0.1 ms each
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a model may cost: ``target`` (an absolute count) of ``quantity`` (``'macs'`` or ``'params'``).
-
-    Raises:
-        PruningError: The quantity is unknown, or the target is not a positive finite number.
-    """
-    quantity: str
-    target: float
-
-    def __post_init__(self):
-        if self.quantity not in LABELS:
-            raise PruningError(f'a budget on {self.quantity!r} was asked; choose one of {", ".join(LABELS)}')
-        if not _is_number(self.target) or self.target <= 0:
-            raise PruningError(
-                f'{self.quantity}={self.target!r} was asked; give a share between 0 and 1, or a count of more than 1')
 
 
 def budget_from(
@@ -126,9 +102,12 @@ def allocate(
 
     grids = [_grid(s, _step(s, round_to), floor, shares.get(s.name)) for s in ordered]
     finest = [grid if s.name in shares else _grid(s, 1, floor) for s, grid in zip(ordered, grids)]
-    search = _Search(cost, budget, grids, [np.sort(values[s.name])[::-1] for s in ordered])
+    search = Search(cost, budget, grids, [np.sort(values[s.name])[::-1] for s in ordered])
     _check_reach(search, finest, floor)
-    at = search.repair(search.walk(_sets(ordered, scope)))
+    sets = _sets(ordered, scope)
+    at = search.repair(search.walk(sets))
+    if abs(search.gap(at)) > TOLERANCE:
+        at = search.settle_coarsest(at, sets)
     while round_to is None and abs(search.gap(at)) > TOLERANCE:
         refined = search.refine(at, finest)
         if refined is None:
@@ -139,152 +118,6 @@ def allocate(
         _warn(search, at, round_to, finest)
     left = dict(zip(cost.names, search.choices[at]))
     return {name: _top(values[name], left[name]) for name in by_name}
-
-
-class _Search:
-    """The grids of all structures, laid end to end. A place ``at`` is one position for each structure.
-
-    Costs and gaps are shares of the dense cost.
-    """
-
-    def __init__(self, cost: CostModel, budget: Budget, grids: List[np.ndarray], descending: List[np.ndarray]):
-        self.cost, self.budget, self.grids, self.descending = cost, budget, grids, descending
-        self.units = np.array([len(scores) for scores in descending])
-        self.dense = cost(budget.quantity, self.units)
-        self.asked, self.label = budget.target / self.dense, LABELS[budget.quantity]
-        self.choices = np.concatenate(grids)
-        self.last = np.cumsum([len(grid) for grid in grids]) - 1
-        self.first = np.append(0, self.last[:-1] + 1)
-        self.worth = np.concatenate([np.append(0.0, np.cumsum(d))[grid] for d, grid in zip(descending, grids)])
-
-    def price(self, counts: np.ndarray) -> float:
-        return self.cost(self.budget.quantity, counts) / self.dense
-
-    def slope(self, at: np.ndarray) -> np.ndarray:
-        return self.cost.gradient(self.budget.quantity, self.choices[at]) / self.dense
-
-    def gap(self, at: np.ndarray) -> float:
-        """How far the cost is above the target."""
-        return self.price(self.choices[at]) - self.asked
-
-    def walk(self, sets: np.ndarray) -> np.ndarray:
-        """The place nearest to the target on the path on which every set loses the same share of its units.
-
-        Args:
-            sets: The set that each structure is ranked in, 0, 1, …, shape (structures,).
-        """
-        steps = self._path(sets)
-
-        def place(taken: int) -> np.ndarray:
-            return self.last - np.bincount(steps[:taken], minlength=len(self.last))
-
-        above, below = 0, len(steps)
-        while below - above > 1:
-            middle = (above + below) // 2
-            above, below = (middle, below) if self.gap(place(middle)) > 0 else (above, middle)
-        return min(place(above), place(below), key=lambda at: abs(self.gap(at)))
-
-    def _path(self, sets: np.ndarray) -> np.ndarray:
-        """The structure that each step down a grid belongs to, in the order in which steps are taken."""
-        owner = np.repeat(np.arange(len(self.grids)), self.last - self.first + 1)
-        lower = np.delete(np.arange(len(owner)), self.last)
-        owner, low, high = owner[lower], self.choices[lower], self.choices[lower + 1]
-        # A step stands at its middle unit, which rounds the count to the nearest of the grid.
-        score = np.concatenate([d[(g[:-1] + g[1:]) // 2] for d, g in zip(self.descending, self.grids)])
-        # Scores that differ by a rounding error alone are equal, so that the shares decide.
-        score = (score / (np.abs(score).max(initial=0.0) or 1.0)).astype(np.float32)
-        share = 1 - (low + high) / 2 / self.units[owner]
-        order = np.lexsort((owner, share, score, sets[owner]))
-
-        owner, removed = owner[order], (high - low)[order]
-        group = sets[owner]
-        before = np.cumsum(removed) - removed
-        before -= before[np.searchsorted(group, group)]
-        share = (before + removed / 2) / np.bincount(sets, weights=self.units)[group]
-        return owner[np.argsort(share, kind='stable')]
-
-    def repair(self, start: np.ndarray) -> np.ndarray:
-        """Close the gap by moves of few structures, as near to the given place as will do."""
-        best = start
-        for reach, enough in REACHES:
-            if abs(self.gap(best)) <= enough:
-                break
-            low, high = np.maximum(start - reach, self.first), np.minimum(start + reach, self.last)
-            moves = np.arange(-min(reach, 16), min(reach, 16) + 1)[:, None]
-            best = min(best, self._settle(start, moves, low, high), key=lambda at: abs(self.gap(at)))
-        return best
-
-    def _settle(self, at: np.ndarray, moves: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """Move until near, or until no move brings the cost nearer. Moves are in grid steps, shape (moves, 1)."""
-        while abs(self.gap(at)) > NEAR:
-            to = self._move(at, moves, low, high)
-            if abs(self.gap(to)) > abs(self.gap(at)) - PROGRESS:
-                to = self._exchange(at, moves, low, high)
-            if abs(self.gap(to)) > abs(self.gap(at)) - PROGRESS:
-                break
-            at = to
-        return at
-
-    def _options(
-            self,
-            at: np.ndarray,
-            moves: np.ndarray,
-            low: np.ndarray,
-            high: np.ndarray,
-    ) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Moves of one structure each: where to, cost added (first order), importance lost, (moves, structures)."""
-        to = np.clip(at + moves, low, high)
-        return to, self.slope(at) * (self.choices[to] - self.choices[at]), self.worth[at] - self.worth[to]
-
-    def _move(self, at: np.ndarray, moves: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """The move with the least loss for its cost, of those that go no further than the target."""
-        gap = self.gap(at)
-        to, change, lost = self._options(at, moves, low, high)
-        closing = (change * gap < 0) & (np.abs(change) <= abs(gap) + NEAR)
-        loss = np.divide(lost, np.abs(change), out=np.full(lost.shape, np.inf), where=closing)
-        return _moved(at, to, loss.argmin()) if closing.any() else at
-
-    def _exchange(self, at: np.ndarray, moves: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-        """The two moves that land nearest, or near at the least loss."""
-        gap = self.gap(at)
-        to, change, lost = self._options(at, moves, low, high)
-        found, best = at, (np.inf, np.inf)
-        for first in np.argsort(np.abs(gap + change), axis=None, kind='stable')[:FIRST_MOVES]:
-            halfway = _moved(at, to, first)
-            second_to, change, second_lost = self._options(halfway, moves, low, high)
-            off = np.maximum(np.abs(self.gap(halfway) + change), NEAR)
-            second = np.where(off == off.min(), second_lost, np.inf).argmin()
-            result = (off.min(), lost.flat[first] + second_lost.flat[second])
-            if result < best:
-                found, best = _moved(halfway, second_to, second), result
-        return found
-
-    def refine(self, at: np.ndarray, finest: List[np.ndarray]) -> Optional[Tuple['_Search', np.ndarray]]:
-        """The same place with steps of one unit where that closes the gap, in as few structures as possible."""
-        gap, counts = self.gap(at), self.choices[at]
-        ends = np.array([grid[0] if gap > 0 else grid[-1] for grid in finest])
-        coarse = np.array([len(grid) < len(fine) for grid, fine in zip(self.grids, finest)])
-        slope = self.slope(at)
-        closes = coarse * slope * np.abs(counts - ends)
-        if not closes.any():  # finer steps may still help against those of another structure
-            closes = coarse * slope
-        if not closes.any():
-            return None
-        order = np.argsort(-closes, kind='stable')
-        if closes[order[0]] >= abs(gap):
-            order = [np.where(closes >= abs(gap), slope, np.inf).argmin()]
-        needed = np.searchsorted(np.cumsum(closes[order]), abs(gap)) + 1
-        chosen = {int(i) for i in order[:needed] if closes[i] > 0}
-        grids = [finest[i] if i in chosen else grid for i, grid in enumerate(self.grids)]
-        search = _Search(self.cost, self.budget, grids, self.descending)
-        return search, search.first + [np.searchsorted(grid, count) for grid, count in zip(grids, counts)]
-
-
-def _moved(at: np.ndarray, to: np.ndarray, option: int) -> np.ndarray:
-    structure = option % len(at)
-    moved = at.copy()
-    moved[structure] = to.flat[option]
-    return moved
 
 
 def _top(scores: np.ndarray, left: int) -> np.ndarray:
@@ -335,7 +168,7 @@ def _shares(
     shares = dict.fromkeys(fixed, 0.0)
     for pattern in sorted(ratios, key=lambda pattern: (-len(pattern), pattern)):
         share = ratios[pattern]
-        if not _is_number(share) or not 0 <= share <= 1 - floor + 1e-9:
+        if not is_number(share) or not 0 <= share <= 1 - floor + 1e-9:
             raise PruningError(
                 f'ratios= asks to remove {share!r} of {pattern!r}; give a share from 0 to {1 - floor:g} (1 - floor)')
         matches = [
@@ -367,20 +200,16 @@ def _percent(share: float) -> str:
     return f'{100 * share:.1f} %'
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
-
-
 def _check_options(scope: str, round_to: Optional[int], floor: float) -> None:
     if scope not in SCOPES:
         raise PruningError(f'scope={scope!r} was asked; choose one of {", ".join(SCOPES)}')
-    if round_to is not None and not (_is_number(round_to) and isinstance(round_to, Integral) and round_to >= 1):
+    if round_to is not None and not (is_number(round_to) and isinstance(round_to, Integral) and round_to >= 1):
         raise PruningError(f'round_to={round_to!r} was asked; give a whole number from 1 on, or None')
-    if not _is_number(floor) or not 0 <= floor < 1:
+    if not is_number(floor) or not 0 <= floor < 1:
         raise PruningError(f'floor={floor!r} was asked; give the share of units that every structure keeps, as in 0.1')
 
 
-def _check_reach(search: _Search, finest: List[np.ndarray], floor: float) -> None:
+def _check_reach(search: Search, finest: List[np.ndarray], floor: float) -> None:
     asked, lowest = search.asked, search.price(np.array([grid[0] for grid in finest]))
     if asked >= 1:
         raise PruningError(f'asked for {_percent(asked)} of the {search.label}; ask for less than the dense model has')
@@ -391,7 +220,7 @@ def _check_reach(search: _Search, finest: List[np.ndarray], floor: float) -> Non
             f'lower floor=, or allow more structures')
 
 
-def _warn(search: _Search, at: np.ndarray, round_to: Optional[int], finest: List[np.ndarray]) -> None:
+def _warn(search: Search, at: np.ndarray, round_to: Optional[int], finest: List[np.ndarray]) -> None:
     if search.price(np.array([grid[-1] for grid in finest])) < search.asked:
         binds, remedy = 'ratios=', 'remove less there'
     elif any(len(grid) < len(fine) for grid, fine in zip(search.grids, finest)):

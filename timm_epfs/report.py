@@ -127,12 +127,13 @@ def inspect(
     traced = trace_model(model, example_input)
     cost, structures = traced.cost, traced.structures
     dense = cost.counts({s.name: s.units for s in structures})
+    inside = [s for s in structures if s.kind != 'blocks']  # a block taken out whole cuts no layer
     return Report(
         model=name,
         macs=cost('macs', dense),
         params=cost('params', dense),
-        macs_share=cost.share('macs', {s.name for s in structures}, dense),
-        macs_share_exact=cost.share('macs', {s.name for s in structures if s.exact}, dense),
+        macs_share=cost.share('macs', {s.name for s in inside}, dense),
+        macs_share_exact=cost.share('macs', {s.name for s in inside if s.exact}, dense),
         structures=tuple(_row([s], cost, dense) for s in structures),
         groups=tuple(_row(alike, cost, dense) for alike in _alike(structures)),
         skipped=tuple((s.where, s.why) for s in traced.skipped),

@@ -1,6 +1,6 @@
 """From a model to named structures: record a forward on the meta device, solve, propose, verify."""
-from dataclasses import dataclass, field
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch

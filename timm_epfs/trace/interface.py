@@ -78,7 +78,12 @@ def _root(model: nn.Module, rec: Recorder, widths: Dict, features: Optional[torc
     for key in ('num_features', 'embed_dim'):
         _note(rec, key, vars(model).get(key), features)
     classifier = getattr(model, 'get_classifier', lambda: None)()
-    at_classifier = next((widths[n][0] for n, m in model.named_modules() if m is classifier and n in widths), None)
+    classifier = classifier[0] if isinstance(classifier, tuple) else classifier  # and one for distillation
+    name = next((n for n, m in model.named_modules() if m is classifier and n in widths), '')
+    at_classifier = widths[name][0] if name else None
+    while name := name.rpartition('.')[0]:  # a head makes a new last layer by a width that it holds itself
+        for key in vars(model.get_submodule(name)).keys() & (_INPUT | _OUTPUT):
+            _note(rec, f'{name}.{key}', getattr(model.get_submodule(name), key), at_classifier)
     _note(rec, 'head_hidden_size', vars(model).get('head_hidden_size'), at_classifier)
     _note(rec, 'num_features', vars(model).get('num_features'), at_classifier)
     info = getattr(model, 'feature_info', None)

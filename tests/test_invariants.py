@@ -1,0 +1,248 @@
+"""The invariants that every room relies on, over one small model for each way of coupling."""
+import copy
+import pickle
+import random
+from functools import cached_property
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import MODELS, Row, distance, drop, flat, masked
+from timm.layers.format import get_channel_dim
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_epfs
+from timm_epfs import api
+from timm_epfs.surgery import apply_plan
+from timm_epfs.trace import meta_copy
+
+# A correct cut gives 1e-7, the order of float32 sums; a wrong one gives 1e-2 and more.
+TOLERANCE = 1e-4
+BY_NAME = {row.name: row for row in MODELS}
+
+
+class Case:
+    """A model, what it was before ``prune`` and after, and what ``prune`` made of it."""
+
+    def __init__(self, row: Row):
+        self.row = row
+        self.images = row.images()
+        self.model = row.build()
+        _make_particular(self.model)
+        self.before = _everything(self.model)
+        traces = []
+        with patch.object(api, 'trace_model', lambda *args: traces.append(trace_model(*args)) or traces[-1]):
+            self.slim = timm_epfs.prune(self.model, macs=0.5, example_input=self.example)
+        self.after = _everything(self.model)
+        self.traced = traces[0]
+        self.model.eval()
+        self.slim.eval().requires_grad_(True)
+
+    @property
+    def example(self) -> torch.Tensor:
+        return torch.empty(1, 3, self.row.size, self.row.size)
+
+    @property
+    def plan(self) -> timm_epfs.Plan:
+        return self.slim.pruning_plan
+
+    @cached_property
+    def output(self) -> torch.Tensor:
+        return _run(self.slim, self.images)
+
+    @cached_property
+    def shapes(self):
+        """A copy of the pruned model that computes shapes only."""
+        return meta_copy(self.slim).eval()
+
+
+trace_model = api.trace_model
+
+
+def _make_particular(model):
+    """Give a model what a careless copy or trace would lose: another mode inside, a hook, a gradient, a frozen weight."""
+    next(model.children()).train()
+    model.register_forward_hook(_hook)
+    first, second, *_ = model.parameters()
+    first.grad = torch.full_like(first, 0.5)
+    second.requires_grad_(False)
+
+
+def _hook(module, args, out):
+    return None
+
+
+def _everything(model):
+    """All that a caller could notice of a model and of the world."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_state_dict_hooks')
+    return {
+        'tensors': {name: id(t) for name, t in tensors.items()},
+        'bits': {name: t.detach().clone() for name, t in tensors.items()},
+        'requires_grad': {name: t.requires_grad for name, t in tensors.items()},
+        'grads': {name: None if t.grad is None else t.grad.clone() for name, t in tensors.items()},
+        'attributes': {name: {key: _plain(value) for key, value in vars(m).items()} for name, m in model.named_modules()},
+        'classes': {name: type(m) for name, m in model.named_modules()},
+        'hooks': {name: [len(getattr(m, kind)) for kind in hooks] for name, m in model.named_modules()},
+        'torch': torch.get_rng_state(),
+        'numpy': np.random.get_state()[1].copy(),
+        'python': random.getstate(),
+        'grad_mode': torch.is_grad_enabled(),
+    }
+
+
+def _plain(value):
+    return repr(value) if isinstance(value, (int, float, str, tuple, list)) else type(value)
+
+
+def _same(a, b) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b
+
+
+@torch.no_grad()
+def _run(model, images) -> torch.Tensor:
+    return flat(model(images))
+
+
+def _macs(model, example) -> float:
+    """Half of the floating-point operations that torch counts."""
+    model = meta_copy(model).eval().requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        model(example.to('meta'))
+    return counter.get_total_flops() / 2
+
+
+@pytest.fixture(scope='module', params=MODELS, ids=lambda row: row.id)
+def case(request):
+    return Case(request.param)
+
+
+def _masked_and_cut(case, keep):
+    plan = api.make_plan(case.traced, keep, {})
+    cut = apply_plan(copy.deepcopy(case.model), plan)
+    assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in case.model.parameters())
+    return _run(masked(case.model, case.traced.structures, keep), case.images), _run(cut, case.images)
+
+
+def test_masked_is_cut(case):
+    keep = drop(case.traced.structures, exact=case.row.exact)
+    zeroed, cut = _masked_and_cut(case, keep)
+    moved = distance(_run(case.model, case.images), zeroed)
+    assert moved > 1e-5
+    if case.row.exact:
+        assert distance(zeroed, cut) < min(TOLERANCE, moved / 10)
+    else:
+        assert not any(s.exact for s in case.traced.structures if s.kind not in ('blocks', 'heads'))
+        assert distance(zeroed, cut) > moved / 1000
+
+
+def test_a_removed_block_is_one_that_adds_zero(case):
+    blocks = [s.name for s in case.traced.structures if s.kind == 'blocks']
+    keep = {s.name: np.arange(s.units) for s in case.traced.structures}
+    keep.update((name, np.arange(0)) for name in blocks[::2])
+    if blocks:
+        zeroed, cut = _masked_and_cut(case, keep)
+        moved = distance(_run(case.model, case.images), zeroed)
+        assert moved > 1e-5
+        assert distance(zeroed, cut) < min(TOLERANCE, moved / 10)
+
+
+def test_the_input_model_is_untouched(case):
+    for what in case.before:
+        assert _same(case.before[what], case.after[what]), what
+    theirs = {t.data_ptr() for t in (*case.model.parameters(), *case.model.buffers())}
+    assert not theirs & {t.data_ptr() for t in (*case.slim.parameters(), *case.slim.buffers())}
+
+
+def test_rebuilt_is_cut(case):
+    rebuilt = timm_epfs.rebuild(timm_epfs.Plan.from_json(case.plan.to_json())).eval()
+    cut = case.slim.state_dict()
+    assert {n: t.shape for n, t in rebuilt.state_dict().items()} == {n: t.shape for n, t in cut.items()}
+    rebuilt.load_state_dict(cut)
+    assert torch.equal(_run(rebuilt, case.images), case.output)
+
+
+def test_the_budget_is_met(case):
+    dense, pruned = _macs(case.model, case.example), _macs(case.slim, case.example)
+    assert pruned / dense == pytest.approx(0.5, abs=0.01)
+    assert case.plan.cost['macs'] == pytest.approx((dense, pruned), rel=0.005)
+    params = [sum(p.numel() for p in m.parameters()) for m in (case.model, case.slim)]
+    assert case.plan.cost['params'] == pytest.approx(params, rel=1e-9)
+
+
+def test_it_trains(case):
+    """Every parameter that gets a gradient in the dense model gets one in the cut model, auxiliary heads included."""
+    trained = []
+    for model in (case.model, case.slim):
+        model = meta_copy(model).train().requires_grad_(True)
+        model.zero_grad()
+        outs = tree_leaves(model(torch.cat([case.example] * 2).to('meta')))
+        sum(out.sum() for out in outs if isinstance(out, torch.Tensor)).backward()
+        trained.append({name for name, p in model.named_parameters() if p.grad is not None})
+    dense, slim = trained
+    left = {name for name, _ in case.slim.named_parameters()}
+    assert slim == dense & left
+    assert len(slim) > 0.9 * len(left)
+
+
+def test_timm_features_follow(case):
+    if not hasattr(case.slim, 'forward_features'):
+        assert case.row.name.startswith('torchvision/')
+        return
+    image = case.example.to('meta')
+    model = case.shapes
+    logits = model(image)
+    features = model.forward_features(image)
+    assert model.forward_head(features).shape == logits.shape
+    hidden = model.forward_head(features, pre_logits=True)
+    assert hidden.shape[-1 if hidden.ndim < 4 else 1] == model.head_hidden_size
+    assert model.num_features in features.shape
+    model = copy.deepcopy(model)
+    with torch.device('meta'):
+        model.reset_classifier(7)
+    assert model(image).shape == (1, 7)
+    classifier = model.get_classifier()
+    classifier = classifier[0] if isinstance(classifier, tuple) else classifier
+    assert [p.shape[:2] for p in classifier.parameters() if p.ndim > 1][-1] == (7, model.head_hidden_size)
+
+
+def test_timm_feature_extraction_follows(case, request):
+    if case.row.name.startswith('hrnet'):
+        request.applymarker(pytest.mark.xfail(strict=True, reason='feature_info names no module that makes a feature'))
+    if not hasattr(case.slim, 'forward_features'):
+        assert case.row.name.startswith('torchvision/')
+        return
+    image = case.example.to('meta')
+    if hasattr(case.slim, 'forward_intermediates'):
+        outs = case.shapes.forward_intermediates(image, intermediates_only=True)
+        channels = case.shapes.feature_info
+        channels = [entry['num_chs'] for entry in getattr(channels, 'info', channels)]
+        assert [out.shape[1] for out in outs][-len(channels):] == channels[-len(outs):]
+    with torch.device('meta'):
+        extractor = timm.create_model('epfs_pruned', plan=case.plan, features_only=True).eval()
+    axis = get_channel_dim(getattr(extractor, 'output_fmt', 'NCHW'))
+    outs = extractor(image)
+    assert [out.shape[axis] for out in outs] == extractor.feature_info.channels()
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'torchvision/googlenet'])
+def test_nothing_is_pickled_between_pruning_and_loading(name, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError('pickle')
+
+    for module, names in ((pickle, ('load', 'loads', 'dump', 'dumps', 'Unpickler', 'Pickler')), (torch, ('load', 'save'))):
+        for attribute in names:
+            monkeypatch.setattr(module, attribute, refuse)
+    row = BY_NAME[name]
+    slim = timm_epfs.prune(row.build(), macs=0.5, example_input=torch.empty(1, 3, row.size, row.size)).eval()
+    folder = timm_epfs.save_pretrained(slim, tmp_path / 'slim')
+    assert sorted(path.name for path in folder.iterdir()) == ['config.json', 'model.safetensors']
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    assert torch.equal(_run(loaded, row.images()), _run(slim, row.images()))
