@@ -69,8 +69,7 @@ def _ours(name: str, row: Dict[str, Any], caught: List) -> None:
     row['status'] = 'trace'
     slim, traced = _prune(model, name, row)
 
-    dense = {s.name: s.units for s in traced.structures}
-    counts = traced.cost.counts(dense)
+    counts = traced.cost.counts({s.name: s.units for s in traced.structures})
     plan = slim.pruning_plan
     macs, left = plan.cost['macs']
     inside = [s for s in traced.structures if s.kind != 'blocks']  # a block taken out whole cuts no layer
@@ -79,7 +78,7 @@ def _ours(name: str, row: Dict[str, Any], caught: List) -> None:
         macs_ratio=left / macs,
         share_cuttable=traced.cost.share('macs', {s.name for s in inside}, counts),
         share_exact=traced.cost.share('macs', {s.name for s in inside if s.exact}, counts),
-        structures=len(dense),
+        structures=len(inside),
         streams_used=any(c.structure.stream and len(c.keep) < c.structure.units for c in plan.cuts),
         skipped=len(traced.skipped),
     )
@@ -107,7 +106,7 @@ def _prune(model: nn.Module, name: str, row: Dict[str, Any]) -> Tuple[nn.Module,
 
     def trace_model(*args):
         traces.append(original(*args))
-        row['status'] = 'cut' if traces[0].structures else 'trace'
+        row['status'] = 'cut' if any(s.kind != 'blocks' for s in traces[0].structures) else 'trace'
         return traces[0]
 
     original, start = api.trace_model, time.perf_counter()

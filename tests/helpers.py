@@ -102,7 +102,6 @@ _ONE_EACH = (1, 1, 1, 1)
 MODELS: Tuple[Row, ...] = (
     # convolutions
     Row('residual add, 1x1 shortcut', 'test_resnet', 64),
-    Row('bottlenecks, pooled shortcut, three-layer stem', 'resnet26d', 64),
     Row('residual add, identity padded with zero channels (option A)', 'resnet20_cifar', 32),
     Row('plain chain into a flattened linear layer', 'vgg16_bn_cifar', 32),
     Row('concatenation of everything before', 'densenet121', 64),
@@ -112,7 +111,6 @@ MODELS: Tuple[Row, ...] = (
     Row('depthwise with a gate', 'mobilenetv3_small_050', 64),
     Row('groups of one width', 'regnetx_002', 64),
     Row('cardinality (ResNeXt)', 'resnext26ts', 64),
-    Row('cardinality with a gate over all groups', 'seresnext26ts', 64),
     Row('efficient channel attention', 'ecaresnet26t', 64),
     Row('selective kernel: softmax over branches', 'skresnet18', 64),
     Row('split attention: radix times groups', 'resnest14d', 64),
@@ -152,12 +150,10 @@ MODELS: Tuple[Row, ...] = (
     Row('cross-covariance', 'xcit_nano_12_p16_224', 64, {'img_size': 64, 'depth': 4}),
     Row('unequal widths of key and value', 'levit_128s', 64, {'img_size': 64}),
     Row('linear attention', 'efficientvit_b0', 64),
-    Row('additive attention with einsum and efficient pooling', 'swiftformer_xs', 64),
     Row('bottleneck attention', 'botnet26t_256', 64, {'img_size': 64}),
     Row('halo attention', 'eca_halonext26ts', 256),
     Row('lambda layers', 'lambda_resnet26t', 64),
     Row('outlook attention', 'volo_d1_224', 64, {'img_size': 64}),
-    Row('focal modulation', 'focalnet_tiny_srf', 64),
     Row('tokens mixed by an MLP', 'mixer_s32_224', 64, {'img_size': 64}),
     Row('tokens mixed by a gate', 'gmlp_ti16_224', 64, {'img_size': 64}, exact=False),
     Row('bidirectional LSTM', 'sequencer2d_s', 64, {'layers': _ONE_EACH, 'img_size': 64}),

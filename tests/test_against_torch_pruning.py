@@ -15,7 +15,7 @@ Entry = Tuple[str, int, int]  # tensor, dim, index
 # residual adds, bottlenecks, depthwise and gates, concatenation, a chain with a flatten, layer scale, plain blocks
 MODELS = (
     'resnet18', 'resnet50', 'seresnet50', 'mobilenetv2_050', 'mobilenetv3_small_050', 'efficientnet_b0', 'densenet121',
-    'vgg11_bn', 'ghostnet_050', 'repvgg_a0', 'dla34', 'hrnet_w18_small', 'inception_v3', 'resnetv2_18',
+    'vgg11_bn', 'repvgg_a0', 'dla34', 'hrnet_w18_small', 'inception_v3', 'resnetv2_18',
 )
 
 

@@ -64,6 +64,12 @@ def table(out):
     return {label: tuple(number(cell) for cell in cells) for label, *cells in rows}
 
 
+@pytest.fixture(autouse=True)
+def no_progress(monkeypatch):
+    """A busy machine is slow: what these tests expect on stderr must not depend on it."""
+    monkeypatch.setattr(progress_module, 'DELAY', 600.0)
+
+
 def state_of(folder):
     return timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
 
@@ -151,15 +157,11 @@ def test_torchvision_models_are_pruned_too(tmp_path):
     assert slim(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
 
 
-def test_published_torchvision_weights_are_asked_for(monkeypatch):
-    from torchvision.models import ResNet18_Weights, resnet18
-    weights = {name: torch.full_like(t, 2) for name, t in resnet18().state_dict().items()}
-    asked = []
-    monkeypatch.setattr(
-        ResNet18_Weights, 'get_state_dict', lambda self, **options: asked.append((self, options)) or weights)
-    slim = prune('torchvision/resnet18', macs=0.5, pretrained=True)
-    assert asked == [(ResNet18_Weights.DEFAULT, {'check_hash': True, 'weights_only': True})]
-    assert all((tensor == 2).all() for tensor in slim.state_dict().values())
+def test_published_torchvision_weights_are_pickles_and_refused(capsys, tmp_path):
+    arguments = ['prune', 'torchvision/resnet18', '--macs', '0.5', '--pretrained', '-o', str(tmp_path / 'out')]
+    assert main(arguments) == 2
+    assert 'no pickle is read' in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.parametrize('splits', [('', 'validation'), ('tars', 'test')])

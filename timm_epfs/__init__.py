@@ -23,8 +23,12 @@ __all__ = [
 ]
 
 _HOMES = {
+    'BNSFP': 'methods',
     'CRITERIA': 'criteria',
+    'EPFS': 'methods',
     'Plan': 'plan',
+    'SFP': 'methods',
+    'SSS': 'methods',
     'inspect': 'report',
     'prune': 'api',
     'rebuild': 'surgery',

@@ -7,9 +7,9 @@ from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Unio
 import numpy as np
 import timm
 import torch
-import torchvision
 from timm.models import get_model_args, get_model_input_config
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from .allocate import allocate, budget_from
 from .criteria import score
@@ -74,7 +74,7 @@ def prune(
         seed: For ``criterion='random'``.
         example_input: What the forward takes, where that isn't known: a tensor, a tuple of positional or a dict of
             keyword arguments; batch 1, only shapes matter.
-        pretrained: Load timm's or torchvision's weights, where ``model`` is a name.
+        pretrained: Load timm's weights, where ``model`` is a name.
         base: Name from which the dense model can be rebuilt, where ``model`` is a module that doesn't say.
         **model_args: Keyword arguments of the model, where ``model`` is a name (``num_classes``, ``in_chans``, …).
 
@@ -215,12 +215,12 @@ def create_base(name: str, pretrained: bool = False, /, **model_args: Any) -> nn
             return timm.create_model(name, pretrained=pretrained, **model_args).eval()
     if not name.startswith(TORCHVISION):
         return build_base(name, model_args, pretrained=pretrained).eval()
-    model = build_base(name, model_args)
     if pretrained:
-        # Not by the builder's own weights=, which would read any pickle.
-        with one_line(f'the weights of {name} can\'t be loaded'):
-            weights = torchvision.models.get_model_weights(name[len(TORCHVISION):]).DEFAULT
-            model.load_state_dict(weights.get_state_dict(check_hash=True, weights_only=True))
+        raise PruningError(
+            f"{name}: torchvision's weights are pickles, and no pickle is read here; load them yourself and give the "
+            f'module: prune(model, base={name!r}), or convert them to safetensors for --checkpoint'
+        )
+    model = build_base(name, model_args)
     object.__setattr__(model, '_timm_epfs_base', (name, dict(model_args)))
     return model.eval()
 
@@ -307,6 +307,10 @@ def _recipe(**values: Any) -> Dict[str, Any]:
 def _shallow_copy(model: nn.Module) -> nn.Module:
     """A copy whose tensors are still the original's: what is cut gets new ones, the rest is unshared after."""
     memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for module in model.modules():  # what a module keeps of a forward may have a history, which can't be copied
+        for leaf in tree_leaves(dict(vars(module))):
+            if isinstance(leaf, torch.Tensor) and not leaf.is_leaf:
+                memo[id(leaf)] = leaf.detach()
     plan = getattr(model, 'pruning_plan', None)
     memo[id(plan)] = plan
     return copy.deepcopy(model, memo)

@@ -1,4 +1,4 @@
-"""The shell's way in: ``timm-epfs inspect`` and ``timm-epfs prune``. Names of options are those of timm's scripts."""
+"""The shell's way in: ``timm-epfs inspect``, ``prune`` and ``train``. Names of options are those of timm's scripts."""
 import argparse
 import copy
 import json
@@ -28,6 +28,7 @@ from .progress import progress, step
 from .report import format_count, inspect
 from .structure import KINDS
 from .surgery import TORCHVISION, one_line
+from .training.options import add_train_arguments
 from .version import __version__
 
 __all__ = ['main']
@@ -95,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_prune_arguments(cut)
     _add_data_arguments(cut)
     cut.set_defaults(run=_prune)
+
+    learn = commands.add_parser('train', help='train a model, learn what to cut, cut it, fine-tune and save it')
+    _add_model_arguments(learn)
+    add_train_arguments(learn, _KeyValues)
+    learn.set_defaults(run=_train)
     return parser
 
 
@@ -213,6 +219,16 @@ def _prune(args: argparse.Namespace) -> None:
     weights = args.checkpoint or ('pretrained' if args.pretrained else 'random')
     print(f'weights: {weights}; latency: median at batch 1 on {args.device}, {torch.get_num_threads()} threads')
     print(f'saved in {args.output}: timm.create_model({f"local-dir:{folder}"!r}, pretrained=True)')
+
+
+def _train(args: argparse.Namespace) -> None:
+    from .training.run import train  # what it needs is slow to import
+    result = train(args, _model_args(args))
+    if result is None:  # the first process speaks for all
+        return
+    _print_table(result.rows)
+    print(result.notes)
+    print(f'saved in {args.output}: timm.create_model({f"local-dir:{result.folder}"!r}, pretrained=True)')
 
 
 def _check(args: argparse.Namespace) -> None:

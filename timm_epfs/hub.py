@@ -49,6 +49,8 @@ def save_pretrained(model: nn.Module, folder: Union[str, Path], overwrite: bool 
         with _whole_folder(folder) as part:
             safetensors.torch.save_file(_separate(model.state_dict()), part / HF_SAFE_WEIGHTS_NAME, {'format': 'pt'})
             _save_config(model, plan, part / 'config.json')
+            # safetensors writes for its owner alone; both files are for whoever may read the folder
+            shutil.copymode(part / 'config.json', part / HF_SAFE_WEIGHTS_NAME)
     except (OSError, safetensors.SafetensorError) as e:
         raise PruningError(f'model not saved to {folder}: {getattr(e, "strerror", None) or e}') from e
     return folder

@@ -14,9 +14,10 @@ from .build import Blueprint, blocks, build
 from .copies import meta_copy, quiet
 from .interface import watch_interface
 from .recorder import Recorder
+from .rules import rule
 from .verify import Mismatch, replay
 
-__all__ = ['Trace', 'Skipped', 'trace', 'meta_copy']
+__all__ = ['Trace', 'Skipped', 'trace', 'rule', 'meta_copy']
 
 _MAX_ROUNDS = 60
 

@@ -19,7 +19,7 @@ from .labels import Label, Labels
 from .provenance import CREATES, Provenance, tagged
 from .rules import RULES, elementwise, opaque
 
-__all__ = ['Operation', 'Product', 'Recorder', 'TRANSPARENT', 'same_name']
+__all__ = ['Operation', 'Product', 'Recorder', 'TRANSPARENT', 'operation_name', 'same_name']
 
 _NO_LABELS = frozenset({
     'arange', 'linspace', 'eye', 'tril_indices', 'triu_indices', 'scalar_tensor', 'nonzero', 'randperm',
@@ -28,6 +28,11 @@ _NO_LABELS = frozenset({
 
 # A reshape copies or not depending on strides, which a cut may change: copies are no steps of the road.
 TRANSPARENT = frozenset({'clone', 'contiguous', 'alias', 'as_strided_', 'detach', 'lift_fresh', '_to_copy'})
+
+
+def operation_name(func: Any) -> str:
+    """``'view'`` for ATen's, ``'namespace::name'`` for others, which may share a name and nothing else."""
+    return func._schema.name.removeprefix('aten::')
 
 
 def same_name(name: str) -> str:
@@ -142,7 +147,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self.name, self._start = func._schema.name.split('::')[1], None
+        self.name, self._start = operation_name(func), None
         inputs = self.tensors((args, kwargs))
         for tensor in inputs:
             self.labels_of(tensor)

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .copies import quiet
 from .labels import Label
-from .recorder import TRANSPARENT, Operation, same_name
+from .recorder import TRANSPARENT, Operation, operation_name, same_name
 
 __all__ = ['Mismatch', 'replay']
 
@@ -51,7 +51,7 @@ class _Replay(TorchDispatchMode):
         return min(self.index if self._suspect is None else self._suspect, len(self._operations) - 1)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = same_name(func._schema.name.split('::')[1])
+        name = same_name(operation_name(func))
         if name in TRANSPARENT:
             return func(*args, **(kwargs or {}))
         at = self._find(name)

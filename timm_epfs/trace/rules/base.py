@@ -12,6 +12,22 @@ RULES: Dict[str, Callable[..., Any]] = {}
 
 
 def rule(*names: str):
+    """Say what operations do to labels: ``fn(rec, out, *args, **kwargs)``, registered under their names.
+
+    ``fn`` takes the recorder, the output and the operation's own arguments, and returns a label for each dim of the
+    output: one of ``rec.labels_of(argument)`` where its entries pass through, ``None`` where nothing can be cut. An
+    operation of several outputs returns a list of such lists. ``rec.labels.tie``, ``.pin`` and ``.mark_inexact`` say
+    what else must hold.
+
+    >>> @rule('mylib::scaled_relu')
+    ... def _scaled_relu(rec, out, x, scale):
+    ...     labels = list(rec.labels_of(x))
+    ...     labels[1] = rec.labels.tie(labels[1], rec.labels_of(scale)[0])
+    ...     return labels
+
+    Args:
+        names: ``'name'`` of ATen's operations, ``'namespace::name'`` of others.
+    """
     def register(fn):
         RULES.update(dict.fromkeys(names, fn))
         return fn

@@ -117,6 +117,8 @@ def _grouped(rec, x, weight, channels, w_in, w_out, transposed, groups) -> Label
     full_in = w_in if transposed else channels
     if transposed:
         rec.labels.tie(channels, w_in)
+        if inner_in > 1:
+            rec.mark_input(w_in)
         w_in = None
     n_out = groups * inner_out
     if full_in is None or (w_out is None and not transposed):

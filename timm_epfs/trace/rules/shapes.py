@@ -23,8 +23,8 @@ def _same_shape(rec, out, x, *args, **kwargs):
     return [None] * out.ndim
 
 
-@rule('copy_')
-def _copy_(rec, out, x, src, *args, **kwargs):
+@rule('copy_', '_prelu_kernel')
+def _two_operands(rec, out, x, src, *args, **kwargs):
     return elementwise(rec, (x, src), out)
 
 

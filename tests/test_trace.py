@@ -1,0 +1,467 @@
+"""The tracing room, piece by piece: labels against brute force, each group of rules on a module made for it."""
+import copy
+import math
+from typing import Dict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import distance, drop, flat, masked, randomise
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import RmsNorm, StdConv2d
+from torch import nn
+
+import timm_epfs
+from timm_epfs import api
+from timm_epfs.errors import PruningError
+from timm_epfs.surgery import apply_plan
+from timm_epfs.trace import rule
+from timm_epfs.trace.labels import Labels
+from timm_epfs.trace.rules import RULES
+
+# -- labels ---------------------------------------------------------------------------------------------------------
+
+LENGTH = 4
+pairs = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5), st.integers(1, LENGTH - 1)), max_size=6)
+pinned = st.lists(st.tuples(st.integers(0, 5), st.integers(0, LENGTH - 1)), max_size=2)
+seeds = st.integers(0, 2 ** 16)
+
+
+def brute_force(atoms: int, ties, pins):
+    """Representative and pinned by atom: every tie merges two sets, one after the other."""
+    sets = [{i} for i in range(atoms)]
+    for a, b in ties:
+        if sets[a] is not sets[b]:
+            sets[a] |= sets[b]
+            for i in sets[b]:
+                sets[i] = sets[a]
+    return [min(s) for s in sets], [bool(s & {0, *pins}) for s in sets]
+
+
+@settings(derandomize=True, deadline=None)
+@given(pairs=pairs, pinned=pinned)
+def test_ties_and_pins_are_what_brute_force_finds(pairs, pinned):
+    labels = Labels()
+    known = [labels.fresh(LENGTH) for _ in range(6)]
+    ties, pins = [], []
+    for a, b, shift in pairs:
+        other = np.roll(known[b], shift)
+        labels.tie(known[a], other)
+        ties += zip(known[a].tolist(), other.tolist())
+    for a, i in pinned:
+        labels.pin(known[a][i:i + 1])
+        pins.append(int(known[a][i]))
+    solution = labels.solve()
+    unit, is_pinned = brute_force(labels.size, ties, pins)
+    assert solution.unit.tolist() == unit
+    assert solution.pinned.tolist() == is_pinned
+
+
+def test_a_label_tied_to_none_is_pinned():
+    labels = Labels()
+    a, b = labels.fresh(3), labels.fresh(3)
+    assert labels.tie(a, None) is None
+    solution = labels.solve()
+    assert solution.pinned[a].all() and not solution.pinned[b].any()
+
+
+def left(solution, label: np.ndarray, gone: np.ndarray) -> np.ndarray:
+    return ~np.isin(solution.unit[label], gone)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(pairs=pairs, pinned=pinned, seed=seeds)
+def test_what_is_left_of_a_reshaped_dim_is_a_box(pairs, pinned, seed):
+    """Whatever units go: a reshape of the entries that stay has the lengths of the axes that stay."""
+    labels = Labels()
+    known = [labels.fresh(LENGTH) for _ in range(4)]
+    whole = labels.fresh(2 * LENGTH)
+    split = labels.split(whole.reshape(2, LENGTH))
+    known.append(split[1])
+    known.append(labels.fresh(LENGTH))
+    merged = labels.merge(known[:2])
+    boxes = [(whole.reshape(2, LENGTH), split), (merged, known[:2])]
+    for a, b, shift in pairs:
+        labels.tie(known[a], np.roll(known[b], shift))
+    for a, i in pinned:
+        labels.pin(known[a][i:i + 1])
+    solution = labels.solve()
+    free = np.unique(solution.unit[~solution.pinned])
+    gone = np.random.default_rng(seed).permutation(free)[:len(free) // 2]
+    for entries, (rows, columns) in boxes:
+        box = left(solution, rows, gone)[:, None] & left(solution, columns, gone)[None]
+        np.testing.assert_array_equal(left(solution, entries, gone), box)
+
+
+@settings(derandomize=True, deadline=None)
+@given(pairs=pairs, seed=seeds)
+def test_tied_counts_stay_equal(pairs, seed):
+    labels = Labels()
+    known = [labels.fresh(LENGTH) for _ in range(6)]
+    for a, b, shift in pairs:
+        labels.tie(known[a], np.roll(known[b], shift))
+    a, b = np.concatenate(known[:2]), np.concatenate(known[2:4])
+    labels.tie_counts(a, b)
+    solution = labels.solve()
+    gone = np.random.default_rng(seed).permutation(np.unique(solution.unit[~solution.pinned]))[:3]
+    assert left(solution, a, gone).sum() == left(solution, b, gone).sum()
+
+
+def test_a_split_prefers_the_longer_axis_and_attention_its_heads():
+    labels = Labels()
+    entries = labels.fresh(8).reshape(2, 4)
+    heads, inner = labels.split(entries)
+    solution = labels.solve()
+    assert solution.pinned[heads].all() and not solution.pinned[inner].any()
+    labels.mark_batched(heads)
+    solution = labels.solve()
+    assert solution.pinned[inner].all() and not solution.pinned[heads].any()
+    assert {solution.kinds[int(solution.unit[atom])] for atom in heads} == {'heads'}
+
+
+# -- rules ----------------------------------------------------------------------------------------------------------
+
+class Net(nn.Module):
+    """Layers and a function that uses them."""
+
+    def __init__(self, fn, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+        self.fn = fn
+
+    def forward(self, x):
+        return self.fn(self, x)
+
+
+def conv(n: int, m: int, kernel: int = 1, **kwargs) -> nn.Conv2d:
+    return nn.Conv2d(n, m, kernel, padding=kernel // 2, **kwargs)
+
+
+def traced_and_exact(module: nn.Module, image: torch.Tensor):
+    """Trace a module, and check masked against cut for whatever is said to be exact, two shares of it."""
+    torch.manual_seed(0)
+    module = randomise(module).eval()
+    traced = api.trace_model(module, image[:1])
+    for share in (0.3, 0.6) if any(s.exact for s in traced.structures) else ():
+        keep = drop(traced.structures, share)
+        cut = apply_plan(copy.deepcopy(module), api.make_plan(traced, keep, {}))
+        with torch.no_grad():
+            zeroed = flat(masked(module, traced.structures, keep)(image))
+            assert distance(flat(module(image)), zeroed) > 1e-3
+            assert distance(zeroed, flat(cut(image))) < 1e-5
+    return traced
+
+
+def found(traced) -> Dict[str, int]:
+    return {s.name: s.units if s.exact else -s.units for s in traced.structures if s.kind != 'blocks'}
+
+
+def attention(net, x):
+    b, n, c = x.shape
+    q, k, v = net.qkv(x).reshape(b, n, 3, net.heads, net.width).permute(2, 0, 3, 1, 4).unbind(0)
+    out = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+    return net.proj(out.transpose(1, 2).reshape(b, n, net.heads * net.width))
+
+
+IMAGE, TOKENS = (2, 3, 8, 8), (2, 5, 12)
+# what it is: the module, its input, and the units found by structure, negative where cutting isn't exact
+RULE_ROWS = {
+    'flatten': (
+        Net(lambda m, x: m.b(m.a(x).relu().flatten(1)), a=conv(3, 8, 3), b=nn.Linear(8 * 64, 5)), IMAGE, {'a': 8}),
+    'permute': (
+        Net(lambda m, x: m.b(m.a(x).permute(0, 2, 3, 1)), a=conv(3, 8), b=nn.Linear(8, 5)), IMAGE, {'a': 8}),
+    'concatenation': (
+        Net(lambda m, x: m.c(torch.cat([m.a(x), m.b(x)], 1)), a=conv(3, 6), b=conv(3, 4), c=conv(10, 5)),
+        IMAGE, {'a': 6, 'b': 4}),
+    'chunks that are multiplied': (
+        Net(lambda m, x: m.b(torch.mul(*m.a(x).chunk(2, 1))), a=conv(3, 12), b=conv(6, 5)), IMAGE, {'a': 6}),
+    'chunks that go separate ways': (
+        Net(lambda m, x: m.b(m.a(x).chunk(2, 1)[0]) + m.c(m.a(x).chunk(2, 1)[1]), a=conv(3, 12), b=conv(6, 5),
+            c=conv(6, 5)), IMAGE, {'a': 6}),
+    'split by attributes': (
+        Net(lambda m, x: (lambda y, z: m.b(y) + m.c(z))(*m.a(x).split([m.n, m.k], 1)), a=conv(3, 12), b=conv(4, 5),
+            c=conv(8, 5), n=4, k=8), IMAGE, {'a': 4, 'a#2': 8}),
+    'slices by an attribute': (
+        Net(lambda m, x: m.b(m.a(x)[:, :m.n]) + m.c(m.a(x)[:, m.n:]), a=conv(3, 12), b=conv(4, 5), c=conv(8, 5), n=4),
+        IMAGE, {'a': 4, 'a#2': 8}),
+    'every other channel': (
+        Net(lambda m, x: m.b(m.a(x)[:, ::2]), a=conv(3, 8), b=conv(4, 5)), IMAGE, {'a': 4}),
+    'padding by an attribute': (
+        Net(lambda m, x: m.c(F.pad(m.a(x), (0, 0, 0, 0, 0, m.more)) + m.b(x)), a=conv(3, 6), b=conv(3, 10),
+            c=conv(10, 5), more=4), IMAGE, {'a': 6, 'b': 4}),
+    'stack': (
+        Net(lambda m, x: m.c(torch.stack([m.a(x), m.b(x)], 1).sum(1)), a=conv(3, 8), b=conv(3, 8), c=conv(8, 5)),
+        IMAGE, {'a': 8}),
+    'expand': (
+        Net(lambda m, x: m.b(m.a(x) * m.g(x.mean((2, 3), keepdim=True)).sigmoid().expand(-1, -1, 8, 8)), a=conv(3, 8),
+            g=conv(3, 8), b=conv(8, 5)), IMAGE, {'a': 8}),
+    'repeat': (
+        Net(lambda m, x: m.b(m.a(x).repeat(1, 2, 1, 1)), a=conv(3, 8), b=conv(16, 5)), IMAGE, {'a': 8}),
+    'flip': (
+        Net(lambda m, x: m.c(m.a(x).flip(1) + m.b(x)), a=conv(3, 8), b=conv(3, 8), c=conv(8, 5)), IMAGE, {'a': 8}),
+    'im2col': (
+        Net(lambda m, x: m.b(F.unfold(m.a(x), 3, padding=1).transpose(1, 2)), a=conv(3, 8), b=nn.Linear(72, 5)),
+        IMAGE, {'a': 8}),
+    'im2col and back': (
+        Net(lambda m, x: m.b(F.fold(F.unfold(m.a(x), 2, stride=2), (8, 8), 2, stride=2)), a=conv(3, 8), b=conv(8, 5)),
+        IMAGE, {'a': 8}),
+    'windows': (
+        Net(lambda m, x: m.b(m.a(x).unfold(2, 3, 1).mean(-1)), a=conv(3, 8), b=conv(8, 5)), IMAGE, {'a': 8}),
+    'shuffle': (
+        Net(lambda m, x: m.b(m.a(x).view(2 if x.shape[0] > 1 else 1, 2, m.n // 2, 8, 8).transpose(1, 2).flatten(1, 2)),
+            a=conv(3, 8), b=conv(8, 5), n=8), IMAGE, {'a': 4}),
+    'gather of channels': (
+        Net(lambda m, x: m.b(m.a(x)[:, torch.tensor([1, 0, 2, 2], device=x.device)]), a=conv(3, 8), b=conv(4, 5)),
+        IMAGE, {}),
+    'softmax over channels': (
+        Net(lambda m, x: m.b(m.a(x).softmax(1)), a=conv(3, 8), b=conv(8, 5)), IMAGE, {}),
+    'mean over channels': (
+        Net(lambda m, x: m.b(m.a(x)) + m.a(x).mean(1, keepdim=True), a=conv(3, 8), b=conv(8, 5)), IMAGE, {'a': -8}),
+    'pooling and upsampling': (
+        Net(lambda m, x: m.b(F.interpolate(F.adaptive_avg_pool2d(F.max_pool2d(m.a(x), 2), 2), scale_factor=2)),
+            a=conv(3, 8), b=conv(8, 5)), IMAGE, {'a': 8}),
+    'batch norm and PReLU': (
+        nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.PReLU(8), conv(8, 5)), IMAGE, {'0': 8}),
+    'group norm of whole groups': (
+        nn.Sequential(conv(3, 8), nn.GroupNorm(4, 8), conv(8, 5)), IMAGE, {'0': 4}),
+    'group norm of single channels': (
+        nn.Sequential(conv(3, 8), nn.GroupNorm(8, 8), conv(8, 5)), IMAGE, {'0': 8}),
+    'group norm of one group': (
+        nn.Sequential(conv(3, 8), nn.GroupNorm(1, 8), conv(8, 5)), IMAGE, {'0': -8}),
+    'layer norm': (
+        nn.Sequential(nn.Linear(12, 8), nn.LayerNorm(8), nn.Linear(8, 5)), TOKENS, {'0': -8}),
+    'RMS norm': (
+        nn.Sequential(nn.Linear(12, 8), RmsNorm(8), nn.Linear(8, 5)), TOKENS, {'0': -8}),
+    'standardised weights': (
+        nn.Sequential(StdConv2d(3, 8, 3, padding=1), StdConv2d(8, 6, 3, padding=1), conv(6, 5)), IMAGE,
+        {'0': -8, '1': 6}),
+    'transposed convolution': (
+        nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 6, 2, 2), nn.ReLU(), conv(6, 5)), IMAGE, {'0': 8, '1': 6}),
+    'transposed convolution in groups': (
+        nn.Sequential(conv(3, 8), nn.ConvTranspose2d(8, 6, 2, 2, groups=2), nn.ReLU(), conv(6, 5)), IMAGE,
+        {'0': 4, '1': 3}),
+    'depthwise': (
+        nn.Sequential(conv(3, 8), conv(8, 8, 3, groups=8), conv(8, 5)), IMAGE, {'0': 8}),
+    'depthwise with a multiplier': (
+        nn.Sequential(conv(3, 8), conv(8, 16, 3, groups=8), nn.ReLU(), conv(16, 5)), IMAGE, {'0': 8}),
+    'few wide groups': (
+        nn.Sequential(conv(3, 12), conv(12, 16, 3, groups=2), nn.ReLU(), conv(16, 5)), IMAGE, {'0': 6, '1': 8}),
+    'many narrow groups': (
+        nn.Sequential(conv(3, 16), conv(16, 16, 3, groups=8), nn.ReLU(), conv(16, 5)), IMAGE, {'0': 8}),
+    'matrices without a module': (
+        Net(lambda m, x: (x @ m.v).relu() @ m.w, v=nn.Parameter(torch.randn(12, 8)), w=nn.Parameter(torch.randn(8, 5))),
+        TOKENS, {'v': 8}),
+    'einsum': (
+        Net(lambda m, x: torch.einsum('bchw,oc->bohw', m.a(x).relu(), m.w), a=conv(3, 8),
+            w=nn.Parameter(torch.randn(5, 8))), IMAGE, {'a': 8}),
+    'embedding': (
+        Net(lambda m, x: m.b(m.e(torch.arange(5, device=x.device)) + m.a(x)), e=nn.Embedding(5, 8), a=nn.Linear(12, 8),
+            b=nn.Linear(8, 5)), TOKENS, {'e': 8}),
+    'LSTM': (
+        Net(lambda m, x: m.b(m.a(x)[0]), a=nn.LSTM(12, 8, batch_first=True), b=nn.Linear(8, 5)), TOKENS, {'a': 8}),
+    'attention heads': (
+        Net(attention, qkv=nn.Linear(12, 48), proj=nn.Linear(16, 12), heads=4, width=4), TOKENS, {'qkv': 4}),
+}
+
+
+@pytest.mark.parametrize('what', RULE_ROWS)
+def test_rule(what):
+    module, shape, units = RULE_ROWS[what]
+    traced = traced_and_exact(copy.deepcopy(module), torch.randn(shape))
+    assert found(traced) == units
+
+
+def test_a_trace_leaves_mode_and_weights():
+    module = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.Dropout(), conv(8, 5)).train()
+    module[2].eval()
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    api.trace_model(module, torch.zeros(1, 3, 8, 8))
+    assert [m.training for m in module.modules()] == [True, True, True, False, True]
+    assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
+
+
+# -- attributes -----------------------------------------------------------------------------------------------------
+
+ATTRIBUTE_ROWS = {
+    'an attribute': (lambda m, y: y.reshape(-1, 2, m.width), {'width': 4}, {'width': 2}),
+    'half of an attribute': (lambda m, y: y.reshape(-1, 2, m.twice // 2), {'twice': 8}, {'twice': 4}),
+    'a multiple of an attribute': (
+        lambda m, y: y.reshape(-1, m.heads, 2).relu().reshape(-1, m.heads * 2), {'heads': 4}, {'heads': 2}),
+    'an entry of a tuple': (lambda m, y: y.reshape(-1, *m.shape), {'shape': (2, 4)}, {'shape': (2, 2)}),
+    'a length that was read from a tensor': (lambda m, y: y.reshape(-1, 2, y.shape[-1] // 2), {}, {}),
+    'an attribute of that value that is not used': (
+        lambda m, y: y.reshape(-1, 2, y.shape[-1] // 2), {'stride': 4}, {'stride': 4}),
+}
+
+
+@pytest.mark.parametrize('what', ATTRIBUTE_ROWS)
+def test_attributes_follow(what):
+    """Eight channels, two times four, of which half of the four go."""
+    reshape, attributes, expected = ATTRIBUTE_ROWS[what]
+
+    def forward(net, x):
+        return net.b(reshape(net, net.a(x)).relu().flatten(1))
+
+    torch.manual_seed(0)
+    module = Net(forward, a=nn.Linear(12, 8), b=nn.Linear(8, 5), **attributes).eval()
+    rows = torch.randn(3, 12)
+    traced = api.trace_model(module, rows)
+    (structure,) = traced.structures
+    keep = {structure.name: np.arange(structure.units)[::2]}
+    cut = apply_plan(copy.deepcopy(module), api.make_plan(traced, keep, {}))
+    assert cut.a.out_features == 4
+    assert {name: getattr(cut, name) for name in expected} == expected
+    with torch.no_grad():
+        assert distance(masked(module, traced.structures, keep)(rows), cut(rows)) < 1e-5
+
+
+def test_a_number_in_the_code_costs_coverage_and_breaks_nothing():
+    def forward(net, x):
+        y = net.c(net.b(net.a(x).relu()))
+        return net.d(y.view(y.shape[0], 4, 16).mean(1))
+
+    module = Net(forward, a=nn.Linear(12, 10), b=nn.Linear(10, 6), c=nn.Linear(6, 64), d=nn.Linear(16, 5))
+    traced = traced_and_exact(module, torch.randn(2, 12))
+    assert found(traced) == {'a': 10, 'b': 6}
+    (skipped,) = traced.skipped
+    assert skipped.where.partition(':')[0].endswith('test_trace.py')
+
+
+# -- operations and modules of one's own ----------------------------------------------------------------------------
+
+@torch.library.custom_op('timm_epfs_tests::scaled_relu', mutates_args=())
+def scaled_relu(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x.relu() * scale[:, None, None]
+
+
+@scaled_relu.register_fake
+def _(x, scale):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op('timm_epfs_tests::flip', mutates_args=())
+def flip(x: torch.Tensor, dims: int) -> torch.Tensor:
+    """Shares its name with an operation of ATen's, and nothing else."""
+    return x.cumsum(1)
+
+
+@flip.register_fake
+def _(x, dims):
+    return torch.empty_like(x)
+
+
+def with_custom_op(op):
+    return Net(op, a=conv(3, 8), b=conv(8, 6), c=conv(6, 5), scale=nn.Parameter(torch.rand(6) + 0.5))
+
+
+def test_an_unknown_operation_is_opaque():
+    traced = traced_and_exact(with_custom_op(lambda m, x: m.c(scaled_relu(m.b(m.a(x)), m.scale))), torch.randn(IMAGE))
+    assert found(traced) == {'a': 8}
+    (skipped,) = traced.skipped
+    assert 'timm_epfs_tests::scaled_relu' in skipped.why
+    path, _, line = skipped.where.partition(':')
+    assert path.endswith('test_trace.py') and 'scaled_relu' in open(__file__).read().splitlines()[int(line) - 1]
+
+
+def test_an_operation_of_the_same_name_in_another_namespace_is_another():
+    traced = traced_and_exact(with_custom_op(lambda m, x: m.c(flip(m.b(m.a(x)), 1))), torch.randn(IMAGE))
+    assert found(traced) == {'a': 8}
+
+
+def test_a_rule_from_outside_makes_an_operation_cuttable(monkeypatch):
+    monkeypatch.delitem(RULES, 'timm_epfs_tests::scaled_relu', raising=False)
+
+    @rule('timm_epfs_tests::scaled_relu')
+    def _(rec, out, x, scale):
+        labels = list(rec.labels_of(x))
+        labels[1] = rec.labels.tie(labels[1], rec.labels_of(scale)[0])
+        return labels
+
+    try:
+        traced = traced_and_exact(
+            with_custom_op(lambda m, x: m.c(scaled_relu(m.b(m.a(x)), m.scale))), torch.randn(IMAGE))
+    finally:
+        del RULES['timm_epfs_tests::scaled_relu']
+    assert found(traced) == {'a': 8, 'b': 6}
+    assert not traced.skipped
+
+
+class Mixer(nn.Module):
+    """A user's own module: raw parameters, its own widths, a gate."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.hidden = hidden
+        self.up = nn.Parameter(torch.randn(2 * hidden, dim) / math.sqrt(dim))
+        self.shift = nn.Parameter(torch.randn(1, hidden))
+        self.down = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        value, gate = F.linear(x, self.up).split(self.hidden, dim=-1)
+        return x + self.down((value + self.shift) * gate.sigmoid())
+
+
+def test_a_module_of_ones_own():
+    module = nn.Sequential(nn.Linear(12, 8), Mixer(8, 6), nn.Linear(8, 5))
+    traced = traced_and_exact(module, torch.randn(2, 12))
+    assert found(traced) == {'0': 8, '1#2': 6}
+    assert traced.attributes['1.hidden']({'0': 8, '1#2': 4}) == 4
+
+
+def test_a_module_that_is_called_twice():
+    module = Net(lambda m, x: m.d(m.b(m.a(x).relu()).relu() + m.b(m.c(x))), a=conv(3, 8), b=conv(8, 6), c=conv(3, 8),
+                 d=conv(6, 5))
+    traced = traced_and_exact(module, torch.randn(IMAGE))
+    assert found(traced) == {'a': 8, 'b': 6}
+    assert {m.tensor for m in traced.structures[0].members} >= {'a.weight', 'c.weight', 'b.weight'}
+
+
+def test_tied_weights_stay_tied():
+    module = Net(lambda m, x: m.d(m.b(m.a(x).relu()) + m.c(m.a(x))), a=conv(3, 8), b=conv(8, 6), c=conv(8, 6),
+                 d=conv(6, 5))
+    module.c.weight = module.b.weight
+    traced = traced_and_exact(module, torch.randn(IMAGE))
+    assert found(traced) == {'a': 8, 'b': 6}
+    keep = drop(traced.structures)
+    cut = apply_plan(copy.deepcopy(module), api.make_plan(traced, keep, {}))
+    assert cut.b.weight is cut.c.weight
+
+
+def test_inputs_and_outputs_of_any_structure():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 8), nn.Linear(6, 8)
+            self.logits, self.box = nn.Linear(8, 5), nn.Linear(8, 4)
+
+        def forward(self, image, extra=None):
+            hidden = self.a(image['pixels']).relu() + self.b(extra)
+            return {'logits': self.logits(hidden), 'rest': (self.box(hidden), [hidden.mean()])}
+
+    inputs = {'image': {'pixels': torch.randn(2, 12)}, 'extra': torch.randn(2, 6)}
+    torch.manual_seed(0)
+    module = Model().eval()
+    traced = api.trace_model(module, inputs)
+    assert [s.units for s in traced.structures] == [8]
+    slim = timm_epfs.prune(module, macs=0.5, example_input=inputs)
+    out = slim(**inputs)
+    assert out['logits'].shape == (2, 5) and out['rest'][0].shape == (2, 4)
+
+
+def test_what_a_model_returns_is_not_cut():
+    module = Net(lambda m, x: (m.b(m.a(x)), m.a(x)), a=conv(3, 8), b=conv(8, 5))
+    assert api.trace_model(module, torch.zeros(1, 3, 8, 8)).structures == ()
+
+
+@pytest.mark.parametrize('fails', [
+    lambda m, x: m.a(x.flatten(1)),
+    lambda m, x: m.nothing(x),
+    lambda m, x: {}['key\nof two lines'],
+])
+def test_a_forward_that_fails_is_one_line(fails):
+    with pytest.raises(PruningError) as e:
+        api.trace_model(Net(fails, a=conv(3, 8)), torch.zeros(1, 3, 8, 8))
+    assert '\n' not in str(e.value) and '(1, 3, 8, 8)' in str(e.value)

@@ -1,0 +1,150 @@
+"""What EPFS and SSS share: masks moved by proximal steps, and λ, given or steered."""
+from typing import Any, Dict, Mapping, Optional, Union
+
+import numpy as np
+import torch
+
+from ..budget import Controller
+from ..errors import PruningError
+from ..proximal import Apg, Fista
+from .base import Learner
+
+__all__ = ['ProximalLearner']
+
+
+class ProximalLearner(Learner):
+    """Masks that move by proximal steps.
+
+    Args:
+        model: As in ``Learner``.
+        macs: As in ``Learner``. It steers λ where ``l1`` is None.
+        steps: As in ``Learner``.
+        l1: λ₁, fixed.
+        lr: η, the step size of the masks, which may be set at any time (``learner.lr = …``). None: from ``steps`` and λ.
+        weigh: ``'macs'``: λ₁ times the unit's share of the model's MACs, with a mean of one; None: λ₁ for all.
+        **options: As in ``Learner``.
+    """
+
+    solver: Union[Fista, Apg]
+
+    def __init__(
+            self,
+            model: torch.nn.Module,
+            macs: Optional[float] = None,
+            steps: Optional[int] = None,
+            *,
+            l1: Optional[float] = None,
+            lr: Optional[float] = None,
+            weigh: Optional[str] = 'macs',
+            **options: Any,
+    ):
+        _check(macs, steps, l1, lr, weigh)
+        super().__init__(model, macs, steps, **options)
+        self.l1, self.lr, self.weigh = l1, lr, weigh
+        self._recipe.update(l1=l1, weigh=weigh)
+        self.weights = torch.ones(self.masks.units, dtype=torch.float64)
+        if weigh == 'macs':
+            self.weights = self._unit_macs()
+        self.controller = Controller(self.budget.target / self._dense, steps) if l1 is None else None
+        self._rms = self._largest = 0.0
+
+    @property
+    def strength(self) -> float:
+        """λ₁ as it is now."""
+        return self.l1 if self.controller is None else self.controller.value
+
+    def log(self) -> Dict[str, float]:
+        x = self._selected()
+        return {
+            **super().log(), 'lambda': float(self.strength), 'l1': float(self.strength * (self.weights * x).sum()),
+            'units': float((x > 0).double().mean()), 'lr': float(self.step_size) if self._count else 0.0,
+        }
+
+    def _measure(self, grad: torch.Tensor, step: int) -> None:
+        """Keep the largest gradient so far, root mean square over the units, on average over a few steps."""
+        rms = float((grad / self.weights).square().mean().sqrt())
+        share = max(1 / step, 1 / max(1.0, 0.02 * (self.steps or 1000)))
+        self._rms += share * (rms - self._rms)
+        self._largest = max(self._largest, self._rms, 1e-8)
+
+    @property
+    def step_size(self) -> float:
+        """η: ``lr``, or such that steps are as long as the phase can bear.
+
+        A gradient as large as the largest so far takes a mask from one to zero in a tenth of the steps under a
+        momentum of 0.9. Like the estimate of the Lipschitz constant in FISTA's backtracking, it never grows.
+        """
+        return self.lr if self.lr is not None else 1 / ((self.steps or 1000) * self._largest)
+
+    def _unit_macs(self) -> torch.Tensor:
+        """MACs of one unit of each structure in the dense model, over the mean, shape (units,)."""
+        counts = self.traced.cost.counts({s.name: s.units for s in self.traced.structures})
+        by_name = dict(zip(self.traced.cost.names, self.traced.cost.gradient('macs', counts)))
+        flat = np.concatenate([np.full(s.units, by_name[s.name]) for s in self.structures])
+        return torch.from_numpy(np.maximum(flat / flat.mean(), 1e-3))
+
+    def _advance(self, grad: torch.Tensor) -> None:
+        step = self._count + 1
+        self._measure(grad, step)
+        if self.controller is not None:
+            if not self.controller.ready:
+                if step < self.controller.listen:
+                    return
+                self.controller.begin(self._largest)
+            if self.controller.due(step):
+                ahead = self.controller.ahead(self.solver.x, step)
+                self.controller.update(step, self._share(ahead.numpy() > 0))
+        before = self.solver.x
+        self._move(grad)
+        self._hold_floors(before)
+        self.masks.set(self.solver.y, self.solver.x)
+
+    def _move(self, grad: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def _hold_floors(self, before: torch.Tensor) -> None:
+        """In structures that λ would empty, the largest masks stay where they were."""
+        alive = (self.solver.x > 0).numpy()
+        held = np.zeros(len(alive), dtype=bool)
+        for i in self._too_few(alive):
+            at = self.masks.slices[self.structures[i].name]
+            order = np.argsort(-before[at].numpy(), kind='stable')[:self._floors[i]]
+            held[at.start + order] = True
+        if held.any():
+            self.solver.hold(torch.from_numpy(held & ~alive), before)
+
+    def _selected(self) -> torch.Tensor:
+        return self.solver.x
+
+    def _settle(self, selected: torch.Tensor) -> None:
+        self.solver.x = selected
+        self.masks.set(selected, selected)
+
+    def _state(self) -> Dict[str, Any]:
+        parts = {'solver': self.solver.state_dict()}
+        if self.controller is not None:
+            parts['controller'] = self.controller.state_dict()
+        flat = {f'{part}.{key}': value for part, state in parts.items() for key, value in state.items()}
+        return {**flat, 'lr': self.lr, 'rms': self._rms, 'largest': self._largest, 'held': ' '.join(str(i) for i in sorted(self._said))}
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        for part in ('solver', 'controller'):
+            if getattr(self, part) is not None:
+                at = len(part) + 1
+                getattr(self, part).load_state_dict(
+                    {key[at:]: value for key, value in state.items() if key.startswith(f'{part}.')})
+        self.lr, self._rms, self._largest = state['lr'], float(state['rms']), float(state['largest'])
+        self._said = {int(i) for i in state['held'].split()}
+        self.masks.set(self.solver.x if self.finished else self.solver.y, self.solver.x)
+
+
+def _check(macs: Optional[float], steps: Optional[int], l1: Optional[float], lr: Optional[float], weigh) -> None:
+    if macs is None and l1 is None:
+        raise PruningError('neither macs= nor l1= was given; give a budget, or a fixed λ')
+    if l1 is None and steps is None:
+        raise PruningError('macs= without steps= was given; say how many optimizer steps there are to reach it')
+    for name, value in (('l1', l1), ('lr', lr)):
+        if value is not None and not value >= 0:
+            raise PruningError(f'{name}={value!r} was asked; give a number from 0 on')
+    if weigh not in ('macs', None):
+        raise PruningError(f"weigh={weigh!r} was asked; choose 'macs' or None")

@@ -1,0 +1,166 @@
+"""Checkpoints of a run without pickle: tensors in safetensors, the rest in JSON, each with its checksum.
+
+The JSON is written last and names its tensors' checksum, so that a checkpoint is there whole or not at all.
+"""
+import hashlib
+import json
+import os
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..errors import PruningError
+
+__all__ = ['Checkpoints', 'write_tensors', 'write_whole']
+
+FORMAT = 1
+
+
+class Checkpoints:
+    """The last few checkpoints of a run, in one folder.
+
+    Args:
+        folder: Where they are; made with the first of them.
+        keep: How many to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, state: Any, number: int) -> None:
+        """Write a checkpoint, then delete those that are too old.
+
+        Args:
+            state: Nested dicts, lists and tuples of tensors, arrays and JSON values.
+            number: Later checkpoints have higher ones.
+
+        Raises:
+            PruningError: It can't be written.
+        """
+        tensors: Dict[str, Tensor] = {}
+        values = _flatten(state, tensors)
+        path = self.folder / f'{number:05d}.json'
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            weights = path.with_suffix('.safetensors')
+            write_tensors(weights, tensors)
+            body = {'format': FORMAT, 'tensors': _digest(weights), 'state': values}
+            text = json.dumps({'sha256': _checksum(body), **body}) + '\n'
+            write_whole(path, lambda part: part.write_text(text, encoding='utf-8'))
+        except OSError as e:
+            raise PruningError(f'checkpoint {path} not written: {e.strerror or e}') from e
+        for old in self._paths()[self.keep:]:
+            old.unlink(missing_ok=True)
+            old.with_suffix('.safetensors').unlink(missing_ok=True)
+
+    def load(self) -> Optional[Any]:
+        """State of the newest checkpoint that is whole; a warning names each that isn't. None where there is none.
+
+        Raises:
+            PruningError: There are checkpoints, and none is whole.
+        """
+        paths = self._paths()
+        for path in paths:
+            try:
+                return _read(path)
+            except _Damaged as e:
+                warnings.warn(f'checkpoint {path} is refused, {e}; using the one before', stacklevel=2)
+        if paths:
+            raise PruningError(f'resume: none of {len(paths)} checkpoints in {self.folder} is whole; start again with '
+                               '--overwrite')
+        return None
+
+    def _paths(self) -> List[Path]:
+        """Newest first."""
+        return sorted(self.folder.glob('[0-9]*.json'), reverse=True)
+
+
+class _Damaged(Exception):
+    """Why a checkpoint can't be used."""
+
+
+def _read(path: Path) -> Any:
+    weights = path.with_suffix('.safetensors')
+    try:
+        data = json.loads(path.read_text(encoding='utf-8'))
+        digest, body = data.pop('sha256'), data
+        sound = digest == _checksum(body)
+    except (OSError, ValueError, KeyError, AttributeError, RecursionError):
+        raise _Damaged('it is no JSON of a checkpoint') from None
+    if not sound:
+        raise _Damaged('its checksum is wrong')
+    if body['format'] != FORMAT:
+        raise _Damaged(f'its format is {body["format"]}, this timm_epfs reads {FORMAT}')
+    if not weights.is_file() or _digest(weights) != body['tensors']:
+        raise _Damaged(f'the checksum of {weights.name} is wrong')
+    return _unflatten(body['state'], safetensors.torch.load_file(weights))
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` write a file beside ``path``, which takes its name once it's on the disk."""
+    part = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp')
+    try:
+        write(part)
+        with open(part, 'rb') as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all. Tied tensors are written under each name."""
+    separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    # Not by save_file: its files are for their owner alone.
+    write_whole(path, lambda part: part.write_bytes(safetensors.torch.save(separate, {'format': 'pt'})))
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()  # hashlib.file_digest is not in Python 3.10
+    with open(path, 'rb') as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _checksum(body: Any) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def _flatten(value: Any, tensors: Dict[str, Tensor]) -> Any:
+    """JSON values with references in the place of tensors, which are gathered in ``tensors``."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        kind = 'tensor' if isinstance(value, Tensor) else 'array'
+        name = f't{len(tensors)}'
+        tensors[name] = torch.as_tensor(value)
+        return {'$': kind, 'name': name}
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, dict):  # as pairs, since JSON would turn the keys of an optimizer's state into text
+        return {'$': 'dict', 'items': [[_flatten(k, tensors), _flatten(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_flatten(item, tensors) for item in value]
+        return items if isinstance(value, list) else {'$': 'tuple', 'items': items}
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return value
+    raise PruningError(f'checkpoint: {type(value).__name__} can\'t be written; tensors and JSON values can')
+
+
+def _unflatten(value: Any, tensors: Dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unflatten(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind = value['$']
+    if kind in ('tensor', 'array'):
+        return tensors[value['name']] if kind == 'tensor' else tensors[value['name']].numpy()
+    if kind == 'tuple':
+        return tuple(_unflatten(value['items'], tensors))
+    return {_unflatten(k, tensors): _unflatten(v, tensors) for k, v in value['items']}

@@ -1,0 +1,216 @@
+"""Batches to train and to evaluate on: timm's datasets and loaders, and the digits that need no download."""
+import argparse
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import FastCollateMixup, create_dataset, create_loader, resolve_data_config
+from timm.models import get_model_input_config
+from torch import nn
+from torch.utils.data import Dataset, IterableDataset
+
+from ..api import example_for
+from ..calibrate import eval_mode
+from ..errors import PruningError
+from ..measure import image_splits
+from ..surgery import one_line
+
+__all__ = ['Digits', 'count_classes', 'create_datasets', 'describe', 'eval_loader', 'image_mode', 'train_loader']
+
+DIGITS = 'digits'
+DIGITS_SIZE = 16  # pixels: twice their own, so that a CIFAR network has 4 x 4 left at its end
+# A mirrored digit is no digit, and small images can't lose much at their borders.
+_DIGITS_AUGMENTATION = {'scale': (0.75, 1.0), 'ratio': (0.85, 1.18), 'hflip': 0.0, 'color_jitter': 0.0}
+_AUGMENTATION = ('train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'no_aug')
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; a fifth of each class is for validation.
+
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository.
+
+    Args:
+        split: ``'train'`` or anything else.
+        transform: From a PIL image to what a batch is made of.
+        mode: PIL mode of the images, ``'L'`` or ``'RGB'``.
+
+    Raises:
+        PruningError: scikit-learn isn't installed.
+    """
+    classes = tuple('0123456789')
+
+    def __init__(self, split: str = 'train', transform: Optional[Callable] = None, mode: str = 'RGB'):
+        try:
+            from sklearn.datasets import load_digits
+            from sklearn.model_selection import train_test_split
+        except ImportError:
+            raise PruningError(
+                '--dataset digits needs scikit-learn, which is not installed: pip install timm-epfs[train]') from None
+        images, targets = load_digits(return_X_y=True)
+        parts = train_test_split(images, targets, test_size=0.2, stratify=targets, random_state=0)
+        pixels, self.targets = parts[0::2] if split == 'train' else parts[1::2]
+        self.pixels = (pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+        self.transform = transform
+        self.mode = mode
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> Tuple[Any, int]:
+        image = Image.fromarray(self.pixels[index]).convert(self.mode)
+        return (self.transform(image) if self.transform else image), int(self.targets[index])
+
+
+def image_mode(in_chans: int) -> str:
+    """PIL mode of images with so many channels."""
+    if in_chans not in (1, 3):
+        raise PruningError(f'train reads images of 1 or 3 channels, the model takes {in_chans}: give --in-chans')
+    return 'L' if in_chans == 1 else 'RGB'
+
+
+def describe(model: nn.Module, args: argparse.Namespace) -> Dict[str, Any]:
+    """How the model's images are to be read, which its own description says from now on, and so does what is saved.
+
+    Returns:
+        What ``timm.data.resolve_data_config`` returns.
+    """
+    (example,), _ = example_for(model)
+    channels, *own = example.shape[1:]
+    cfg = getattr(model, 'pretrained_cfg', None)
+    fixed = cfg is not None and get_model_input_config(model)['fixed_input_size']
+    size = args.img_size or (DIGITS_SIZE if args.dataset == DIGITS and not fixed else None)
+    input_size = (channels, *((size, size) if size else own))
+    config = resolve_data_config({'input_size': input_size}, model=model)
+    for name in ('mean', 'std'):
+        if len(config[name]) != channels:
+            config[name] = (float(np.mean(config[name])),) * channels
+    if cfg is not None:
+        stale = ('pool_size', 'test_input_size', 'test_crop_pct') if input_size[1:] != tuple(own) else ()
+        model.pretrained_cfg = model.default_cfg = {
+            **{name: value for name, value in cfg.items() if name not in stale},
+            **{name: config[name] for name in ('input_size', 'mean', 'std')},
+        }
+    return config
+
+
+@torch.no_grad()
+def count_classes(model: nn.Module, input_size: Sequence[int]) -> int:
+    """How many classes a model tells apart.
+
+    Raises:
+        PruningError: Its output is no matrix of logits.
+    """
+    with eval_mode(model), one_line(f'{type(model).__name__} can\'t be run at {tuple(input_size)}'):
+        output = model(torch.zeros(1, *input_size))
+    if not isinstance(output, torch.Tensor) or output.ndim != 2 or not output.shape[1]:
+        found = f'shape {tuple(output.shape)}' if isinstance(output, torch.Tensor) else f'a {type(output).__name__}'
+        raise PruningError(f'train needs a model that returns logits of classes, {type(model).__name__} returns '
+                           f'{found}: build it with a classifier (--num-classes)')
+    return output.shape[1]
+
+
+def create_datasets(args: argparse.Namespace, in_chans: int, num_classes: int) -> Tuple[Dataset, Dataset]:
+    """The training and the validation split.
+
+    Raises:
+        PruningError: There are no images, or more classes than the model tells apart.
+    """
+    mode = image_mode(in_chans)
+    splits = (args.train_split, args.val_split)
+    if args.dataset == DIGITS:
+        datasets = tuple(Digits(split, mode=mode) for split in ('train', 'validation'))
+    elif not args.dataset:
+        datasets = image_splits(args.data_dir, splits)
+        for dataset in datasets:
+            dataset.input_img_mode = mode
+    else:
+        datasets = tuple(
+            _named_dataset(args, split, training, mode) for split, training in zip(splits, (True, False)))
+    for dataset, split in zip(datasets, splits):
+        _check(dataset, split, num_classes, args.data_dir or args.dataset)
+    return datasets
+
+
+def _named_dataset(args: argparse.Namespace, split: str, training: bool, mode: str) -> Dataset:
+    options: Dict[str, Any] = {} if args.dataset.lower().startswith('torch/') else {'input_img_mode': mode}
+    with one_line(f'data: no images of split {split!r} of {args.dataset} in {args.data_dir}'):
+        return create_dataset(
+            args.dataset, root=str(args.data_dir), split=split, is_training=training, batch_size=args.batch_size,
+            seed=args.seed, download=args.dataset_download, **options,
+        )
+
+
+def _check(dataset: Dataset, split: str, num_classes: int, where: Any) -> None:
+    if not isinstance(dataset, IterableDataset) and not len(dataset):
+        raise PruningError(f'data: split {split!r} of {where} is empty: give at least one image')
+    reader = getattr(dataset, 'reader', None)
+    names = ('class_to_idx', 'class_name_to_idx')
+    classes = next(filter(None, (getattr(reader, name, None) for name in names)), getattr(dataset, 'classes', ()))
+    if len(classes) > num_classes:
+        raise PruningError(f'data: split {split!r} of {where} has {len(classes)} classes, the model tells '
+                           f'{num_classes} apart: give --num-classes {len(classes)}')
+
+
+def train_loader(args: argparse.Namespace, dataset: Dataset, config: Mapping[str, Any], num_classes: int) -> Any:
+    """Batches of augmented images on the device, in a new order each epoch.
+
+    Raises:
+        PruningError: There are fewer images than a batch has.
+    """
+    given = {name: value for name in _AUGMENTATION if (value := getattr(args, name)) is not None}
+    options = {**(_DIGITS_AUGMENTATION if args.dataset == DIGITS else {}), **given}
+    mix = args.mixup > 0 or args.cutmix > 0
+    collate = FastCollateMixup(
+        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes,
+    ) if mix else None
+    with one_line('data: the augmentation can\'t be set up'):
+        loader = _loader(
+            args, dataset, config, args.batch_size, args.distributed,
+            is_training=True, auto_augment=args.aa, re_prob=args.reprob or 0.0, collate_fn=collate, **options,
+        )
+    if not len(loader):
+        images = len(dataset) // args.world_size
+        raise PruningError(f'data: {images} training images a process are fewer than a batch of {args.batch_size}: '
+                           'give a smaller --batch-size')
+    return loader
+
+
+def eval_loader(args: argparse.Namespace, dataset: Dataset, config: Mapping[str, Any], distributed: bool) -> Any:
+    """Batches of plain images on the device.
+
+    Args:
+        args: Options.
+        dataset: What to read.
+        config: What ``timm.data.resolve_data_config`` says of the model.
+        distributed: Give each process its share, rather than everything.
+    """
+    return _loader(args, dataset, config, args.validation_batch_size or args.batch_size, distributed)
+
+
+def _loader(
+        args: argparse.Namespace,
+        dataset: Dataset,
+        config: Mapping[str, Any],
+        batch_size: int,
+        distributed: bool,
+        **options: Any,
+) -> Any:
+    device = torch.device(args.device)
+    return create_loader(
+        dataset,
+        input_size=config['input_size'],
+        batch_size=batch_size,
+        interpolation=config['interpolation'],
+        mean=config['mean'],
+        std=config['std'],
+        crop_pct=config['crop_pct'],
+        crop_mode=config['crop_mode'],
+        num_workers=args.workers,
+        distributed=distributed,
+        pin_memory=device.type == 'cuda',
+        device=device,
+        # Workers that outlive an epoch keep random states of their own, which no resumed run could have.
+        persistent_workers=False,
+        **options,
+    )

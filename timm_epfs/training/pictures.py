@@ -1,0 +1,98 @@
+"""Pictures of a run: accuracy and MACs over time, the masks while they were learned, what is left of each layer."""
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
+
+import numpy as np
+
+from ..plan import Plan
+
+__all__ = ['draw_all', 'mask_histogram']
+
+BINS = 24
+_COLOURS = {'dense': '#dbe9f6', 'sparse': '#fde5cf', 'finetune': '#ddf0dd'}
+
+
+def mask_histogram(masks: Sequence[Any]) -> Dict[str, Any]:
+    """How the masks of a learner are spread, small enough to keep one for each epoch.
+
+    Args:
+        masks: Values of each structure's units.
+
+    Returns:
+        ``zero``: how many are exactly zero; ``counts`` of the others in bins up to ``top``.
+    """
+    values = np.concatenate([np.asarray(mask, dtype=np.float64).ravel() for mask in masks] or [np.zeros(0)])
+    alive = np.abs(values[values != 0])
+    top = max(1.0, float(alive.max(initial=0.0)))
+    return {'zero': int((values == 0).sum()), 'counts': np.histogram(alive, BINS, (0, top))[0].tolist(), 'top': top}
+
+
+def draw_all(
+        folder: Path,
+        history: Sequence[Mapping[str, Any]],
+        masks: Sequence[Mapping[str, Any]],
+        plan: Plan,
+) -> List[Tuple[str, str]]:
+    """Draw what there is to draw.
+
+    Returns:
+        Title and file name of each picture; none where matplotlib isn't installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, and no global state
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+
+    pictures = [('Accuracy and MACs over time', 'accuracy.png', (8, 4), lambda figure: _accuracy(figure, history))]
+    if masks:
+        pictures.append(('Masks while they were learned', 'masks.png', (8, 3.5), lambda figure: _masks(figure, masks)))
+    height = 1 + 0.16 * len(plan.cuts)
+    pictures.append(('Units left', 'layers.png', (8, max(2.5, height)), lambda figure: _layers(figure, plan)))
+    folder.mkdir(exist_ok=True)
+    for _, name, size, draw in pictures:
+        figure = Figure(figsize=size, layout='constrained')
+        FigureCanvasAgg(figure)
+        draw(figure)
+        figure.savefig(folder / name, dpi=110)
+    return [(title, name) for title, name, *_ in pictures]
+
+
+def _accuracy(figure: Any, history: Sequence[Mapping[str, Any]]) -> None:
+    axis = figure.add_subplot()
+    rows = [row for row in history if row['phase'] != 'cut']
+    epochs, marks = [row['epoch'] for row in rows], [row['epoch'] for row in history]  # a cut falls between epochs
+    for phase, colour in _COLOURS.items():
+        inside = [row['epoch'] for row in rows if row['phase'] == phase]
+        if inside:
+            axis.axvspan(inside[0] - 1, inside[-1], color=colour, label=phase, zorder=0)
+    axis.plot(epochs, [row['train_top1'] for row in rows], ':', color='#1f4e8c', label='train top1')
+    axis.plot(marks, [row['eval_top1'] for row in history], '-', color='#1f4e8c', label='eval top1')
+    axis.set(xlabel='epoch', ylabel='top-1, %', xlim=(0, max(epochs, default=1)))
+    share = axis.twinx()
+    share.plot(marks, [100 * row['alive'] for row in history], color='#c0392b', label='MACs alive')
+    share.set(ylabel='MACs alive, %', ylim=(0, 105))
+    lines = [*axis.get_legend_handles_labels()[0], *share.get_legend_handles_labels()[0]]
+    axis.legend(lines, [line.get_label() for line in lines], loc='lower left', fontsize='small')
+
+
+def _masks(figure: Any, masks: Sequence[Mapping[str, Any]]) -> None:
+    axis = figure.add_subplot()
+    for at in sorted({0, len(masks) // 2, len(masks) - 1}):
+        histogram = masks[at]
+        edges = np.linspace(0, histogram['top'], BINS + 1)
+        label = f'sparse epoch {at + 1}: {histogram["zero"]} exactly zero'
+        axis.stairs(histogram['counts'], edges, label=label, linewidth=1.5)
+    axis.set(xlabel='mask, where not zero', ylabel='units')
+    axis.legend(fontsize='small')
+
+
+def _layers(figure: Any, plan: Plan) -> None:
+    axis = figure.add_subplot()
+    names = [cut.structure.name for cut in plan.cuts]
+    axis.barh(names, [cut.structure.units for cut in plan.cuts], color='#e3e3e3', label='dense')
+    axis.barh(names, [len(cut.keep) for cut in plan.cuts], color='#1f4e8c', label='left')
+    axis.invert_yaxis()
+    axis.tick_params(labelsize='x-small')
+    axis.set(xlabel='units')
+    axis.legend(fontsize='small')

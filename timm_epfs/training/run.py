@@ -1,0 +1,288 @@
+"""A run from a dense model to a pruned one: train, learn the cut, cut, fine-tune, save, compare."""
+import argparse
+import inspect
+import json
+import sys
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional
+
+import safetensors.torch
+import timm
+import torch
+import torch.distributed as dist
+from timm.task import ClassificationTask, DistillationTeacher, LogitDistillationTask, TrainingTask
+from timm.utils import init_distributed_device, random_seed
+from torch import nn
+
+from ..api import create_base, prune
+from ..checkpoint import load_weights
+from ..criteria import CRITERIA
+from ..errors import PruningError
+from ..hub import save_pretrained
+from ..measure import latencies, top1
+from ..methods import METHODS
+from ..plan import Plan
+from ..progress import progress, step
+from ..surgery import one_line, rebuild
+from .checkpoints import Checkpoints, write_tensors, write_whole
+from .data import count_classes, create_datasets, describe, eval_loader, train_loader
+from .options import PHASES, check_options, phase_epochs, run_options
+from .pictures import mask_histogram
+from .stage import Stage, evaluate
+from .summary import Rows, claim_folder, compare, write_report, write_summary
+
+__all__ = ['Result', 'train']
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
+
+    Attributes:
+        folder: Of the pruned model, which ``timm.create_model('local-dir:<folder>', pretrained=True)`` builds.
+        rows: Dense and pruned value by quantity, and how each is shown.
+        notes: How they were measured.
+        history: One row an epoch.
+    """
+    folder: Path
+    rows: Rows
+    notes: str
+    history: List[Dict[str, Any]]
+
+
+def train(args: argparse.Namespace, model_args: Mapping[str, Any]) -> Optional[Result]:
+    """Run what ``timm-epfs train`` was asked for.
+
+    Args:
+        args: Options, as ``add_train_arguments`` and the model's own define them.
+        model_args: Keyword arguments of the model.
+
+    Returns:
+        The result, on the first process; None on others.
+
+    Raises:
+        PruningError: What was asked can't be done; one line says why and what to do.
+    """
+    check_options(args)
+    with one_line(f'device {args.device!r} can\'t be used'):
+        torch.device(init_distributed_device(args))
+    try:
+        return Run(args, model_args)()
+    finally:
+        if args.distributed:
+            dist.destroy_process_group()
+
+
+class Run:
+    """The state that goes from phase to phase."""
+
+    def __init__(self, args: argparse.Namespace, model_args: Mapping[str, Any]):
+        self.args, self.model_args = args, dict(model_args)
+        self.first = args.rank == 0
+        self.folder = args.output.resolve()
+        self.dense_path = self.folder / 'dense.safetensors'
+        self.checkpoints = Checkpoints(self.folder / 'checkpoints', args.checkpoint_hist)
+        self.options = {**run_options(args), 'model_args': json.loads(json.dumps(self.model_args, default=str))}
+        self.epochs = phase_epochs(args)
+        self.history: List[Dict[str, Any]] = []
+        self.masks: List[Dict[str, Any]] = []
+        if self.first:
+            claim_folder(self.folder, args.resume, args.overwrite)
+        self._wait()
+
+        self.saved = self._load() if args.resume else None
+        random_seed(args.seed)
+        with step(f'building {args.model}'):
+            self.model = self._dense(args.pretrained and not self.saved)
+            if args.checkpoint and not self.saved:
+                load_weights(self.model, args.checkpoint)
+        self.config = describe(self.model, args)
+        self.num_classes = count_classes(self.model, self.config['input_size'])
+        self.train_set, self.val_set = create_datasets(args, self.config['input_size'][0], self.num_classes)
+        self.train_loader = train_loader(args, self.train_set, self.config, self.num_classes)
+        self.val_loader = eval_loader(args, self.val_set, self.config, args.distributed)
+
+    def __call__(self) -> Optional[Result]:
+        begin = PHASES.index(self.saved['phase']) if self.saved else 0
+        if self.first:
+            text = json.dumps({**self.options, 'epochs_by_phase': self.epochs}, indent=1) + '\n'
+            write_whole(self.folder / 'args.json', lambda part: part.write_text(text, encoding='utf-8'))
+        if self.saved:
+            self.history, self.masks = self.saved['history'], self.saved['masks']
+            if self.saved['plan']:
+                self.model = self._rebuilt(self.saved['plan'])
+        with self._bar(begin) as self.bar:
+            for phase in PHASES[begin:]:
+                self._phase(phase, self.saved if self.saved and self.saved['phase'] == phase else None)
+        return self._finish() if self.first else None
+
+    def _phase(self, phase: str, saved: Optional[Mapping[str, Any]]) -> None:
+        """Train through a phase, from where it was left, and do what its end asks for."""
+        random_seed(self.args.seed)
+        stage = self._stage(phase, saved) if self.epochs[phase] else None
+        for epoch in range(saved['epoch'] if saved else 0, self.epochs[phase]):
+            self._epoch(stage, phase, epoch)
+        averaged = stage.task.get_trainable_module(ema=True) if stage and stage.task.has_ema() else None
+        if phase == 'sparse':
+            self.model = stage.learner.export(averaged and averaged.module) if stage else self._one_shot()
+            self._record('cut', evaluate(self.args, self._task('cut'), self.val_loader))
+        elif averaged is not None:
+            self.model.load_state_dict(averaged.module.state_dict())
+        if phase == 'dense':
+            self._keep_dense()
+
+    def _stage(self, phase: str, saved: Optional[Mapping[str, Any]]) -> Stage:
+        """A phase at its start, or where it was left."""
+        self.model.to(self.args.device)
+        if self.args.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        updates = -(-len(self.train_loader) // self.args.grad_accum_steps)
+        learner = self._learner(self.epochs[phase] * updates, updates) if phase == 'sparse' else None
+        stage = Stage(self.args, phase, self._task(phase), self.epochs[phase], updates, learner)
+        if saved:
+            stage.load_state_dict(saved)
+        return stage
+
+    def _epoch(self, stage: Stage, phase: str, epoch: int) -> None:
+        """Train and evaluate for an epoch whose random numbers depend on nothing before it, then save."""
+        number = 1 + epoch + sum(self.epochs[name] for name in PHASES[:PHASES.index(phase)])
+        random_seed((self.args.seed + 9973 * number) % 2 ** 31, self.args.rank)
+        for dataset in (self.train_set, getattr(self.train_loader, 'sampler', None)):
+            if hasattr(dataset, 'set_epoch'):
+                dataset.set_epoch(number)
+        what = f'{phase} {epoch + 1}/{self.epochs[phase]}'
+
+        def show(steps: int, values: Dict[str, float]) -> None:
+            alive = {'alive': f'{stage.learner.alive:.3f}'} if stage.learner else {}
+            self.bar.set_description(what, refresh=False)
+            self.bar.set_postfix(loss=f'{values["loss"]:.3f}', top1=f'{values["top1"]:.1f}', **alive, refresh=False)
+            self.bar.update(steps)
+
+        trained = stage.train(self.train_loader, show)
+        watched = stage.learner.log() if stage.learner else {}
+        values = {'mask_lr' if name == 'lr' else name: value for name, value in watched.items()}
+        self._record(phase, stage.evaluate(self.val_loader), trained, lr=stage.lr, **values)
+        if stage.learner:
+            self.masks.append(mask_histogram([*stage.learner.values().values()]))
+        if self.first:
+            plan = self.model.pruning_plan.to_dict() if phase == 'finetune' else None
+            state = {'options': self.options, 'phase': phase, 'epoch': epoch + 1, 'plan': plan,
+                     'history': self.history, 'masks': self.masks, **stage.state_dict()}
+            self.checkpoints.save(state, number)
+
+    def _record(
+            self,
+            phase: str,
+            evaluated: Mapping[str, float],
+            trained: Optional[Mapping[str, float]] = None,
+            **values: float,
+    ) -> None:
+        """One more row of the history: shown, and written where whoever waits can read it."""
+        row = {
+            'epoch': sum(row['phase'] != 'cut' for row in self.history) + (phase != 'cut'),
+            'phase': phase,
+            **{f'train_{name}': value for name, value in (trained or {}).items()},
+            **{f'eval_{name}': value for name, value in evaluated.items()},
+            'alive': self._alive(),
+            **values,
+        }
+        self.history.append(row)
+        if self.first:
+            write_summary(self.folder / 'summary.csv', self.history)
+            shown = '  '.join(f'{name} {value:.4g}' for name, value in row.items() if isinstance(value, float))
+            self.bar.write(f'timm-epfs: epoch {row["epoch"]}/{self.args.epochs} {phase}  {shown}', file=sys.stderr)
+
+    def _alive(self) -> float:
+        plan = getattr(self.model, 'pruning_plan', None)
+        return plan.cost['macs'][1] / plan.cost['macs'][0] if plan else 1.0
+
+    def _dense(self, pretrained: bool) -> nn.Module:
+        return create_base(self.args.model, pretrained, **self.model_args)
+
+    def _keep_dense(self) -> None:
+        """The dense weights in a file of their own: to compare with, to distill from, and for other runs."""
+        if self.first:
+            write_tensors(self.dense_path, self.model.state_dict())
+        self._wait()
+
+    def _kept_dense(self) -> nn.Module:
+        model = self._dense(pretrained=False)
+        describe(model, self.args)
+        with one_line(f'the dense weights in {self.dense_path} can\'t be read'):
+            model.load_state_dict(safetensors.torch.load_file(self.dense_path))
+        return model.to(self.args.device)
+
+    def _rebuilt(self, plan: Mapping[str, Any]) -> nn.Module:
+        model = rebuild(Plan.from_dict(plan))
+        describe(model, self.args)
+        return model
+
+    def _learner(self, steps: int, steps_per_epoch: int) -> Any:
+        method = METHODS[self.args.method]
+        options = dict(self.args.method_kwargs)
+        if 'steps_per_epoch' in inspect.signature(method).parameters:
+            options.setdefault('steps_per_epoch', steps_per_epoch)
+        with step(f'setting up {self.args.method}'), one_line(f'--method {self.args.method} can\'t be set up'):
+            return method(self.model, macs=self.args.macs, steps=steps, **options)
+
+    def _one_shot(self) -> nn.Module:
+        criterion = self.args.criterion or 'l2'
+        needs_data = criterion in CRITERIA and CRITERIA[criterion].needs_data
+        with step(f'cutting {self.args.model}'):
+            return prune(
+                self.model, macs=self.args.macs, criterion=criterion, seed=self.args.seed,
+                data=islice(self.train_loader, 32) if needs_data else None,
+            )
+
+    def _task(self, phase: str) -> TrainingTask:
+        device = torch.device(self.args.device)
+        mixed = self.args.mixup > 0 or self.args.cutmix > 0
+        loss = {'smoothing': 0.0 if mixed else self.args.smoothing, 'soft_targets': mixed}
+        if phase != 'finetune' or not self.args.distill:
+            return ClassificationTask(self.model, criterion_kwargs=loss, device=device, verbose=False)
+        return LogitDistillationTask(
+            self.model, DistillationTeacher(self._kept_dense(), device=device), criterion_kwargs=loss, device=device,
+            distill_loss_weight=self.args.distill_loss_weight, task_loss_weight=self.args.task_loss_weight,
+            temperature=self.args.kd_temperature, verbose=False,
+        )
+
+    def _bar(self, begin: int) -> Any:
+        """One bar for the whole run, so that its time left is the run's."""
+        batches = len(self.train_loader)
+        bar = progress((), 'training', batches * self.args.epochs)
+        bar.disable = not self.first
+        done = sum(self.epochs[name] for name in PHASES[:begin]) + (self.saved['epoch'] if self.saved else 0)
+        bar.initial = bar.n = batches * done
+        return bar
+
+    def _load(self) -> Optional[Dict[str, Any]]:
+        saved = self.checkpoints.load()
+        for name, now in self.options.items() if saved else ():
+            if (then := saved['options'].get(name)) != now:
+                raise PruningError(f'--resume: the run in {self.folder} was started with {name} {then}, now it is '
+                                   f'{now}: ask for the same, or start again with --overwrite')
+        return saved
+
+    def _wait(self) -> None:
+        if self.args.distributed:
+            dist.barrier()
+
+    def _finish(self) -> Result:
+        """Save the pruned model, build it again from there, and compare it with the dense one."""
+        args = self.args
+        folder = save_pretrained(self.model, self.folder / 'pruned', overwrite=True)
+        with one_line(f'{folder} can\'t be loaded again'):
+            slim = timm.create_model(f'local-dir:{folder}', pretrained=True).to(args.device).eval()
+        dense = self._kept_dense()
+        batches = eval_loader(args, self.val_set, self.config, distributed=False)
+        models = [dense, slim]
+        accuracy = top1(models, progress(batches, 'measuring top-1', len(batches)))
+        image = torch.randn(1, *self.config['input_size'], generator=torch.Generator().manual_seed(args.seed))
+        with step('measuring latency'):
+            speed = latencies(models, image.to(args.device))
+        rows = compare(dense, slim, accuracy, speed)
+        notes = f'latency: median at batch 1 on {args.device}, {torch.get_num_threads()} threads'
+        write_report(self.folder, self.options, rows, notes, self.history, self.masks, slim.pruning_plan)
+        return Result(folder, rows, notes, self.history)

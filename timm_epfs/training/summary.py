@@ -1,0 +1,148 @@
+"""What a run writes for people: ``summary.csv`` while it runs, ``report.md`` with pictures at its end."""
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+
+import timm
+import torch
+from torch import nn
+
+from ..errors import PruningError
+from ..measure import size_on_disk
+from ..plan import Plan
+from ..report import format_count
+from ..version import __version__
+from .checkpoints import write_whole
+from .pictures import draw_all
+
+__all__ = ['Rows', 'claim_folder', 'compare', 'write_report', 'write_summary']
+
+Rows = Dict[str, Tuple[Tuple[float, float], Callable[[float], str]]]
+
+# What a run leaves in its folder; one with anything else in it is not replaced.
+_OWN = (
+    'args.json', 'checkpoints', 'dense.safetensors', 'pictures', 'pruned', 'report.md', 'summary.csv',
+)
+
+
+def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Make a folder ready for a run.
+
+    Raises:
+        PruningError: It holds something that is not to be touched, or can't be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        present = sorted(entry.name for entry in folder.iterdir())
+        others = [name for name in present if name not in _OWN and not name.startswith('.')]
+        if others:
+            raise PruningError(f'train: {folder} holds {others[0]!r}, which no run leaves there; name another folder')
+        if present and not (resume or overwrite):
+            raise PruningError(f'train: {folder} holds a run; go on with it by --resume, replace it by --overwrite, '
+                               'or name another folder')
+        for name in present if overwrite else ():
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as e:
+        raise PruningError(f'train: {folder} can\'t be used: {e.strerror or e}') from e
+
+
+def write_summary(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """All rows so far, the columns in the order in which they first appear."""
+    columns = list(dict.fromkeys(name for row in history for name in row))
+
+    def write(part: Path) -> None:
+        with open(part, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows({name: _cell(value) for name, value in row.items()} for row in history)
+
+    write_whole(path, write)
+
+
+def compare(dense: nn.Module, slim: nn.Module, accuracy: Sequence[float], speed: Sequence[float]) -> Rows:
+    """Dense against pruned, by quantity.
+
+    Args:
+        dense: The dense model.
+        slim: The pruned one, with its plan.
+        accuracy: Top-1 of both in percent.
+        speed: Milliseconds of both.
+    """
+    cost, earlier = slim.pruning_plan.cost, getattr(dense, 'pruning_plan', None)
+    before = earlier.cost['macs'][1] if earlier else cost['macs'][0]
+    return {
+        'top-1, %': (tuple(accuracy), '{:.2f}'.format),
+        'MACs': ((before, cost['macs'][1]), format_count),
+        'parameters': (tuple(sum(p.numel() for p in model.parameters()) for model in (dense, slim)), format_count),
+        'size on disk, bytes': ((size_on_disk(dense), size_on_disk(slim)), format_count),
+        'latency, ms': (tuple(speed), '{:.2f}'.format),
+    }
+
+
+def write_report(
+        folder: Path,
+        options: Mapping[str, Any],
+        rows: Rows,
+        notes: str,
+        history: Sequence[Mapping[str, Any]],
+        masks: Sequence[Mapping[str, Any]],
+        plan: Plan,
+) -> None:
+    """Write ``report.md``, with pictures where matplotlib is installed."""
+    address = f'local-dir:{folder / "pruned"}'
+    pictures = draw_all(folder / 'pictures', history, masks, plan)
+    lines = [
+        f'# {options["model"]}, pruned by {options["method"]}',
+        '',
+        *_table(('', 'dense', 'pruned', 'ratio'), [
+            (name, show(dense), show(pruned), f'{pruned / dense:.3f}' if dense else '-')
+            for name, ((dense, pruned), show) in rows.items()
+        ]),
+        '',
+        f'Top-1 is that of the saved model, built again from its folder; {notes}.',
+        f'timm_epfs {__version__}, timm {timm.__version__}, torch {torch.__version__}.',
+        '',
+        '```python',
+        'import timm, timm_epfs',
+        f'model = timm.create_model({address!r}, pretrained=True)',
+        '```',
+        '',
+        *(line for title, name in pictures for line in (f'## {title}', '', f'![{title}](pictures/{name})', '')),
+        *([] if pictures else ['Pictures need matplotlib: pip install timm-epfs[train], then run again with '
+                               '--resume.', '']),
+        '## What is left of each layer',
+        '',
+        *_table(('structure', 'kind', 'dense', 'left'), [
+            (cut.structure.name, cut.structure.kind, str(cut.structure.units), str(len(cut.keep)))
+            for cut in plan.cuts
+        ]),
+        '',
+        '## Epochs',
+        '',
+        *_history_table(history),
+        '',
+        '## Options',
+        '',
+        '```json',
+        json.dumps(options, indent=1),
+        '```',
+        '',
+    ]
+    write_whole(folder / 'report.md', lambda part: part.write_text('\n'.join(lines), encoding='utf-8'))
+
+
+def _history_table(history: Sequence[Mapping[str, Any]]) -> List[str]:
+    columns = list(dict.fromkeys(name for row in history for name in row))
+    return _table(columns, [[_cell(row.get(name)) for name in columns] for row in history])
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
+    lines = [head, ['---'] * len(head), *rows]
+    return [f'| {" | ".join(line)} |' for line in lines]
+
+
+def _cell(value: Any) -> str:
+    return '' if value is None else f'{value:.6g}' if isinstance(value, float) else str(value)
