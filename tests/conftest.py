@@ -13,6 +13,12 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
+def no_progress(monkeypatch):
+    """A busy machine is slow: what a test expects on stderr must not depend on it."""
+    monkeypatch.setattr('timm_epfs.progress.DELAY', 600.0)
+
+
+@pytest.fixture(autouse=True)
 def same_seeds():
     random.seed(0)
     np.random.seed(0)

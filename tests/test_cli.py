@@ -64,12 +64,6 @@ def table(out):
     return {label: tuple(number(cell) for cell in cells) for label, *cells in rows}
 
 
-@pytest.fixture(autouse=True)
-def no_progress(monkeypatch):
-    """A busy machine is slow: what these tests expect on stderr must not depend on it."""
-    monkeypatch.setattr(progress_module, 'DELAY', 600.0)
-
-
 def state_of(folder):
     return timm.create_model(f'local-dir:{folder}', pretrained=True).state_dict()
 

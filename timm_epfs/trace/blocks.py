@@ -41,7 +41,7 @@ class Residuals:
         self.stack: List[str] = []
         self._entered: List[Tuple[Optional[int], Tuple[int, ...], int]] = []
         self._found: Dict[str, Optional[Block]] = {}
-        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._names = {id(p): name for name, p in model.named_parameters() if p.ndim}
         self._count = 0
         self._of: Dict[int, int] = {}                       # term of a tensor, by id
         self._terms: Dict[int, Dict[int, bool]] = {}        # term → its parts; True: a ReLU came after
