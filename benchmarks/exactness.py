@@ -7,7 +7,6 @@ part of this: they have no consumers' entries to zero. One row a name in results
 import argparse
 import copy
 import json
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Optional, Tuple
@@ -97,13 +96,13 @@ def measure(name: str) -> Dict[str, Any]:
         model = build_base(name).eval()
         randomise(model)
         traced = api.trace_model(model)
-        structures = [s for s in traced.structures if s.kind != 'blocks']
+        structures = traced.structures
         exact = [s for s in structures if s.exact]
         row.update(
             params=_parameters(model),
             exact=len(exact),
             inexact=len(structures) - len(exact),
-            reasons='; '.join(f'{n} × {why}' for why, n in Counter(
+            reasons=' | '.join(f'{n} × {why}' for why, n in Counter(
                 s.reason for s in structures if not s.exact).most_common()),
         )
         row['error'], row['changed'] = compare(model, traced)
@@ -142,8 +141,13 @@ def randomise(model: nn.Module) -> None:
 def compare(model: nn.Module, traced: Trace) -> Tuple[float, float]:
     """How far masked is from cut, and how far masking moved the output, both relative to the masked output."""
     keep, left = {}, {}
+    blocks = [s.name for s in traced.structures if s.kind == 'blocks']
+    gone_blocks = set(np.random.default_rng(0).permutation(blocks)[:round(SHARE * len(blocks))])
     for i, s in enumerate(traced.structures):
-        gone = max(1, round(SHARE * s.units)) if s.exact and s.units > 1 else 0  # a block has one unit
+        if s.kind == 'blocks':
+            gone = int(s.name in gone_blocks)
+        else:
+            gone = max(1, round(SHARE * s.units)) if s.exact else 0
         keep[s.name] = np.sort(np.random.default_rng(i).permutation(s.units)[gone:])
         left[s.name] = len(keep[s.name])
     plan = api.make_plan(traced, keep, {})
@@ -158,12 +162,12 @@ def compare(model: nn.Module, traced: Trace) -> Tuple[float, float]:
 
 
 def mask(model: nn.Module, structures: Iterable[Structure], keep: Dict[str, np.ndarray]) -> None:
-    """Zero what the consumers of removed units read them by."""
+    """Zero what the consumers of removed units read them by; for a removed block, what its branches end with."""
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for s in structures:
         gone = np.setdiff1d(np.arange(s.units), keep[s.name])
         for member in s.members:
-            if member.role == 'in' and len(gone):
+            if len(gone) and (member.role == 'in' or s.kind == 'blocks'):
                 entries = torch.from_numpy(member.index[gone].ravel())
                 tensors[member.tensor].data.index_fill_(member.dim, entries, 0)
 
@@ -190,7 +194,8 @@ def summary(table: Table) -> Dict[str, Any]:
     measured = sorted((r for r in rows if r['error']), key=lambda r: -_error(r))
     reasons: Counter = Counter()
     for r in rows:
-        for count, why in re.findall(r'(\d+) × ([^;]+)', r['reasons']):
+        for part in filter(None, r['reasons'].split(' | ')):
+            count, _, why = part.partition(' × ')
             reasons[why] += int(count)
     return {
         'names': len(rows),

@@ -1,6 +1,5 @@
 """The trainer: one command from a dense model to a pruned one, that survives being killed."""
 import csv
-import json
 import multiprocessing
 import os
 import re
@@ -21,7 +20,7 @@ from torch import nn
 
 from timm_epfs import measure
 from timm_epfs.cli import main
-from timm_epfs.errors import PruningError
+from timm_epfs.training import checkpoints
 from timm_epfs.training import run as run_module
 from timm_epfs.training.checkpoints import Checkpoints
 from timm_epfs.training.data import Digits
@@ -40,13 +39,13 @@ def quick(monkeypatch):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Images of two colours, 12 to train and 4 to evaluate on."""
+    """Images of two colours, 12 to train and 5 to evaluate on."""
     root = tmp_path_factory.mktemp('images')
     rng = np.random.default_rng(0)
     for split, number in (('train', 6), ('validation', 2)):
         for label, colour in (('dark', 60), ('light', 190)):
             (root / split / label).mkdir(parents=True)
-            for i in range(number):
+            for i in range(number + (label == 'dark' and split == 'validation')):
                 pixels = rng.integers(colour - 40, colour + 40, (16, 16, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / label / f'{i}.png')
     return root
@@ -140,32 +139,254 @@ KILLED = [
 ]
 
 
-def _die(arguments, updates, while_saving):
-    """Run until so many updates are done or checkpoints begun, and die by SIGKILL."""
+def _die(arguments, updates, checkpoint):
+    """Run, and die by SIGKILL at an update, or at a checkpoint whose tensors are written and whose JSON isn't."""
     torch.set_num_threads(1)
-    owner, name = (run_module, '_no') if not while_saving else (run_module, '_no')
-    del owner, name
-    left = [updates]
+    done, plain_update, plain_write = [0], Stage._after_update, checkpoints.write_whole
 
-    def then_die(function):
-        def wrapped(*args, **kwargs):
-            left[0] -= 1
-            if not left[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-        return wrapped
+    def update(stage):
+        done[0] += 1
+        if done[0] == updates:
+            os.kill(os.getpid(), signal.SIGKILL)
+        plain_update(stage)
 
-    if while_saving:
-        safetensors.torch.save = then_die(safetensors.torch.save)
-    else:
-        Stage._after_update = then_die(Stage._after_update)
-    main(arguments)
+    def write(path, function):
+        if path.name == checkpoint:
+            os.kill(os.getpid(), signal.SIGKILL)
+        plain_write(path, function)
+
+    Stage._after_update, checkpoints.write_whole = update, write
+    sys.exit(main(arguments))
 
 
-def kill(arguments, updates, while_saving=False):
+def run_apart(arguments, updates=None, checkpoint=None):
+    """Exit code of a run in a process of its own."""
     context = multiprocessing.get_context('forkserver')
     context.set_forkserver_preload(['timm_epfs.cli', 'timm_epfs.training.run', 'sklearn.model_selection'])
-    process = context.Process(target=_die, args=(arguments, updates, while_saving))
+    process = context.Process(target=_die, args=(arguments, updates, checkpoint))
     process.start()
     process.join()
     return process.exitcode
+
+
+def test_killed_in_any_phase_and_resumed_gives_the_same_model(tmp_path):
+    whole, killed = ([*KILLED, '-o', str(tmp_path / name)] for name in ('whole', 'killed'))
+    assert run_apart(whole) == 0
+    for updates, checkpoint, left in (
+            (3, None, []),                 # in the first epoch: nothing is saved yet
+            (8, None, [1]),                # dense
+            (9, None, [2, 3]),             # sparse
+            (None, '00004.json', [2, 3]),  # while the end of the sparse phase is being saved
+            (8, None, [4]),                # fine-tuning
+    ):
+        assert run_apart([*killed, '--resume'], updates, checkpoint) == -signal.SIGKILL
+        found = [int(path.stem) for path in (tmp_path / 'killed' / 'checkpoints').glob('*.json')]
+        assert sorted(found)[-len(left):] == left if left else not found
+    assert run_apart([*killed, '--resume']) == 0
+    for name in ('pruned/model.safetensors', 'pruned/config.json', 'dense.safetensors', 'summary.csv'):
+        assert (tmp_path / 'killed' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes(), name
+    assert not list((tmp_path / 'killed').rglob('.*'))
+
+
+def test_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, capsys):
+    assert train(tmp_path / 'run') == 0
+    expected = weights(tmp_path / 'run')
+    newest = tmp_path / 'run' / 'checkpoints' / '00002.safetensors'
+    newest.write_bytes(newest.read_bytes()[:-100])
+    capsys.readouterr()
+    assert train(tmp_path / 'run', '--resume') == 0
+    err = capsys.readouterr().err
+    assert '00002.json is refused, the checksum of 00002.safetensors is wrong; using the one before' in err
+    assert 'epoch 2/2 finetune' in err and 'epoch 1/2' not in err
+    assert same(weights(tmp_path / 'run'), expected)
+
+    for path in newest.parent.glob('*.json'):
+        path.write_text(path.read_text()[:100])
+    assert train(tmp_path / 'run', '--resume') == 2
+    assert error(capsys) == f'resume: none of 2 checkpoints in {newest.parent} is whole; start again with --overwrite'
+
+
+def error(capsys):
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('timm-epfs: error: ')]
+    assert len(lines) == 1
+    return lines[0].removeprefix('timm-epfs: error: ')
+
+
+STATE = {
+    'optimizer': {'state': {0: {'step': torch.tensor(3.), 'none': None}, 1: {}}, 'betas': (0.9, 0.999)},
+    'half': torch.randn(3, 2).bfloat16(), 'ints': torch.arange(4), 'scalar': np.float64(0.1), 'array': np.eye(2),
+    'text': 'λ', 'flag': True, 'big': 1e300, 'third': 1 / 3, 'inf': float('inf'), 'list': [1, [2.5, ()]],
+}
+
+
+def test_checkpoint_gives_back_what_was_saved(tmp_path):
+    saved = Checkpoints(tmp_path)
+    shared = torch.arange(6.)
+    saved.save({**STATE, 'part': shared[:3], 'all': shared}, 1)
+    found = saved.load()
+    assert found['optimizer']['state'][0]['step'] == 3 and found['optimizer']['state'][1] == {}
+    assert found['optimizer']['betas'] == (0.9, 0.999) and found['list'] == [1, [2.5, ()]]
+    for name in ('text', 'flag', 'big', 'third', 'inf', 'scalar'):
+        assert found[name] == STATE[name] and type(found[name]) in (str, bool, float)
+    assert found['half'].dtype == torch.bfloat16 and torch.equal(found['half'], STATE['half'])
+    assert torch.equal(found['part'], shared[:3]) and np.array_equal(found['array'], np.eye(2))
+
+
+def test_last_checkpoints_are_kept(tmp_path):
+    saved = Checkpoints(tmp_path / 'new', keep=2)
+    assert saved.load() is None
+    for number in (8, 9, 10):
+        saved.save({'number': number}, number)
+    assert sorted(path.name for path in (tmp_path / 'new').iterdir()) == [
+        '00009.json', '00009.safetensors', '00010.json', '00010.safetensors']
+    assert saved.load() == {'number': 10}
+
+
+@pytest.mark.parametrize('name', ['00002.json', '00002.safetensors'])
+@pytest.mark.parametrize('where', [0, 0.3, 0.7, 0.999])
+@pytest.mark.parametrize('damage', ['cut', 'flip', 'gone'])
+def test_no_damage_goes_unseen(tmp_path, name, where, damage):
+    saved = Checkpoints(tmp_path)
+    for number in (1, 2):
+        saved.save({'number': number, 'weights': torch.full((50,), float(number))}, number)
+    path = tmp_path / name
+    data = bytearray(path.read_bytes())
+    at = int(where * len(data))
+    if damage == 'flip':
+        data[at] ^= 1
+    path.write_bytes(data[:at] if damage == 'cut' else data)
+    if damage == 'gone':
+        path.unlink()
+    if damage == 'gone' and name.endswith('.json'):
+        assert saved.load()['number'] == 1
+        return
+    with pytest.warns(UserWarning, match='00002.json is refused'):
+        assert saved.load()['number'] == 1
+
+
+def test_loss_that_is_no_number_stops_the_run_and_leaves_a_good_checkpoint(tmp_path, capsys):
+    arguments = ['--epochs', '3', '--warmup-epochs', '0']
+    assert train(tmp_path / 'run', *arguments, '--finetune-lr', '1e30') == 2
+    assert re.match(r'the loss of step [1-3] of the finetune phase is no number', error(capsys))
+    saved = Checkpoints(tmp_path / 'run' / 'checkpoints').load()
+    assert (saved['phase'], saved['epoch']) == ('dense', 1)
+    assert all(tensor.isfinite().all() for tensor in saved['state_dict'].values())
+    assert train(tmp_path / 'run', *arguments, '--finetune-lr', '0.01', '--resume') == 0
+
+
+def test_folder_of_a_run_is_not_lost_by_mistake(tmp_path, capsys):
+    run = tmp_path / 'run'
+    assert train(run) == 0
+    before = (run / 'summary.csv').read_bytes()
+    assert train(run) == 2 and '--resume' in error(capsys)
+    assert train(run, '--resume', '--macs', '0.4') == 2
+    assert error(capsys).startswith(f'--resume: the run in {run} was started with macs 0.5, now it is 0.4')
+    assert train(run, '--resume') == 0 and (run / 'summary.csv').read_bytes() == before
+    (run / 'thesis.tex').touch()
+    assert train(run, '--overwrite') == 2 and "holds 'thesis.tex'" in error(capsys)
+    (run / 'thesis.tex').unlink()
+    assert train(run, '--overwrite', '--seed', '1') == 0 and (run / 'summary.csv').read_bytes() != before
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--data-dir', 'x'], '--dataset digits has no folder, --data-dir x was given: drop it'),
+    (['--dataset', ''], 'train needs images, found no --data-dir: give it, or --dataset digits for a first try'),
+    (['--sparse-epochs', '1'], '--method none has no sparse phase, found --sparse-epochs 1: drop it'),
+    (['--method-kwargs', 'l1=1'], '--method none takes no --method-kwargs: choose a method, or drop them'),
+    (['--method', 'epfs', '--criterion', 'l1'], '--criterion goes with --method none, found --method epfs'),
+    (['--method', 'epfs', '--sparse-epochs', '0'], '--method epfs learns while sparse, found 0 epochs for that'),
+    (['--dense-epochs', '3'], '3 dense and 0 sparse epochs were asked, --epochs has 2 for all phases'),
+    (['--method', 'epfs', '--sparse-epochs', '1', '--method-kwargs', 'l3=1'], '--method epfs can\'t be set up'),
+    (['--macs', '0.0001'], 'macs'),
+    (['--macs', '-1'], '--macs -1 was asked'),
+    (['--resume', '--overwrite'], '--resume and --overwrite were both given'),
+    (['--pretrained', '--checkpoint', 'a.safetensors'], '--pretrained and --checkpoint were both given'),
+    (['--checkpoint', 'a.pth'], 'checkpoint a.pth is not read, only .safetensors is (no pickle)'),
+    (['--amp', '--amp-dtype', 'float16'], '--amp-dtype float16 has no fast kernels on cpu'),
+    (['--device', 'nowhere'], "device 'nowhere' can't be used"),
+    (['--opt', 'newton'], "optimizer 'newton' with schedule 'cosine' can't be set up"),
+    (['-b', '2000'], 'data: 1437 training images a process are fewer than a batch of 2000'),
+    (['--num-classes', '9'], "data: split 'train' of digits has 10 classes, the model tells 9 apart"),
+    (['--num-classes', '0'], 'train needs a model that returns logits of classes, ResNetCifar returns shape'),
+    (['--in-chans', '4'], 'train reads images of 1 or 3 channels, the model takes 4'),
+])
+def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, capsys, arguments, message):
+    assert train(tmp_path / 'run', *arguments) == 2
+    assert message in error(capsys)
+
+
+def test_data_that_can_not_be_used_is_refused_in_one_line(tmp_path, folder, capsys, monkeypatch):
+    base = ['train', 'resnet20_cifar', '--macs', '0.5', '--method', 'none', '--img-size', '8', '-b', '4', '-j', '0',
+            '--epochs', '1', '--dense-epochs', '1', '--data-dir']
+    (tmp_path / 'empty' / 'train').mkdir(parents=True)
+    (tmp_path / 'empty' / 'validation').mkdir()
+    assert train(tmp_path / 'run', base=[*base, str(tmp_path / 'empty')]) == 2
+    assert "no images of split 'train'" in error(capsys)
+    assert train(tmp_path / 'run', '--num-classes', '1', '--overwrite', base=[*base, str(folder)]) == 2
+    assert 'has 2 classes, the model tells 1 apart: give --num-classes 2' in error(capsys)
+
+    monkeypatch.setattr(Digits, 'classes', ())  # a dataset that doesn't say
+    assert train(tmp_path / 'run', '--num-classes', '9', '--overwrite') == 2
+    assert error(capsys) == 'data: an image has label 9, the model tells 9 classes apart: give --num-classes'
+
+
+def test_everything_at_once_on_a_folder_of_images(tmp_path, folder):
+    arguments = [
+        'train', 'resnet20_cifar', '--data-dir', str(folder), '--num-classes', '2', '--in-chans', '1', '--img-size', '8',
+        '-b', '4', '-j', '1', '--macs', '0.6', '--method', 'epfs', '--epochs', '3', '--dense-epochs', '1',
+        '--sparse-epochs', '1', '--amp', '--channels-last', '--model-ema', '--distill', '--grad-accum-steps', '2',
+        '--mixup', '0.2', '--smoothing', '0.1', '--clip-grad', '1', '--opt', 'adamw', '--lr', '0.001', '--hflip', '0.5',
+    ]
+    assert train(tmp_path / 'run', base=arguments) == 0
+    slim = timm.create_model(f'local-dir:{tmp_path / "run" / "pruned"}', pretrained=True)
+    assert slim(torch.randn(2, 1, 8, 8)).shape == (2, 2)
+    assert [row['phase'] for row in history(tmp_path / 'run')] == ['dense', 'sparse', 'cut', 'finetune']
+
+
+def options(**changes):
+    return Namespace(**{**dict(
+        device='cpu', distributed=False, amp=False, channels_last=False, torchcompile=None, model_ema=False,
+        grad_accum_steps=1, clip_grad=None, clip_mode='norm', opt='sgd', lr=0.1, sched='cosine', min_lr=0.0,
+        weight_decay=0.0, momentum=0.9, opt_kwargs={}, warmup_epochs=0, warmup_lr=0.0, seed=0,
+    ), **changes})
+
+
+def test_accumulated_batches_are_one_large_batch():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 3))
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    images, target = torch.randn(22, 3, 2, 2), torch.randint(3, (22,))
+    ends = []
+    for every, size in ((1, 8), (4, 2)):  # 22 = 8 + 8 + 6: the last group is a smaller one
+        model.load_state_dict(start)
+        stage = Stage(options(grad_accum_steps=every), 'dense', ClassificationTask(model, verbose=False), 1, 3)
+        stage.train(list(zip(images.split(size), target.split(size))), lambda steps, values: None)
+        assert stage.done == 3
+        ends.append(model[1].weight.detach().clone())
+    assert torch.allclose(*ends, atol=1e-6) and not torch.allclose(ends[0], start['1.weight'], atol=1e-3)
+
+
+def test_two_processes_evaluate_each_image_once(tmp_path, folder):
+    """Of five images two processes read three each; the sixth is read twice and counts once."""
+    arguments = [
+        'train', 'resnet20_cifar', '--data-dir', str(folder), '--num-classes', '2', '--img-size', '16', '-b', '3',
+        '-vb', '2', '-j', '0', '--macs', '0.6', '--epochs', '3', '--dense-epochs', '1', '--sparse-epochs', '1',
+        '-o', str(tmp_path / 'run'),
+    ]
+    subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'timm_epfs',
+         *arguments],
+        check=True, capture_output=True,
+        env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(Path(__file__).parents[1])},
+    )
+    rows = history(tmp_path / 'run')
+    assert [row['phase'] for row in rows] == ['dense', 'sparse', 'cut', 'finetune']
+    assert float(rows[2]['eval_loss']) == pytest.approx(float(rows[1]['eval_loss']), rel=1e-4)
+
+    slim = timm.create_model(f'local-dir:{tmp_path / "run" / "pruned"}', pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model=slim))
+    paths = sorted((folder / 'validation').rglob('*.png'))
+    images = torch.stack([transform(Image.open(path)) for path in paths])
+    with torch.no_grad():
+        target = torch.tensor([int(path.parent.name == 'light') for path in paths])
+        loss = nn.functional.cross_entropy(slim(images), target)
+    assert len(paths) == 5 and float(rows[-1]['eval_loss']) == pytest.approx(float(loss), rel=1e-3)

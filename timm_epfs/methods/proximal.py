@@ -11,6 +11,8 @@ from .base import Learner
 
 __all__ = ['ProximalLearner']
 
+_GROWTH = 4     # how much larger gradients are bound to get, once masks leave one
+
 
 class ProximalLearner(Learner):
     """Masks that move by proximal steps.
@@ -91,6 +93,7 @@ class ProximalLearner(Learner):
                 if step < self.controller.listen:
                     return
                 self.controller.begin(self._largest)
+                self._largest *= _GROWTH
             if self.controller.due(step):
                 ahead = self.controller.ahead(self.solver.x, step)
                 self.controller.update(step, self._share(ahead.numpy() > 0))

@@ -15,6 +15,7 @@ _PASS = frozenset({'view', '_unsafe_view', 'clone', 'contiguous', 'detach', 'ali
                    'unsqueeze', 'squeeze', 'expand'})
 _MAKES = frozenset({'convolution', 'addmm', 'mm', 'mul', 'mul_', 'native_batch_norm', 'cudnn_batch_norm',
                     '_native_batch_norm_legit_no_training', 'native_layer_norm'})
+_WEIGHT_AT = {'convolution': 1, 'addmm': 2, 'mm': 1}  # which tensor of a product is its weight
 _MOVES = frozenset({'permute', 'transpose', 'roll', 'slice', 'index', 'constant_pad_nd'})  # zeros stay zeros
 
 
@@ -84,7 +85,10 @@ class Residuals:
             self._positive.add(term)
         elif name in _MAKES:
             own = tuple(self._parameter[i] for i in ins if i in self._parameter)
-            self._last[term] = own or self._last.get(ins[0], ())
+            weight = ins[min(_WEIGHT_AT.get(name, 0), len(ins) - 1)]
+            # A weight that is computed (standardised, say) isn't scaled by scaling what it's computed from.
+            computed = name in _WEIGHT_AT and weight not in self._parameter
+            self._last[term] = () if computed else own or self._last.get(ins[0], ())
         elif name in _MOVES and ins:
             self._last[term] = self._last.get(ins[0], ())
         self._of[id(out)] = term
