@@ -62,10 +62,10 @@ def trace(
     Raises:
         PruningError: The forward fails.
     """
-    copy = meta_copy(model)
+    copy = meta_copy(model).eval()
     args, kwargs = _to_meta((args, kwargs or {}))
     rec = Recorder(copy)
-    with watch_interface(copy, rec):
+    with watch_interface(copy, rec, args):
         try:
             rec.run(args, kwargs)
         except Exception as e:
@@ -117,7 +117,7 @@ def _also_in_training(copy: nn.Module, rec: Recorder, args: Tuple, kwargs: Dict[
         return []
     pair = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) else x, (args, kwargs))
     try:
-        rec.run(*pair, count=False, training=True)
+        rec.run_training(*pair)
     except Exception as e:
         return [Skipped(unseen[0], f'runs neither in eval nor in training mode: {type(e).__name__}')]
     return []

@@ -23,12 +23,13 @@ _OUTPUT = frozenset({'out_features', 'out_chs', 'out_channels', 'out_dim', 'num_
 
 
 @contextmanager
-def watch_interface(model: nn.Module, rec: Recorder) -> Iterator[None]:
+def watch_interface(model: nn.Module, rec: Recorder, args: Tuple) -> Iterator[None]:
     """While a forward is recorded, note the labels of the widths that timm's API reports.
 
     Args:
         model: The recorder's copy; it is left with hooks and is to be thrown away.
         rec: Attributes found are added to ``rec.follower.attributes``.
+        args: Positional arguments of the forward.
     """
     widths: Dict[str, Tuple[Optional[torch.Tensor], Optional[torch.Tensor]]] = {}
     for name, module in model.named_modules():
@@ -43,6 +44,7 @@ def watch_interface(model: nn.Module, rec: Recorder) -> Iterator[None]:
     yield
     _modules(model, rec, widths)
     _root(model, rec, widths, _first(features))
+    _features(model, rec, widths, args)
 
 
 def _first(value: Any) -> Optional[torch.Tensor]:
@@ -86,7 +88,23 @@ def _root(model: nn.Module, rec: Recorder, widths: Dict, features: Optional[torc
             _note(rec, f'{name}.{key}', getattr(model.get_submodule(name), key), at_classifier)
     _note(rec, 'head_hidden_size', vars(model).get('head_hidden_size'), at_classifier)
     _note(rec, 'num_features', vars(model).get('num_features'), at_classifier)
+
+
+def _features(model: nn.Module, rec: Recorder, widths: Dict, args: Tuple) -> None:
     info = getattr(model, 'feature_info', None)
-    for i, entry in enumerate(getattr(info, 'info', info) or []):
-        if isinstance(entry, dict) and entry.get('module') in widths:
-            _note(rec, f'feature_info.{i}.num_chs', entry.get('num_chs'), widths[entry['module']][1])
+    entries = {i: entry for i, entry in enumerate(getattr(info, 'info', info) or []) if isinstance(entry, dict)}
+    for i, entry in entries.items():
+        if entry.get('module') in widths:
+            _note(rec, _path(i), entry.get('num_chs'), widths[entry['module']][1])
+    if not hasattr(model, 'forward_intermediates') or all(_path(i) in rec.follower.attributes for i in entries):
+        return
+    try:  # a module's name doesn't always tell which of its outputs is the feature
+        outputs = rec.also(lambda: model.forward_intermediates(*args, intermediates_only=True))
+    except Exception:
+        return
+    for i, output in zip(entries, outputs):
+        _note(rec, _path(i), entries[i].get('num_chs'), _first(output))
+
+
+def _path(entry: int) -> str:
+    return f'feature_info.{entry}.num_chs'

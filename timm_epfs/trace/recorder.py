@@ -4,7 +4,7 @@ Below autograd every model is a few dozen ATen operations; each is looked up in 
 """
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 import torch
@@ -205,23 +205,32 @@ class Recorder(TorchDispatchMode):
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def run(self, args: Tuple, kwargs: Dict[str, Any], count: bool = True, training: bool = False) -> Any:
-        """One forward; the outputs' dims are pinned, since others rely on them."""
-        self._counting = count
-        self._model.train(training)
+    def run(self, args: Tuple, kwargs: Dict[str, Any]) -> None:
+        """The forward that is counted and that a cut model must repeat. Its outputs' dims are pinned: others rely on
+        them."""
+        self._pin(self.also(lambda: self._model(*args, **kwargs), counting=True))
+        self.main = len(self.operations)
+        self.blocks = self._residuals.blocks()
+
+    def run_training(self, args: Tuple, kwargs: Dict[str, Any]) -> None:
+        """Another forward, in training mode."""
+        self._model.train()
+        self._pin(self.also(lambda: self._model(*args, **kwargs)))
+
+    def also(self, call: Callable[[], Any], counting: bool = False) -> Any:
+        """Label the tensors of any call of the model's code."""
+        self._counting = counting
         with ExitStack() as stack:
             stack.enter_context(quiet())
             stack.enter_context(tagged(self._model))
             stack.enter_context(Provenance(self.follower, self.labels_of))
             stack.enter_context(self)
-            out = self._model(*args, **kwargs)
-        if count:
-            self.main = len(self.operations)
-            self.blocks = self._residuals.blocks()
+            return call()
+
+    def _pin(self, out: Any) -> None:
         for tensor in self.tensors(_leaves(out)):
             for label in self.labels_of(tensor):
                 self.labels.pin(label)
-        return out
 
 
 def _leaves(out: Any) -> List[Any]:
