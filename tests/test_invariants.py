@@ -220,30 +220,6 @@ def test_timm_feature_extraction_follows(case):
         assert case.row.name.startswith('torchvision/')
         return
     image = case.example.to('meta')
-    model = case.shapes
-    logits = model(image)
-    features = model.forward_features(image)
-    assert model.forward_head(features).shape == logits.shape
-    hidden = model.forward_head(features, pre_logits=True)
-    assert hidden.shape[-1 if hidden.ndim < 4 else 1] == model.head_hidden_size
-    assert model.num_features in features.shape
-    model = copy.deepcopy(model)
-    with torch.device('meta'):
-        model.reset_classifier(7)
-    assert model(image).shape == (1, 7)
-    classifier = model.get_classifier()
-    classifier = classifier[0] if isinstance(classifier, tuple) else classifier
-    assert [p.shape[:2] for p in classifier.parameters() if p.ndim > 1][-1] == (7, model.head_hidden_size)
-
-
-@torch.no_grad()
-def test_timm_feature_extraction_follows(case):
-    if case.row.name.startswith('hrnet'):
-        request.applymarker(pytest.mark.xfail(strict=True, reason='feature_info names no module that makes a feature'))
-    if not hasattr(case.slim, 'forward_features'):
-        assert case.row.name.startswith('torchvision/')
-        return
-    image = case.example.to('meta')
     if hasattr(case.slim, 'forward_intermediates'):
         outs = case.shapes.forward_intermediates(image, intermediates_only=True)
         channels = case.shapes.feature_info
