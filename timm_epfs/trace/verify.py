@@ -3,6 +3,7 @@
 What doesn't is found by the operation at which the cut model leaves the road, and the dims it touches are pinned
 wherever that line of code runs. A wrong proposal costs coverage of a few layers, never a broken model.
 """
+import traceback
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
@@ -127,6 +128,8 @@ def replay(
     except Mismatch:
         raise
     except Exception as e:
+        if traceback.extract_tb(e.__traceback__)[-1].filename == __file__:
+            raise  # a mistake of ours, not the cut model's
         message = (str(e).splitlines() or [''])[0]
         raise Mismatch(mode.blame, f'{type(e).__name__}: {message}') from e
     if any(op.name not in _VIEWS for op in operations[mode.index:]):
