@@ -5,6 +5,7 @@ from typing import Dict
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from helpers import distance, drop, flat, masked, randomise
@@ -465,3 +466,16 @@ def test_a_forward_that_fails_is_one_line(fails):
     with pytest.raises(PruningError) as e:
         api.trace_model(Net(fails, a=conv(3, 8)), torch.zeros(1, 3, 8, 8))
     assert '\n' not in str(e.value) and '(1, 3, 8, 8)' in str(e.value)
+
+
+def test_attention_is_cut_by_dims_of_heads_where_heads_are_not_asked_for():
+    model = timm.create_model('test_vit').eval()
+    slim = timm_epfs.prune(model, macs=0.7, kinds=['channels', 'head_dims', 'groups'])
+    attention = [c for c in slim.pruning_plan.cuts if 'attn' in c.structure.name]
+    dense, cut = model.blocks[0].attn, slim.blocks[0].attn
+    assert attention and {c.structure.kind for c in attention} == {'head_dims'}
+    assert all(c.structure.units == dense.head_dim and not c.structure.exact for c in attention)
+    assert cut.num_heads == dense.num_heads and cut.scale == dense.scale
+    assert cut.attn_dim == cut.num_heads * cut.head_dim and cut.qkv.out_features == 3 * cut.attn_dim
+    assert any(len(c.keep) < c.structure.units for c in attention)
+    assert slim(torch.zeros(1, *model.default_cfg['input_size'])).shape == (1, 1000)

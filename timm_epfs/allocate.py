@@ -128,7 +128,7 @@ def _top(scores: np.ndarray, left: int) -> np.ndarray:
 
 def _step(structure: Structure, round_to: Optional[int]) -> int:
     """How many units make the widths of the layer that a structure leaves multiples of ``round_to``."""
-    if structure.kind != 'channels':
+    if structure.kind not in ('channels', 'head_dims'):
         return 1
     if round_to is None:
         round_to = next((width for width in (8, 4, 2) if structure.units >= 8 * width), 1)

@@ -22,7 +22,7 @@ from .version import __version__
 
 __all__ = ['prune', 'trace_model', 'create_base', 'example_for', 'base_of']
 
-DEFAULT_KINDS = ('channels', 'heads', 'groups')
+DEFAULT_KINDS = ('channels', 'heads', 'head_dims', 'groups')
 Example = Union[torch.Tensor, Tuple, Dict[str, Any]]
 
 
@@ -66,7 +66,8 @@ def prune(
         exclude: Names, module prefixes or patterns of layers whose outputs are not to be cut.
         only: The same, of the only layers to cut.
         ratios: Shares to remove by pattern, set before the budget is met by the rest.
-        kinds: Kinds of structures to cut; whole residual blocks (``'blocks'``) only if named here.
+        kinds: Kinds of structures to cut; whole residual blocks (``'blocks'``) only if named here. Attention is cut by
+            whole heads; without ``'heads'`` here, by the dims of all heads of a layer (``'head_dims'``).
         streams: Whether to cut residual streams that are normalised over their channels (ViT, ConvNeXt), which can't
             be done exactly. None: only where the budget can't be met without, with a warning.
         data: Batches (images, targets) for criteria that need them.
@@ -85,7 +86,7 @@ def prune(
         PruningError: What was asked can't be done; one line says why and what to do.
     """
     model, own = _resolve(model, pretrained, model_args)
-    traced = trace_model(model, example_input)
+    traced = trace_model(model, example_input, whole_heads='heads' in kinds)
     budget = budget_from(traced.structures, traced.cost, macs=macs, params=params)
     fixed = _fixed(traced.structures, exclude, only, kinds)
     pool = [s for s in traced.structures if s.name not in fixed]
@@ -142,14 +143,18 @@ def make_plan(
     return Plan(base, base_args or {}, cuts, changed, recipe, cost)
 
 
-def trace_model(model: nn.Module, example_input: Optional[Example] = None) -> Trace:
-    """Trace a module and verify what was found on a cut copy.
+def trace_model(
+        model: nn.Module,
+        example_input: Optional[Example] = None,
+        whole_heads: bool = True,
+) -> Trace:
+    """Trace a module and verify what was found on a cut copy. Arguments are those of ``trace`` and ``prune``.
 
     Raises:
         PruningError: Its input isn't known or its forward fails.
     """
     args, kwargs = example_for(model, example_input)
-    return trace(model, args, kwargs, cut=_cut)
+    return trace(model, args, kwargs, cut=_cut, whole_heads=whole_heads)
 
 
 def _cut(copy_: nn.Module, structures, keep, attributes) -> None:

@@ -1,6 +1,7 @@
 """What can be cut, as plain data.
 
-A *unit* is the smallest thing that stands or falls as a whole: a channel, an attention head, a convolution group. A
+A *unit* is the smallest thing that stands or falls as a whole: a channel, an attention head or one dim of every head of
+a layer, a convolution group, a residual block. A
 *structure* is a run of units that occupy the same dims of the same tensors. Everything here is named, not held: a
 structure found on one copy of a model is good for any other copy, on any device, in any process.
 """
@@ -11,7 +12,7 @@ import numpy as np
 
 __all__ = ['Member', 'Size', 'Structure', 'KINDS']
 
-KINDS = ('channels', 'heads', 'groups', 'blocks')
+KINDS = ('channels', 'heads', 'head_dims', 'groups', 'blocks')
 
 
 @dataclass(frozen=True, eq=False)

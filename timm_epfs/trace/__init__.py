@@ -50,6 +50,7 @@ def trace(
         args: Tuple = (),
         kwargs: Optional[Dict[str, Any]] = None,
         cut: Optional[Callable] = None,
+        whole_heads: bool = True,
 ) -> Trace:
     """Find what can be cut. The model isn't touched: all work is done on copies without data.
 
@@ -58,13 +59,14 @@ def trace(
         args: Positional arguments of one forward; tensors are taken for their shapes only. Batch 1.
         kwargs: Keyword arguments of the forward.
         cut: ``cut(copy, structures, keep, attributes)`` cuts a copy for verification.
+        whole_heads: Units of attention are whole heads where that can be; otherwise the dims of all heads of a layer.
 
     Raises:
         PruningError: The forward fails.
     """
     copy = meta_copy(model).eval()
     args, kwargs = _to_meta((args, kwargs or {}))
-    rec = Recorder(copy)
+    rec = Recorder(copy, whole_heads)
     with watch_interface(copy, rec, args):
         try:
             rec.run(args, kwargs)

@@ -48,10 +48,15 @@ class Solution:
 
 
 class Labels:
-    """The atoms of one trace and everything that is known about them."""
+    """The atoms of one trace and everything that is known about them.
 
-    def __init__(self):
+    Args:
+        whole_heads: Cut attention by whole heads where that can be; otherwise by the dims of all heads of a layer.
+    """
+
+    def __init__(self, whole_heads: bool = True):
         self.size = 1  # atom 0 is PINNED
+        self.whole_heads = whole_heads
         self._ties: List[Tie] = []
         self._pins: List[np.ndarray] = []
         self._batched: List[np.ndarray] = []
@@ -153,7 +158,9 @@ class Labels:
         batched = _spread(base, np.concatenate([np.array([PINNED]), *self._batched]))
         batched &= base != base[PINNED]
         while True:
-            chosen = [_choose(factor, ban, pinned, batched) for factor, ban in zip(self._factors, banned)]
+            chosen = [
+                _choose(factor, ban, pinned, batched, self.whole_heads) for factor, ban in zip(self._factors, banned)
+            ]
             factor_pins = [pins]
             edges = []
             for factor, choice in zip(self._factors, chosen):
@@ -189,8 +196,8 @@ class Labels:
         return out
 
 
-def _choose(factor: Factor, banned: set, pinned: np.ndarray, batched: np.ndarray) -> Optional[int]:
-    """The first choice whose axes are free, an axis that attention treats as heads before any other."""
+def _choose(factor: Factor, banned: set, pinned: np.ndarray, batched: np.ndarray, whole_heads: bool) -> Optional[int]:
+    """The first choice whose axes are free, an axis that attention treats as heads before or after any other."""
     free = [
         i for i, (which, _) in enumerate(factor.choices)
         if i not in banned and not any(pinned[axes[axis]].any() for (_, axes), axis in zip(factor.boxes, which))
@@ -199,7 +206,8 @@ def _choose(factor: Factor, banned: set, pinned: np.ndarray, batched: np.ndarray
         i for i in free
         if all(batched[axes[axis]].all() for (_, axes), axis in zip(factor.boxes, factor.choices[i][0]))
     ]
-    return (heads or free or [None])[0]
+    others = [i for i in free if i not in heads]
+    return ((heads + others if whole_heads else others + heads) or [None])[0]
 
 
 def _kinds(
@@ -213,9 +221,11 @@ def _kinds(
     for factor, choice in zip(factors, chosen):
         which, kind = factor.choices[choice] if choice is not None else ((), '')
         for (_, axes), axis in zip(factor.boxes, which):
-            name = 'heads' if kind == 'channels' and batched[axes[axis]].all() else kind
+            name = kind
+            if kind == 'channels' and any(batched[label].all() for label in axes):
+                name = 'heads' if batched[axes[axis]].all() else 'head_dims'
             for u in np.unique(unit[axes[axis]]).tolist() if name != 'channels' else ():
-                if kinds.get(u) != 'heads':
+                if kinds.get(u) not in ('heads', 'head_dims'):
                     kinds[u] = name
     return kinds
 

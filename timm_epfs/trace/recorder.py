@@ -71,9 +71,9 @@ class Recorder(TorchDispatchMode):
         model: A copy on the meta device, made for this; its integer attributes are tagged for the time of the trace.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, whole_heads: bool = True):
         super().__init__()
-        self.labels = Labels()
+        self.labels = Labels(whole_heads)
         self.follower = Follower(self.labels)
         self.operations: List[Operation] = []
         self.main = 0                                                   # operations of the counted forward
