@@ -139,7 +139,7 @@ def markdown(table: Table, result: Dict[str, Any]) -> str:
     lines = ['# The whole zoo, cut to half its MACs', '', header_line(header()), '']
     for library, figures in result.items():
         ok, names = figures['ok'], figures['names']
-        lines.append(f'- {library}: {ok} of {names} names ({ok / names:.1%})')
+        lines.append(f'- {library}: {ok} of {names} names ({ok / names:.1%}); {_in_words(figures)}')
     lines += ['', '| module | names | ok | median share of MACs cuttable | not yet |', '|---|---|---|---|---|']
     groups: Dict[str, List[str]] = {}
     for name in sorted(table.rows):
@@ -150,11 +150,19 @@ def markdown(table: Table, result: Dict[str, Any]) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def _in_words(figures: Dict[str, Any]) -> str:
+    median, least = figures['share_cuttable_median_min']
+    _, most, longest = figures['seconds_p50_p90_max']
+    return (f'share of the MACs in layers that can be cut: median {median:.2f}, least {least:.2f}; '
+            f'{most:.1f} s for nine names in ten, {longest:.0f} s at most')
+
+
 def _markdown_row(table: Table, group: str, names: List[str]) -> str:
     bad = [n for n in names if table.rows[n]['status'] != 'ok']
     shares = table.numbers('share_cuttable', names) if 'share_cuttable' in table.columns else []
     median = f'{np.median(shares):.2f}' if shares else ''
-    rest = [f'`{n}` ({table.rows[n]["status"]})' for n in bad[:3]] + ([f'{len(bad) - 3} more'] if len(bad) > 3 else [])
+    rest = [f'`{n}` ({table.rows[n]["status"]}: {table.rows[n]["error"]})' for n in bad[:3]]
+    rest += [f'{len(bad) - 3} more'] if len(bad) > 3 else []
     return f'| {group} | {len(names)} | {len(names) - len(bad)} | {median} | {", ".join(rest)} |'
 
 

@@ -104,8 +104,8 @@ def _prune(model: nn.Module, name: str, row: Dict[str, Any]) -> Tuple[nn.Module,
     """``timm_epfs.prune``, timed whole, and the trace that it made on the way."""
     traces = []
 
-    def trace_model(*args):
-        traces.append(original(*args))
+    def trace_model(*args, **kwargs):
+        traces.append(original(*args, **kwargs))
         row['status'] = 'cut' if any(s.kind != 'blocks' for s in traces[0].structures) else 'trace'
         return traces[0]
 
