@@ -258,3 +258,12 @@ def test_nothing_is_kept_of_an_earlier_forward():
     rebuilt = timm_epfs.rebuild(slim.pruning_plan).eval()
     rebuilt.load_state_dict(slim.state_dict())
     assert torch.equal(_run(slim, row.images()), _run(rebuilt, row.images()))
+
+
+def test_a_head_that_is_the_only_one_left_doesnt_stand_in_the_way_of_a_second_cut():
+    once = timm_epfs.prune('test_vit', macs=0.6, ratios={'*.attn.qkv': 0.5})
+    assert {len(c.keep) for c in once.pruning_plan.cuts if c.structure.kind == 'heads'} == {1}
+    twice = timm_epfs.prune(once, macs=0.8)
+    assert twice.pruning_plan.cost['macs'][1] < once.pruning_plan.cost['macs'][1]
+    rebuilt = timm_epfs.rebuild(twice.pruning_plan)
+    rebuilt.load_state_dict(twice.state_dict())

@@ -136,7 +136,11 @@ def test_compose_keeps_what_both_keep():
     with pytest.raises(PruningError, match='a with 8 units, the first leaves 4'):
         first.compose(first)
     with pytest.raises(PruningError, match='the first has no such structure'):
-        first.compose(Plan('m', {}, (Cut(channels('z', 'n', 'b', 4), np.arange(4)),)))
+        first.compose(Plan('m', {}, (Cut(channels('z', 'n', 'b', 4), np.arange(3)),)))
+    # what the later plan leaves whole needs no counterpart
+    untouched = first.compose(Plan('m', {}, (Cut(channels('z', 'n', 'b', 4), np.arange(4)),)))
+    assert untouched.cuts[0].keep.tolist() == [1, 3, 4, 7]
+    assert first.uncomposable([channels('z', 'n', 'b', 4), channels('a', 'n', 'b', 4)]) == {'z'}
 
 
 def test_saved_plans_load(plan, tmp_path):

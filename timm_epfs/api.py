@@ -88,7 +88,10 @@ def prune(
     model, own = _resolve(model, pretrained, model_args)
     traced = trace_model(model, example_input, whole_heads='heads' in kinds)
     budget = budget_from(traced.structures, traced.cost, macs=macs, params=params)
+    earlier = getattr(model, 'pruning_plan', None)
     fixed = _fixed(traced.structures, exclude, only, kinds)
+    if isinstance(earlier, Plan):
+        fixed |= earlier.uncomposable(traced.structures)
     pool = [s for s in traced.structures if s.name not in fixed]
     if not pool:
         raise PruningError(f'nothing is left to cut: {_nothing(traced)}')
@@ -111,7 +114,6 @@ def prune(
     slim = apply_plan(model if own else _shallow_copy(model), plan)
     if not own:
         _unshare(slim, model)
-    earlier = getattr(model, 'pruning_plan', None)
     slim.pruning_plan = earlier.compose(plan) if isinstance(earlier, Plan) else plan
     return slim
 

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 import numpy as np
 
@@ -66,6 +66,14 @@ class Plan:
     recipe: Dict[str, Any] = field(default_factory=dict)
     cost: Dict[str, Tuple[float, float]] = field(default_factory=dict)
 
+    def uncomposable(self, structures: Iterable[Structure]) -> Set[str]:
+        """Names of structures of the pruned model that aren't what this plan left: not to be cut by a later one.
+
+        Such as the dims of a head that is the only one left of its layer.
+        """
+        left = {cut.structure.name: len(cut.keep) for cut in self.cuts}
+        return {s.name for s in structures if left.get(s.name) != s.units}
+
     def removed_blocks(self) -> List[str]:
         """Paths of the modules that are taken out whole."""
         return [cut.structure.name for cut in self.cuts if cut.structure.kind == 'blocks' and not len(cut.keep)]
@@ -105,7 +113,8 @@ class Plan:
             PruningError: ``later`` has a structure that this plan does not leave behind.
         """
         left = {cut.structure.name: len(cut.keep) for cut in self.cuts}
-        for cut in later.cuts:
+        touched = [cut for cut in later.cuts if len(cut.keep) < cut.structure.units]
+        for cut in touched:
             name, units = cut.structure.name, cut.structure.units
             if left.get(name) != units:
                 found = f'the first leaves {left[name]}' if name in left else 'the first has no such structure'
@@ -113,7 +122,7 @@ class Plan:
                     f'compose: the later plan has {name} with {units} units, {found}; make it on the pruned model'
                 )
 
-        steps = {cut.structure.name: cut.keep for cut in later.cuts}
+        steps = {cut.structure.name: cut.keep for cut in touched}
         cuts = tuple(
             Cut(cut.structure, cut.keep[steps[cut.structure.name]]) if cut.structure.name in steps else cut
             for cut in self.cuts
