@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..cost import CostModel
 from ..errors import PruningError
 from ..structure import Size, Structure
-from .build import Blueprint, blocks, build
+from .build import Blueprint, build
 from .copies import meta_copy, quiet
 from .interface import watch_interface
 from .recorder import Recorder
@@ -73,8 +73,6 @@ def trace(
         except Exception as e:
             why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
             raise PruningError(f"the model's forward fails on {_shapes(args, kwargs)}: {why}") from e
-    if cut is not None and rec.blocks and not _runs_without_blocks(model, rec, cut, args, kwargs):
-        rec.blocks = []
     skipped = _also_in_training(copy, rec, args, kwargs)
     skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
     del copy
@@ -87,7 +85,10 @@ def trace(
         if cut is None or not blueprint.structures:
             break
         try:
-            _verify(model, rec, blueprint, cut, args, kwargs)
+            verified = _verify(model, rec, blueprint, cut, args, kwargs)
+            if rec.blocks and not _runs_without_blocks(verified, rec, args, kwargs):
+                rec.blocks = []
+                blueprint = build(rec, rec.labels.solve(pins))
             break
         except Mismatch as e:
             where, new = _around(rec, e.index, blueprint)
@@ -100,10 +101,9 @@ def trace(
     return Trace(blueprint.structures, blueprint.cost, blueprint.attributes, tuple(skipped))
 
 
-def _runs_without_blocks(model: nn.Module, rec: Recorder, cut: Callable, args: Tuple, kwargs: Dict[str, Any]) -> bool:
-    copy = meta_copy(model).eval()
-    gone = blocks(rec)
-    cut(copy, gone, {s.name: np.zeros(0, dtype=np.int64) for s in gone}, {})
+def _runs_without_blocks(copy: nn.Module, rec: Recorder, args: Tuple, kwargs: Dict[str, Any]) -> bool:
+    for block in rec.blocks:
+        copy.set_submodule(block.module, nn.Identity())
     try:
         with quiet():
             copy(*args, **kwargs)
@@ -131,8 +131,8 @@ def _place(site: Tuple[str, int]) -> str:
     return f'{path}:{site[1]}'
 
 
-def _verify(model: nn.Module, rec: Recorder, blueprint: Blueprint, cut: Callable, args, kwargs) -> None:
-    """Cut about half of everything but whole blocks, by different amounts, and replay."""
+def _verify(model: nn.Module, rec: Recorder, blueprint: Blueprint, cut: Callable, args, kwargs) -> nn.Module:
+    """Cut about half of everything but whole blocks, by different amounts, and replay. Returns the cut copy."""
     keep = {}
     for i, s in enumerate(blueprint.structures):
         left = 1 if s.kind == 'blocks' else min(max(s.units // 2 + i % 3 - 1, 2), s.units - 1)
@@ -140,7 +140,8 @@ def _verify(model: nn.Module, rec: Recorder, blueprint: Blueprint, cut: Callable
     left = {name: len(units) for name, units in keep.items()}
     copy = meta_copy(model).eval()
     cut(copy, blueprint.structures, keep, {path: size(left) for path, size in blueprint.attributes.items()})
-    replay(copy, rec.operations[:rec.main], lambda n, label: blueprint.sizer(n, label)(left), args, kwargs)
+    replay(copy, rec.operations[:rec.main], blueprint.sizer.lengths(left), args, kwargs)
+    return copy
 
 
 def _around(rec: Recorder, index: int, blueprint: Blueprint) -> Tuple[str, List[np.ndarray]]:

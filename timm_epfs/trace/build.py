@@ -1,7 +1,7 @@
 """From solved labels to structures, costs and attributes."""
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from ..structure import Member, Size, Structure
 from .labels import Label, Solution
 from .recorder import Recorder
 
-__all__ = ['Blueprint', 'blocks', 'build']
+__all__ = ['Blueprint', 'build']
 
 
 @dataclass
@@ -46,7 +46,7 @@ def build(rec: Recorder, solution: Solution) -> Blueprint:
     made = [any(m.role == 'out' and m.tensor in rec.parameters for m in found) for found in members]
     groups = [units for units, is_made in zip(groups, made) if is_made]
     members = [found for found, is_made in zip(members, made) if is_made]
-    whole = blocks(rec)
+    whole = _blocks(rec)
     structures = _name(whole + _structures(rec, groups, members, solution))
     structures = structures[len(whole):] + structures[:len(whole)]
     sizer = Sizer(solution, structures, groups)
@@ -157,7 +157,7 @@ def _structures(
     return structures
 
 
-def blocks(rec: Recorder) -> List[Structure]:
+def _blocks(rec: Recorder) -> List[Structure]:
     """One structure of one unit a block; its members are what a mask on the block's branches would scale."""
     found = []
     for block in rec.blocks:
@@ -213,6 +213,18 @@ class Sizer:
             coefs = tuple((self._names[i], int(c) // self._units[i]) for i, c in zip(which.tolist(), counts))
             self._cache[id(label)] = (label, Size(int((owner < 0).sum()), coefs))
         return self._cache[id(label)][1]
+
+    def lengths(self, left: Mapping[str, int]) -> Callable[[int, Label], int]:
+        """(dense length, label) → length, at the given numbers of units left."""
+        known: Dict[int, int] = {}
+
+        def length(n: int, label: Label) -> int:
+            if label is None:
+                return n
+            if id(label) not in known:
+                known[id(label)] = self(n, label)(left)
+            return known[id(label)]
+        return length
 
 
 def _attributes(rec: Recorder, sizer: Sizer) -> Tuple[Dict[str, Size], List[np.ndarray]]:

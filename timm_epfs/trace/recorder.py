@@ -98,7 +98,9 @@ class Recorder(TorchDispatchMode):
     # -- what rules use ---------------------------------------------------------------------------------------------
 
     def tensors(self, args: Any) -> List[torch.Tensor]:
-        return [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        found: List[torch.Tensor] = []
+        _collect(args, found)
+        return found
 
     def labels_of(self, tensor: torch.Tensor) -> List[Label]:
         known = self._infos.get(id(tensor))
@@ -231,6 +233,18 @@ class Recorder(TorchDispatchMode):
         for tensor in self.tensors(_leaves(out)):
             for label in self.labels_of(tensor):
                 self.labels.pin(label)
+
+
+def _collect(value: Any, found: List[torch.Tensor]) -> None:
+    """Arguments of an operation hold tensors, lists of them and a dict: pytree is slow for so little."""
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _collect(item, found)
+    elif isinstance(value, dict):
+        for item in value.values():
+            _collect(item, found)
 
 
 def _leaves(out: Any) -> List[Any]:
