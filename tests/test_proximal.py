@@ -153,9 +153,9 @@ def test_prox_norm_is_a_proximal_map():
             assert best <= value(m, v).detach() + 1e-9
 
 
-def test_prox_norm_leaves_an_empty_layer_empty():
-    out = prox_norm(torch.tensor([-1.0, 0.1, 2.0]), 0.5, 1.0, torch.tensor([0, 0, 1]), torch.tensor([1.4, 1.0]))
-    assert out[:2].tolist() == [0.0, 0.0] and out[2] == pytest.approx((1.5 + 1.0) / 2)
+def test_prox_norm_by_hand():
+    out = prox_norm(torch.tensor([-1.0, 0.1, 2.0]), 0.5, 1.0, torch.tensor([0, 0, 1]), torch.tensor([2.0, 1.0]))
+    assert out.tolist() == pytest.approx([0.0, (-0.4 + 2.0) / 2, (1.5 + 1.0) / 2])
 
 
 def test_momentum_stops_where_it_disagrees_with_the_step():

@@ -140,7 +140,7 @@ KILLED = [
 
 
 def _die(arguments, updates, checkpoint):
-    """Run, and die by SIGKILL at an update, or at a checkpoint whose tensors are written and whose JSON isn't."""
+    """Run, and die by SIGKILL at an update, or just before a file gets its name."""
     torch.set_num_threads(1)
     done, plain_update, plain_write = [0], Stage._after_update, checkpoints.write_whole
 
@@ -151,9 +151,11 @@ def _die(arguments, updates, checkpoint):
         plain_update(stage)
 
     def write(path, function):
-        if path.name == checkpoint:
-            os.kill(os.getpid(), signal.SIGKILL)
-        plain_write(path, function)
+        def then_die(part):
+            function(part)
+            if path.name == checkpoint:
+                os.kill(os.getpid(), signal.SIGKILL)
+        plain_write(path, then_die)
 
     Stage._after_update, checkpoints.write_whole = update, write
     sys.exit(main(arguments))
@@ -175,13 +177,13 @@ def test_killed_in_any_phase_and_resumed_gives_the_same_model(tmp_path):
     for updates, checkpoint, left in (
             (3, None, []),                 # in the first epoch: nothing is saved yet
             (8, None, [1]),                # dense
-            (9, None, [2, 3]),             # sparse
+            (9, None, [1, 2]),             # sparse
             (None, '00004.json', [2, 3]),  # while the end of the sparse phase is being saved
-            (8, None, [4]),                # fine-tuning
+            (8, None, [3, 4]),             # fine-tuning
     ):
         assert run_apart([*killed, '--resume'], updates, checkpoint) == -signal.SIGKILL
         found = [int(path.stem) for path in (tmp_path / 'killed' / 'checkpoints').glob('*.json')]
-        assert sorted(found)[-len(left):] == left if left else not found
+        assert sorted(found) == left
     assert run_apart([*killed, '--resume']) == 0
     for name in ('pruned/model.safetensors', 'pruned/config.json', 'dense.safetensors', 'summary.csv'):
         assert (tmp_path / 'killed' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes(), name
@@ -197,7 +199,7 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, caps
     assert train(tmp_path / 'run', '--resume') == 0
     err = capsys.readouterr().err
     assert '00002.json is refused, the checksum of 00002.safetensors is wrong; using the one before' in err
-    assert 'epoch 2/2 finetune' in err and 'epoch 1/2' not in err
+    assert 'epoch 2/2 finetune' in err and 'epoch 1/2 dense' not in err
     assert same(weights(tmp_path / 'run'), expected)
 
     for path in newest.parent.glob('*.json'):
@@ -297,7 +299,9 @@ def test_folder_of_a_run_is_not_lost_by_mistake(tmp_path, capsys):
     (['--method', 'epfs', '--sparse-epochs', '0'], '--method epfs learns while sparse, found 0 epochs for that'),
     (['--dense-epochs', '3'], '3 dense and 0 sparse epochs were asked, --epochs has 2 for all phases'),
     (['--method', 'epfs', '--sparse-epochs', '1', '--method-kwargs', 'l3=1'], '--method epfs can\'t be set up'),
-    (['--macs', '0.0001'], 'macs'),
+    (['--macs', '0.0001'], '% of the units the model can reach'),
+    (['--method', 'epfs', '--sparse-epochs', '1', '--macs', '0.0001'], '% of the units the model can reach'),
+    (['--criterion', 'magic'], 'magic'),
     (['--macs', '-1'], '--macs -1 was asked'),
     (['--resume', '--overwrite'], '--resume and --overwrite were both given'),
     (['--pretrained', '--checkpoint', 'a.safetensors'], '--pretrained and --checkpoint were both given'),
@@ -307,12 +311,13 @@ def test_folder_of_a_run_is_not_lost_by_mistake(tmp_path, capsys):
     (['--opt', 'newton'], "optimizer 'newton' with schedule 'cosine' can't be set up"),
     (['-b', '2000'], 'data: 1437 training images a process are fewer than a batch of 2000'),
     (['--num-classes', '9'], "data: split 'train' of digits has 10 classes, the model tells 9 apart"),
-    (['--num-classes', '0'], 'train needs a model that returns logits of classes, ResNetCifar returns shape'),
+    (['--num-classes', '0'], 'train needs logits of classes, ResNetCifar returns shape (1, 64) without a classifier'),
     (['--in-chans', '4'], 'train reads images of 1 or 3 channels, the model takes 4'),
 ])
 def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, capsys, arguments, message):
     assert train(tmp_path / 'run', *arguments) == 2
     assert message in error(capsys)
+    assert not (tmp_path / 'run' / 'summary.csv').exists()  # before any training
 
 
 def test_data_that_can_not_be_used_is_refused_in_one_line(tmp_path, folder, capsys, monkeypatch):
@@ -332,8 +337,8 @@ def test_data_that_can_not_be_used_is_refused_in_one_line(tmp_path, folder, caps
 
 def test_everything_at_once_on_a_folder_of_images(tmp_path, folder):
     arguments = [
-        'train', 'resnet20_cifar', '--data-dir', str(folder), '--num-classes', '2', '--in-chans', '1', '--img-size', '8',
-        '-b', '4', '-j', '1', '--macs', '0.6', '--method', 'epfs', '--epochs', '3', '--dense-epochs', '1',
+        'train', 'resnet20_cifar', '--data-dir', str(folder), '--num-classes', '2', '--in-chans', '1',
+        '--img-size', '8', '-b', '4', '-j', '1', '--macs', '0.6', '--epochs', '3', '--dense-epochs', '1',
         '--sparse-epochs', '1', '--amp', '--channels-last', '--model-ema', '--distill', '--grad-accum-steps', '2',
         '--mixup', '0.2', '--smoothing', '0.1', '--clip-grad', '1', '--opt', 'adamw', '--lr', '0.001', '--hflip', '0.5',
     ]

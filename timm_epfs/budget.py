@@ -8,20 +8,22 @@ __all__ = ['Controller']
 
 _CALLS = 200        # times that λ is changed in a whole run
 _LISTEN = 0.02      # share of the steps that only measures the gradients
-_RAMP = 0.75        # share of the steps after which the target is to be reached
+_RAMP = (0.15, 0.8)  # between these shares of the steps the share wanted falls from 1 to the target
 _LEAD = 0.05        # share of the steps by which masks are extrapolated
-_GAIN = 0.1         # change of log λ a call, where half of the way to the target is missing
+_GAIN = 0.2         # change of log λ a call, where all of the way to the target is missing
+_PUSH = 2.0         # and what is added to log λ for as long as it is
 _RANGE = 1e4        # how far λ may go from where it started
 
 
 class Controller:
     """λ from the share of the MACs that is alive.
 
-    Our own; the papers fix λ. The share wanted falls geometrically from 1 to the target over the first 75 % of the
-    steps. What is compared with it is the share that will be alive a little later if the masks keep moving as they do:
-    masks take their time from one to zero, and a controller that waited for the zeros would overshoot.
+    Our own, proportional and integral on log λ; the papers fix it. The share wanted falls geometrically from 1 to the
+    target between 15 % and 80 % of the steps. What is compared with it is the share that will be alive a little later
+    if the masks keep moving as they do: masks take their time from one to zero, and a controller that waited for the
+    zeros would overshoot.
 
-    The first steps only measure the gradients of the masks; λ starts at their root mean square, so that it follows the
+    The first steps only measure the gradients of the masks. λ starts at their root mean square, so that it follows the
     scale of the loss.
 
     Args:
@@ -33,7 +35,7 @@ class Controller:
         self.target, self.steps = target, steps
         self.listen = max(1, round(_LISTEN * steps))
         self.every = max(1, steps // _CALLS)
-        self.value = self.start = 0.0
+        self.value = self.start = self._slow = 0.0
         self._last = self._speed = torch.zeros(0, dtype=torch.float64)
 
     @property
@@ -43,11 +45,12 @@ class Controller:
 
     def begin(self, value: float) -> None:
         """Start at a λ."""
-        self.start = self.value = max(value, 1e-8)
+        self.start = self.value = self._slow = max(value, 1e-8)
 
     def wanted(self, step: float) -> float:
         """Share of the MACs that is to be alive at a step."""
-        return self.target ** min(1.0, max(0.0, step - self.listen) / (_RAMP * self.steps))
+        done = (step / self.steps - _RAMP[0]) / (_RAMP[1] - _RAMP[0])
+        return self.target ** min(1.0, max(0.0, done))
 
     def due(self, step: int) -> bool:
         return step % self.every == 0
@@ -73,13 +76,16 @@ class Controller:
             alive: Share of the MACs alive, as far ahead as ``lead`` says.
         """
         missing = log(max(alive, 1e-6) / self.wanted(step + self.lead(step))) / -log(self.target)
-        change = exp(2 * _GAIN * min(max(missing, -0.5), 0.5))
-        self.value = min(max(self.value * change, self.start / _RANGE), self.start * _RANGE)
+        missing = min(max(missing, -0.5), 0.5)
+        slow = self._slow * exp(_GAIN * missing)
+        self._slow = min(max(slow, self.start / _RANGE), self.start * _RANGE)
+        self.value = self._slow * exp(_PUSH * missing)
         return self.value
 
     def state_dict(self) -> Dict[str, Any]:
-        return {'value': self.value, 'start': self.start, 'last': self._last.clone(), 'speed': self._speed.clone()}
+        numbers = {'value': self.value, 'start': self.start, 'slow': self._slow}
+        return {**numbers, 'last': self._last.clone(), 'speed': self._speed.clone()}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self.value, self.start = float(state['value']), float(state['start'])
+        self.value, self.start, self._slow = (float(state[key]) for key in ('value', 'start', 'slow'))
         self._last, self._speed = state['last'].clone(), state['speed'].clone()

@@ -7,16 +7,14 @@ from torch import nn
 from .errors import PruningError
 from .trace import meta_copy
 
-__all__ = ['CenterLoss', 'FeatureHook', 'find_classifier']
-
-_HEADS = (nn.Linear, nn.Conv2d)
+__all__ = ['CenterLoss', 'FeatureHook', 'drop_hooks', 'find_classifier']
 
 
 class CenterLoss:
     """``½ mean_i ‖φ(x_i) − c_{y_i}‖²``, with centres that follow their class by a rule of their own.
 
-    ``Δc_j = Σ_i 1[y_i=j](c_j − φ_i) / (1 + Σ_i 1[y_i=j])``, ``c_j ← c_j − α Δc_j`` (equations 3 and 4; the centres start
-    at zero). Our reading: the mean over the batch, as the cross-entropy that it is added to.
+    ``Δc_j = Σ_i 1[y_i=j](c_j − φ_i) / (1 + Σ_i 1[y_i=j])``, ``c_j ← c_j − α Δc_j``. Our reading: the centres start at
+    zero, and the loss is the mean over the batch, as the cross-entropy that it is added to.
 
     Args:
         classes: Number of classes.
@@ -143,10 +141,8 @@ def find_classifier(model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> Tu
     def see(module, inputs, out):
         ran.append((names[id(module)], inputs[0].shape, out.shape))
 
-    wanted = _own_classifier(copy)
-    for module in copy.modules():
-        if module is wanted if wanted is not None else isinstance(module, nn.Linear):
-            module.register_forward_hook(see)
+    for module in _candidates(copy):
+        module.register_forward_hook(see)
     with torch.no_grad():
         copy(*args, **kwargs)
     if not ran:
@@ -157,7 +153,10 @@ def find_classifier(model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> Tu
     return name, int(entered[1:].numel()), int(left[1])
 
 
-def _own_classifier(model: nn.Module) -> Optional[nn.Module]:
-    found = model.get_classifier() if hasattr(model, 'get_classifier') else None
+def _candidates(model: nn.Module) -> List[nn.Module]:
+    """timm's classifier, or every linear layer."""
+    if not hasattr(model, 'get_classifier'):
+        return [module for module in model.modules() if isinstance(module, nn.Linear)]
+    found = model.get_classifier()
     found = found[0] if isinstance(found, (tuple, list, nn.ModuleList)) and len(found) else found
-    return found if isinstance(found, nn.Module) else None
+    return [found] if isinstance(found, nn.Module) and any(True for _ in found.parameters()) else []

@@ -1,8 +1,9 @@
 """Masks on the weights of whatever reads a unit, and nowhere else.
 
 A zero in the column that a consumer contracts with a channel is the same as a zero in the channel, whatever norm,
-activation or gate stands between (Structure's ``'in'`` members); a block is scaled where its branches end. A weight-sized
-multiply replaces an activation-sized one, works under DDP, autocast and torch.compile, and folds away exactly.
+activation or gate stands between (members with the role ``'in'``); a block is scaled where its branches end. It takes a
+weight-sized multiply instead of an activation-sized one, works under DDP, autocast and torch.compile, and folds away
+exactly.
 
 All masks of a model are one flat vector. It is no parameter and no buffer: optimizers, weight decay, ``zero_grad``,
 clipping, DDP and checkpoints of the model never see it. The parameters stay the very objects they were, under longer
@@ -62,20 +63,18 @@ class Masks:
         self.owner = torch.from_numpy(np.repeat(np.arange(len(structures)), [s.units for s in structures]))
         self._order = {name: list(module._parameters) for name, module in model.named_modules()}
         tensors = _aliases(model)
-        places = _places(structures, self.slices, self.units, {name: named[0][1].shape for name, named in tensors.items()})
+        shapes = {name: named[0][1].shape for name, named in tensors.items()}
+        places = _places(structures, self.slices, self.units, shapes)
         self._anchor = tensors[next(iter(places))][0][1]
-        self._place(self._anchor.device)
+        self.running = torch.ones(self.units + 2, device=self._anchor.device, requires_grad=True)
+        self.selected = torch.ones(self.units + 2, device=self._anchor.device)
         for name, found in places.items():
             for path, tensor in tensors[name]:
                 owner, _, leaf = path.rpartition('.')
                 scale = Scale(self, [(shape, torch.from_numpy(index).to(tensor.device)) for shape, index in found])
                 module = model.get_submodule(owner)
                 scale.train(module.training)
-                parametrize.register_parametrization(module, leaf, scale, unsafe=True)
-
-    def _place(self, device: torch.device) -> None:
-        self.running = torch.ones(self.units + 2, device=device, requires_grad=True)
-        self.selected = torch.ones(self.units + 2, device=device)
+                _register(module, leaf, scale)
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> 'Masks':
         return self
@@ -101,13 +100,15 @@ class Masks:
             raise PruningError(
                 'step() was called before any backward; first call loss.backward() on a loss with '
                 'learner.penalty(target) in it')
-        return torch.cat([grad[:self.units], grad[-1:]])
+        device = self._anchor.device
+        if grad.device != device:  # the model was moved
+            self.running = self.running.detach().to(device).requires_grad_()
+            self.selected = self.selected.to(device)
+        return torch.cat([grad[:self.units], grad[-1:]]).to(device)
 
     @torch.no_grad()
     def set(self, running: torch.Tensor, selected: torch.Tensor) -> None:
         """Write new masks, shape (units,) each, in place, so that nothing is compiled again."""
-        if self.running.device != self._anchor.device:  # the model was moved
-            self._place(self._anchor.device)
         self.running[:self.units].copy_(running)
         self.selected[:self.units].copy_(selected)
 
@@ -149,6 +150,19 @@ class Scale(nn.Module):
         super()._apply(fn, recurse)
         self.places = [(shape, fn(index)) for shape, index in self.places]
         return self
+
+
+def _register(module: nn.Module, leaf: str, scale: Scale) -> None:
+    """Put a scale on a tensor, which isn't touched.
+
+    torch's own registration writes to the tensor, which then forgets the hooks by which a DDP wrapper made earlier
+    gathers its gradient. It is shown a stand-in.
+    """
+    registry = '_parameters' if leaf in module._parameters else '_buffers'
+    tensor = getattr(module, registry)[leaf]
+    getattr(module, registry)[leaf] = nn.Parameter(torch.empty(0)) if registry == '_parameters' else torch.empty(0)
+    parametrize.register_parametrization(module, leaf, scale, unsafe=True)
+    getattr(module.parametrizations[leaf], registry)['original'] = tensor
 
 
 def is_masked(model: nn.Module) -> bool:
@@ -200,14 +214,14 @@ def _unwrap(model: nn.Module, order: Mapping[str, List[str]], folded: bool) -> N
         found = dict(_scaled(module))
         if not found:
             continue
+        for steps in found.values():
+            steps.eval()
         values = {name: getattr(module, name).clone() for name in found} if folded else {}
         originals = {name: found[name].original for name in found}
         for name, value in values.items():
             originals[name].copy_(value)
-        for name in found:
-            del module.parametrizations[name]
-        if len(module.parametrizations):
-            raise PruningError(f'{path} has parametrizations that were added after the learner; remove these first')
+        if len(found) < len(module.parametrizations):
+            raise PruningError(f'{path} has parametrizations that are not the learner\'s; remove these first')
         module.__class__ = parametrize.type_before_parametrizations(module)
         del module.parametrizations
         for name, original in originals.items():

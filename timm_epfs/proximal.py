@@ -41,7 +41,8 @@ def prox_norm(
     """Minimiser over ``m ≥ 0`` of ``½‖m − v‖² + Σ l1·m + Σ_layers (l2/2)·(‖m_layer‖ − radius)²``.
 
     The exact proximal map, in closed form: for a given norm of a layer the best direction is that of
-    ``u = max(v − l1, 0)``, and the best norm is ``(‖u‖ + l2·radius) / (1 + l2)``. A layer with ``u = 0`` stays at zero.
+    ``u = max(v − l1, 0)``, and the best norm is ``(‖u‖ + l2·radius) / (1 + l2)``. Where ``u = 0``, the best direction
+    is the largest entry of ``v − l1`` alone.
 
     Args:
         v: Where from, shape (units,).
@@ -53,14 +54,19 @@ def prox_norm(
     u = (v - l1).clamp(min=0)
     norm = torch.zeros_like(radius).index_add_(0, owner, u.square()).sqrt()
     scale = torch.where(norm > 0, (norm + l2 * radius) / (1 + l2) / norm.clamp(min=1e-30), 0.0)
-    return u * scale[owner]
+    out = u * scale[owner]
+    for layer in (norm == 0).nonzero().flatten().tolist():
+        at = torch.where(owner == layer, v - l1, -torch.inf).argmax()
+        pull = (l2 * torch.ones_like(radius))[layer]
+        out[at] = (((v - l1)[at] + pull * radius[layer]) / (1 + pull)).clamp(min=0)
+    return out
 
 
 class Fista:
     """FISTA (Beck and Teboulle, 2009): ``x`` is the solution so far, ``y`` the extrapolated point.
 
-    ``x⁺ = prox(y − η∇f(y))``, ``t⁺ = (1 + √(1 + 4t²))/2``, ``y⁺ = x⁺ + (t − 1)/t⁺ · (x⁺ − x)``. The gradient is taken at
-    ``y``.
+    ``x⁺ = prox(y − η∇f(y))``, ``t⁺ = (1 + √(1 + 4t²))/2``, ``y⁺ = x⁺ + (t − 1)/t⁺ · (x⁺ − x)``. The gradient is taken
+    at ``y``.
 
     Args:
         start: Where to start.

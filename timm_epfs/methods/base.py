@@ -5,6 +5,7 @@ from math import ceil
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
+import timm
 import torch
 from timm.utils import unwrap_model
 from torch import nn
@@ -114,6 +115,8 @@ class Learner:
         kinds = _kinds(structures)
         fixed = _fixed(self.traced.structures, exclude, only, kinds)
         fixed |= {s.name for s in self.traced.structures if (s.stream and not streams) or not is_maskable(s)}
+        if isinstance(self._earlier, Plan):
+            fixed |= self._earlier.uncomposable(self.traced.structures)
         self.structures = [s for s in self.traced.structures if s.name not in fixed]
         self.fixed = fixed
         if not self.structures:
@@ -124,7 +127,9 @@ class Learner:
         self.budget = None
         if macs is not None:
             self.budget = budget_from(self.traced.structures, self.traced.cost, macs=macs)
-            self._allocate({s.name: np.ones(s.units) for s in self.structures})  # is it within reach?
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # how near it will be is said in the end
+                self._allocate({s.name: np.ones(s.units) for s in self.structures})
         self.masks = Masks(self.model, self.structures, self.learns_masks)
         self._floors = np.array([0 if s.kind == 'blocks' else max(1, ceil(floor * s.units - 1e-9))
                                  for s in self.structures])
@@ -149,7 +154,7 @@ class Learner:
         grad = self.masks.take_gradient()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(grad)
-        grad = grad.to('cpu', torch.float64)
+        grad = grad.cpu().double()
         grad, scale = grad[:-1], float(grad[-1])
         if scale == 0:
             raise PruningError('the loss has no penalty in it; add learner.penalty(target)')
@@ -157,14 +162,15 @@ class Learner:
         self._overflows = 0 if finite else self._overflows + 1
         if not finite and (scale <= _processes() or self._overflows > _OVERFLOWS):
             raise PruningError(
-                f'step {self._count + 1}: the loss or its gradients are not finite; the masks are as they were, go back '
-                f'to an earlier checkpoint or lower the learning rate')
+                f'step {self._count + 1}: the loss or its gradients are not finite; the masks are as they were, go '
+                f'back to an earlier checkpoint or lower the learning rate')
         self._skipped += not finite
         if finite and not self.finished:
             self._advance(grad / scale)
         self._count += 1
         if self._count == self.steps:
             self._finish()
+        self._stepped()
 
     def export(self, model: Optional[nn.Module] = None) -> nn.Module:
         """Cut a copy, with the masks in its weights. The model itself goes on as it was.
@@ -214,10 +220,6 @@ class Learner:
     # What can be asked.
 
     @property
-    def steps_done(self) -> int:
-        return self._count
-
-    @property
     def finished(self) -> bool:
         """Whether the selection is made."""
         return self.steps is not None and self._count >= self.steps
@@ -262,6 +264,9 @@ class Learner:
 
     def _load(self, state: Mapping[str, Any]) -> None:
         raise NotImplementedError
+
+    def _stepped(self) -> None:
+        """What else a step does."""
 
     def _scores(self) -> Dict[str, np.ndarray]:
         """By what is ranked in the end."""
@@ -311,7 +316,8 @@ class Learner:
         return self._macs(left) / self._dense
 
     def _told(self) -> Dict[str, Any]:
-        told = {'method': self.method, **self._recipe, 'timm_epfs': __version__, 'torch': torch.__version__.split('+')[0]}
+        versions = {'timm_epfs': __version__, 'timm': timm.__version__, 'torch': torch.__version__.split('+')[0]}
+        told = {'method': self.method, **self._recipe, **versions}
         return {key: value for key, value in told.items() if value is not None}
 
     def _check_output(self) -> None:
@@ -320,7 +326,7 @@ class Learner:
             out = meta_copy(self.model).eval()(*args, **kwargs)
         if not isinstance(out, torch.Tensor):
             raise PruningError(
-                f'the model\'s forward returns a {type(out).__name__}; wrap it in a module that returns the logits alone')
+                f'the model\'s forward returns a {type(out).__name__}; wrap it in one that returns the logits alone')
 
     def _too_few(self, alive: np.ndarray) -> List[int]:
         """Numbers of the structures that are below their floor, said once each."""
@@ -330,7 +336,7 @@ class Learner:
             warnings.warn(
                 f'λ would take all but {self._floors[new[0]]} of the {self.structures[new[0]].units} units of '
                 f'{self.structures[new[0]].name}: the floor holds them; a smaller λ, or floor=, changes that',
-                stacklevel=4)
+                stacklevel=5)
         self._said.update(new)
         return found.tolist()
 

@@ -15,13 +15,14 @@ __all__ = ['EPFS']
 class EPFS(ProximalLearner):
     """EPFS (Xu et al., Neural Computing and Applications 33, 2021; blocks: DICTA 2019).
 
-    ``min over W, m ≥ 0, c of CE + (λ_c/2)·‖φ(x) − c_y‖² + λ₁·Σ_k w_k·m_k + R₂(m)``: ℓ1 and ℓ2 on masks of filters, ℓ1 on
-    masks of blocks, Center Loss on the deep feature, FISTA for the masks. The paper has no code and says no more than
-    this; what follows is our reading.
+    ``min over W, m ≥ 0, c of CE + (λ_c/2)·‖φ(x) − c_y‖² + λ₁·Σ_k w_k·m_k + R₂(m)``: ℓ1 and ℓ2 on masks of filters, ℓ1
+    on masks of blocks, Center Loss on the deep feature, FISTA for the masks. No code was released and the abstract says
+    no more than this; what follows is our reading.
 
     - R₂ by name. ``'norm'``: per structure, (λ₂/2)·(‖m‖ − √C)², which keeps a norm behind the masks from letting all of
       them shrink at no cost. ``'elastic'``: (λ₂/2)·‖m‖². Both by their exact proximal maps; blocks have none.
-    - λ₂ is ``l2_ratio`` times λ₁, so that it follows a λ₁ that is steered.
+    - λ₂ is ``l2_ratio`` times the structure's λ₁·w, so that it follows a λ₁ that is steered. Under ``'norm'`` and λ₁
+      alone equal masks come to rest at 1 − 1/``l2_ratio``, from where those fall that the loss needs least.
     - FISTA takes the gradient at the extrapolated point, which the network is trained with, restarts by O'Donoghue and
       Candès' gradient scheme, and its momentum is capped because gradients are noisy.
     - A unit that costs w times the mean has w times the λ₁ and 1/w of the step (where w > 1): a λ₁ of all the same
@@ -82,6 +83,7 @@ class EPFS(ProximalLearner):
             self._feature = FeatureHook(self.model.get_submodule(name))
         units = torch.tensor([s.units for s in self.structures], dtype=torch.float64)
         self._radius = units.sqrt()
+        self._firsts = torch.from_numpy(self._starts)  # λ₁ and the step are the same for all units of a structure
         self._has_l2 = torch.tensor([float(s.kind != 'blocks') for s in self.structures], dtype=torch.float64)
         self._scale = 1 / self.weights.clamp(min=1)
         self.solver = Fista(torch.ones(self.masks.units, dtype=torch.float64), restart, momentum)
@@ -99,8 +101,7 @@ class EPFS(ProximalLearner):
         self._last_center = center.detach()
         return loss + self.center * center
 
-    def step(self) -> None:
-        super().step()
+    def _stepped(self) -> None:
         if self._center_loss is not None:
             self._center_loss.update()
 
@@ -116,12 +117,12 @@ class EPFS(ProximalLearner):
         self.solver.step(grad, self.step_size * self._scale, self._prox)
 
     def _prox(self, v: torch.Tensor, step_size: torch.Tensor) -> torch.Tensor:
-        l1 = step_size * self.strength * self.weights
-        l2 = self.step_size * self.strength * self.l2_ratio * self._has_l2
+        owner, l1 = self.masks.owner, step_size * self.strength * self.weights
+        l2 = self.l2_ratio * l1[self._firsts] * self._has_l2
         if self.l2 == 'norm':
-            return torch.where(self._has_l2[self.masks.owner] > 0,
-                               prox_norm(v, l1, l2, self.masks.owner, self._radius), prox_elastic(v, l1, 0.0))
-        return prox_elastic(v, l1, l2[self.masks.owner] if self.l2 == 'elastic' else 0.0)
+            held = prox_norm(v, l1, l2, owner, self._radius)
+            return torch.where(self._has_l2[owner] > 0, held, prox_elastic(v, l1, 0.0))
+        return prox_elastic(v, l1, l2[owner] if self.l2 == 'elastic' else 0.0)
 
     def _state(self) -> Dict[str, Any]:
         center = {} if self._center_loss is None else self._center_loss.state_dict()

@@ -11,7 +11,8 @@ from .base import Learner
 
 __all__ = ['ProximalLearner']
 
-_GROWTH = 4     # how much larger gradients are bound to get, once masks leave one
+_FAINT = 0.05   # masks below this share of the mean hover about zero, and count as gone when λ is steered
+_GROWTH = 2     # how much larger gradients are bound to get, once masks leave one
 
 
 class ProximalLearner(Learner):
@@ -22,7 +23,7 @@ class ProximalLearner(Learner):
         macs: As in ``Learner``. It steers λ where ``l1`` is None.
         steps: As in ``Learner``.
         l1: λ₁, fixed.
-        lr: η, the step size of the masks, which may be set at any time (``learner.lr = …``). None: from ``steps`` and λ.
+        lr: η, the step size of the masks; may be set at any time (``learner.lr = …``). None: ``step_size``'s rule.
         weigh: ``'macs'``: λ₁ times the unit's share of the model's MACs, with a mean of one; None: λ₁ for all.
         **options: As in ``Learner``.
     """
@@ -48,18 +49,25 @@ class ProximalLearner(Learner):
         if weigh == 'macs':
             self.weights = self._unit_macs()
         self.controller = Controller(self.budget.target / self._dense, steps) if l1 is None else None
-        self._rms = self._largest = 0.0
+        self._rms, self._largest = 0.0, 1e-8
 
     @property
     def strength(self) -> float:
         """λ₁ as it is now."""
         return self.l1 if self.controller is None else self.controller.value
 
+    @property
+    def alive(self) -> float:
+        """Share of the dense MACs of what is alive now. While λ is steered, masks that hover about zero don't count."""
+        if self.controller is None or self.finished:
+            return super().alive
+        return self._share(self._clearly_alive(self.solver.x))
+
     def log(self) -> Dict[str, float]:
         x = self._selected()
         return {
             **super().log(), 'lambda': float(self.strength), 'l1': float(self.strength * (self.weights * x).sum()),
-            'units': float((x > 0).double().mean()), 'lr': float(self.step_size) if self._count else 0.0,
+            'units': float((x > 0).double().mean()), 'lr': float(self.step_size),
         }
 
     def _measure(self, grad: torch.Tensor, step: int) -> None:
@@ -67,7 +75,7 @@ class ProximalLearner(Learner):
         rms = float((grad / self.weights).square().mean().sqrt())
         share = max(1 / step, 1 / max(1.0, 0.02 * (self.steps or 1000)))
         self._rms += share * (rms - self._rms)
-        self._largest = max(self._largest, self._rms, 1e-8)
+        self._largest = max(self._largest, self._rms)
 
     @property
     def step_size(self) -> float:
@@ -96,11 +104,14 @@ class ProximalLearner(Learner):
                 self._largest *= _GROWTH
             if self.controller.due(step):
                 ahead = self.controller.ahead(self.solver.x, step)
-                self.controller.update(step, self._share(ahead.numpy() > 0))
+                self.controller.update(step, self._share(self._clearly_alive(ahead)))
         before = self.solver.x
         self._move(grad)
         self._hold_floors(before)
         self.masks.set(self.solver.y, self.solver.x)
+
+    def _clearly_alive(self, masks: torch.Tensor) -> np.ndarray:
+        return (masks > _FAINT * self.solver.x.mean()).numpy()
 
     def _move(self, grad: torch.Tensor) -> None:
         raise NotImplementedError
@@ -128,7 +139,8 @@ class ProximalLearner(Learner):
         if self.controller is not None:
             parts['controller'] = self.controller.state_dict()
         flat = {f'{part}.{key}': value for part, state in parts.items() for key, value in state.items()}
-        return {**flat, 'lr': self.lr, 'rms': self._rms, 'largest': self._largest, 'held': ' '.join(str(i) for i in sorted(self._said))}
+        held = ' '.join(str(i) for i in sorted(self._said))
+        return {**flat, 'lr': self.lr, 'rms': self._rms, 'largest': self._largest, 'held': held}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         for part in ('solver', 'controller'):

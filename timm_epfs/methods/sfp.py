@@ -15,7 +15,7 @@ __all__ = ['SFP', 'BNSFP']
 
 
 class SFP(Learner):
-    """SFP (He et al., IJCAI 2018): after every epoch the filters with the smallest ‖F‖₂ are set to zero, and trained on.
+    """SFP (He et al., IJCAI 2018): after every epoch the filters with the smallest ‖F‖₂ become zero, and train on.
 
     The same share goes in every layer, as in the paper: ``ratio=``, or the one that meets ``macs=``. Our reading, since
     the paper cuts each convolution on its own and a cut model can't: filters that only go together (those of a residual
@@ -66,10 +66,10 @@ class SFP(Learner):
     @property
     def alive(self) -> float:
         """Share of the dense MACs of what the last cut left, soft or not."""
-        return self._soft
+        return super().alive if self.finished else self._soft
 
     def _advance(self, grad: torch.Tensor) -> None:
-        if (self._count + 1) % self.steps_per_epoch == 0 or self._count + 1 == self.steps:
+        if (self._count + 1) % self.steps_per_epoch == 0:
             keep = self._rank()
             for s in self.structures:
                 self._silence(s, np.setdiff1d(np.arange(s.units), keep[s.name]))
@@ -93,7 +93,8 @@ class SFP(Learner):
     def _norms(self, members: Sequence[Member], units: int) -> np.ndarray:
         total = torch.zeros(units, dtype=torch.float64)
         for member in members:
-            rows = self._parameters[member.tensor].movedim(member.dim, 0).flatten(1).double().square().sum(1).cpu()
+            tensor = self._parameters[member.tensor].movedim(member.dim, 0)
+            rows = tensor.reshape(len(tensor), -1).double().square().sum(1).cpu()
             total += rows[torch.from_numpy(member.index)].sum(1)
         return total.sqrt().numpy()
 
@@ -123,8 +124,8 @@ class SFP(Learner):
 class BNSFP(SFP):
     """BN-SFP (ICARCV 2020): as SFP, but by the norm's γ, and only γ is set to zero; the convolutions stay as they are.
 
-    Our reading: the threshold is each layer's quantile, so that the same share goes as in SFP; where several norms scale
-    the same channels, the mean of their |γ| ranks; layers without BatchNorm are treated as in SFP.
+    Our reading: the threshold is each layer's quantile, so that the same share goes as in SFP; where several norms
+    scale the same channels, the norm of their γ ranks; layers without BatchNorm are treated as in SFP.
     """
 
     method = 'bn_sfp'

@@ -52,7 +52,7 @@ class Checkpoints:
             weights = path.with_suffix('.safetensors')
             write_tensors(weights, tensors)
             body = {'format': FORMAT, 'tensors': _digest(weights), 'state': values}
-            text = json.dumps({'sha256': _checksum(body), **body}) + '\n'
+            text = json.dumps({'sha256': _checksum(body), **body})
             write_whole(path, lambda part: part.write_text(text, encoding='utf-8'))
         except OSError as e:
             raise PruningError(f'checkpoint {path} not written: {e.strerror or e}') from e

@@ -103,10 +103,10 @@ def count_classes(model: nn.Module, input_size: Sequence[int]) -> int:
     """
     with eval_mode(model), one_line(f'{type(model).__name__} can\'t be run at {tuple(input_size)}'):
         output = model(torch.zeros(1, *input_size))
-    if not isinstance(output, torch.Tensor) or output.ndim != 2 or not output.shape[1]:
+    if not isinstance(output, torch.Tensor) or output.ndim != 2 or getattr(model, 'num_classes', None) == 0:
         found = f'shape {tuple(output.shape)}' if isinstance(output, torch.Tensor) else f'a {type(output).__name__}'
-        raise PruningError(f'train needs a model that returns logits of classes, {type(model).__name__} returns '
-                           f'{found}: build it with a classifier (--num-classes)')
+        raise PruningError(f'train needs logits of classes, {type(model).__name__} returns {found} without a '
+                           'classifier: give --num-classes')
     return output.shape[1]
 
 

@@ -38,7 +38,7 @@ def add_train_arguments(parser: argparse.ArgumentParser, key_values: Type[argpar
 def _add_method_arguments(group: argparse._ArgumentGroup, key_values: Type[argparse.Action]) -> None:
     group.add_argument(
         '--method', default='epfs', choices=(*METHODS, 'none'), help='what learns the cut; none: rank once (epfs)')
-    group.add_argument('--macs', type=float, required=True, metavar='SHARE', help='MACs to keep: a share or a count')
+    group.add_argument('--macs', type=float, required=True, metavar='BUDGET', help='MACs to keep: a share or a count')
     group.add_argument('--criterion', metavar='NAME', help='ranks the units for --method none (l2)')
     group.add_argument(
         '--method-kwargs', nargs='*', default={}, action=key_values, metavar='KEY=VALUE',
@@ -85,7 +85,8 @@ def _add_augmentation_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--aa', metavar='POLICY', help='AutoAugment policy')
     group.add_argument('--reprob', type=float, metavar='P', help='probability of random erasing')
     group.add_argument('--smoothing', type=float, default=0.0, metavar='X', help='label smoothing (0)')
-    group.add_argument('--mixup', type=float, default=0.0, metavar='ALPHA', help='mixup (0: off)')
+    group.add_argument(
+        '--mixup', type=float, default=0.0, metavar='ALPHA', help='mixup (0: off); Center Loss takes the larger label')
     group.add_argument('--cutmix', type=float, default=0.0, metavar='ALPHA', help='cutmix (0: off)')
 
 

@@ -1,5 +1,6 @@
 """A run from a dense model to a pruned one: train, learn the cut, cut, fine-tune, save, compare."""
 import argparse
+import copy
 import inspect
 import json
 import sys
@@ -99,10 +100,32 @@ class Run:
             if args.checkpoint and not self.saved:
                 load_weights(self.model, args.checkpoint)
         self.config = describe(self.model, args)
+        if not self.saved:
+            self._rehearse()
         self.num_classes = count_classes(self.model, self.config['input_size'])
         self.train_set, self.val_set = create_datasets(args, self.config['input_size'][0], self.num_classes)
         self.train_loader = train_loader(args, self.train_set, self.config, self.num_classes)
         self.val_loader = eval_loader(args, self.val_set, self.config, args.distributed)
+        self._place()
+
+    def _rehearse(self) -> None:
+        """Learn before any training what would be refused after it, on a copy."""
+        model = copy.deepcopy(self.model)
+        if self.args.method == 'none':
+            criterion = CRITERIA.get(self.args.criterion)
+            if criterion and criterion.needs_data and self.args.distributed:
+                raise PruningError(f'--criterion {self.args.criterion} needs data, of which each process has its own: '
+                                   'run it in one process')
+            prune(model, macs=self.args.macs, criterion='l2' if criterion else self.args.criterion or 'l2')
+            return
+        learner = self._learner(model, 1, 1)
+        earlier = getattr(model, 'pruning_plan', None)
+        if earlier is not None:
+            earlier.compose(learner.plan())
+
+    def _place(self) -> None:
+        layout = torch.channels_last if self.args.channels_last else torch.preserve_format
+        self.model.to(self.args.device).to(memory_format=layout)
 
     def __call__(self) -> Optional[Result]:
         begin = PHASES.index(self.saved['phase']) if self.saved else 0
@@ -113,6 +136,7 @@ class Run:
             self.history, self.masks = self.saved['history'], self.saved['masks']
             if self.saved['plan']:
                 self.model = self._rebuilt(self.saved['plan'])
+                self._place()
         with self._bar(begin) as self.bar:
             for phase in PHASES[begin:]:
                 self._phase(phase, self.saved if self.saved and self.saved['phase'] == phase else None)
@@ -135,14 +159,12 @@ class Run:
 
     def _stage(self, phase: str, saved: Optional[Mapping[str, Any]]) -> Stage:
         """A phase at its start, or where it was left."""
-        self.model.to(self.args.device)
-        if self.args.channels_last:
-            self.model.to(memory_format=torch.channels_last)
         updates = -(-len(self.train_loader) // self.args.grad_accum_steps)
-        learner = self._learner(self.epochs[phase] * updates, updates) if phase == 'sparse' else None
-        stage = Stage(self.args, phase, self._task(phase), self.epochs[phase], updates, learner)
+        learner = self._learner(self.model, self.epochs[phase] * updates, updates) if phase == 'sparse' else None
+        stage = Stage(self.args, phase, self._task(phase), self.epochs[phase], updates, learner, self.num_classes)
         if saved:
-            stage.load_state_dict(saved)
+            with one_line(f'--resume: the checkpoint in {self.checkpoints.folder} is of another version or model'):
+                stage.load_state_dict(saved)
         return stage
 
     def _epoch(self, stage: Stage, phase: str, epoch: int) -> None:
@@ -219,13 +241,13 @@ class Run:
         describe(model, self.args)
         return model
 
-    def _learner(self, steps: int, steps_per_epoch: int) -> Any:
+    def _learner(self, model: nn.Module, steps: int, steps_per_epoch: int) -> Any:
         method = METHODS[self.args.method]
         options = dict(self.args.method_kwargs)
         if 'steps_per_epoch' in inspect.signature(method).parameters:
             options.setdefault('steps_per_epoch', steps_per_epoch)
         with step(f'setting up {self.args.method}'), one_line(f'--method {self.args.method} can\'t be set up'):
-            return method(self.model, macs=self.args.macs, steps=steps, **options)
+            return method(model, macs=self.args.macs, steps=steps, **options)
 
     def _one_shot(self) -> nn.Module:
         criterion = self.args.criterion or 'l2'
@@ -253,6 +275,7 @@ class Run:
         batches = len(self.train_loader)
         bar = progress((), 'training', batches * self.args.epochs)
         bar.disable = not self.first
+        bar.delay = 0  # what write() draws again before a delay is over, close() would leave there
         done = sum(self.epochs[name] for name in PHASES[:begin]) + (self.saved['epoch'] if self.saved else 0)
         bar.initial = bar.n = batches * done
         return bar

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import TrainingTask, evaluation_sample_limit
-from timm.utils import AverageMeter, NativeScaler, accuracy, dispatch_clip_grad, distribute_bn, unwrap_model
+from timm.utils import AverageMeter, NativeScaler, accuracy, dispatch_clip_grad, distribute_bn
 from torch import Tensor
 
 from ..errors import PruningError
@@ -30,6 +30,7 @@ class Stage:
         epochs: Length of the phase.
         updates: Optimizer steps an epoch.
         learner: What learns the cut, in the sparse phase.
+        num_classes: Labels from there on are refused.
     """
 
     def __init__(
@@ -40,8 +41,9 @@ class Stage:
             epochs: int,
             updates: int,
             learner: Optional[Any] = None,
+            num_classes: Optional[int] = None,
     ):
-        self.args, self.name, self.task, self.learner = args, name, task, learner
+        self.args, self.name, self.task, self.learner, self.num_classes = args, name, task, learner, num_classes
         self.device = torch.device(args.device)
         self.done = 0  # optimizer steps
         lr, sched = _rate(args, name)
@@ -174,10 +176,9 @@ class Stage:
                 'lower --lr or clip gradients (--clip-grad 1), and go on with --resume')
 
     def _check_target(self, target: Tensor) -> None:
-        classes = getattr(unwrap_model(self.task.get_eval_model()), 'num_classes', None)
-        if classes and target.ndim == 1 and int(target.max()) >= classes:
-            raise PruningError(f'data: an image has label {int(target.max())}, the model tells {classes} classes '
-                               'apart: give --num-classes')
+        if self.num_classes and target.ndim == 1 and int(target.max()) >= self.num_classes:
+            raise PruningError(f'data: an image has label {int(target.max())}, the model tells {self.num_classes} '
+                               'classes apart: give --num-classes')
 
     def _mean(self, meter: AverageMeter) -> float:
         if not self.args.distributed:

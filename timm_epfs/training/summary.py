@@ -35,16 +35,19 @@ def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        present = sorted(entry.name for entry in folder.iterdir())
-        others = [name for name in present if name not in _OWN and not name.startswith('.')]
+        present = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith('.'))
+        others = [name for name in present if name not in _OWN]
         if others:
             raise PruningError(f'train: {folder} holds {others[0]!r}, which no run leaves there; name another folder')
         if present and not (resume or overwrite):
             raise PruningError(f'train: {folder} holds a run; go on with it by --resume, replace it by --overwrite, '
                                'or name another folder')
-        for name in present if overwrite else ():
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        unfinished = (*folder.glob('.*.tmp'), *folder.glob('checkpoints/.*.tmp'))  # of a run that was killed
+        for path in (*unfinished, *(folder / name for name in present if overwrite)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
     except OSError as e:
         raise PruningError(f'train: {folder} can\'t be used: {e.strerror or e}') from e
 
