@@ -1,0 +1,69 @@
+"""Two processes hold the same masks, bit for bit, and those of one process on the joined batch."""
+import os
+import socket
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from safetensors.numpy import load_file, save_file
+
+import timm_epfs
+
+STEPS, BATCH, CLASSES = 8, 8, 5
+
+
+def batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(BATCH, 3, 32, 32, generator=generator), torch.randint(0, CLASSES, (BATCH,), generator=generator)
+
+
+def run(path, rank=0, world=1, first='learner'):
+    """Train on every ``world``-th image from ``rank`` on and write masks and centres after each step."""
+    torch.manual_seed(0)
+    model = timm.create_model('test_vit', num_classes=CLASSES, img_size=32)
+    model.train()
+
+    def wrap():
+        return torch.nn.parallel.DistributedDataParallel(model) if world > 1 else model
+
+    wrapped = wrap() if first == 'wrapper' else None
+    learner = timm_epfs.EPFS(wrapped or model, macs=0.7, steps=STEPS, center=0.01)
+    wrapped = wrapped or wrap()
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    seen = {}
+    for step in range(STEPS):
+        images, target = (part[rank::world] for part in batch(step))
+        (F.cross_entropy(wrapped(images), target) + learner.penalty(target)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        learner.step()
+        state = learner.state_dict()
+        seen.update({f'{key}.{step}': state[key].numpy().copy() for key in ('solver.x', 'solver.y', 'center.centers')})
+    save_file(seen, f'{path}/{first}{rank}of{world}.safetensors')
+
+
+def worker(rank, path, port, first):
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    dist.init_process_group('gloo', rank=rank, world_size=2)
+    run(path, rank, 2, first)
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason='torch without gloo')
+@pytest.mark.parametrize('first', ['learner', 'wrapper'])
+def test_two_processes_are_one(tmp_path, first):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    mp.spawn(worker, args=(str(tmp_path), port, first), nprocs=2)
+    run(str(tmp_path), first=first)
+    one, left, right = (load_file(tmp_path / f'{first}{name}.safetensors') for name in ('0of1', '0of2', '1of2'))
+    assert len(one) == 3 * STEPS and one[f'solver.x.{STEPS - 2}'].min() < 0.95
+    for key in one:
+        assert np.array_equal(left[key], right[key]), key
+        np.testing.assert_allclose(left[key], one[key], atol=1e-5, err_msg=key)
