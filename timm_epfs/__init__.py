@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from .calibrate import recalibrate_bn
     from .criteria import CRITERIA
     from .hub import save_pretrained
+    from .methods import BNSFP, EPFS, SFP, SSS
     from .plan import Plan
     from .report import inspect
     from .surgery import rebuild, slice_checkpoint
 
 __all__ = [
-    'CRITERIA', 'Plan', 'PruningError', '__version__', 'inspect', 'prune', 'rebuild', 'recalibrate_bn',
-    'save_pretrained', 'slice_checkpoint',
+    'BNSFP', 'CRITERIA', 'EPFS', 'Plan', 'PruningError', 'SFP', 'SSS', '__version__', 'inspect', 'prune', 'rebuild',
+    'recalibrate_bn', 'save_pretrained', 'slice_checkpoint',
 ]
 
 _HOMES = {

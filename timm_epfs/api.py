@@ -89,7 +89,7 @@ def prune(
     traced = trace_model(model, example_input, whole_heads='heads' in kinds)
     budget = budget_from(traced.structures, traced.cost, macs=macs, params=params)
     earlier = getattr(model, 'pruning_plan', None)
-    fixed = _fixed(traced.structures, exclude, only, kinds)
+    fixed = left_alone(traced.structures, exclude, only, kinds)
     if isinstance(earlier, Plan):
         fixed |= earlier.uncomposable(traced.structures)
     pool = [s for s in traced.structures if s.name not in fixed]
@@ -256,7 +256,7 @@ def _named(name: str, pattern: str) -> bool:
     return name == pattern or name.startswith(f'{pattern}.') or fnmatchcase(name, pattern)
 
 
-def _fixed(structures: Sequence[Structure], exclude, only, kinds) -> set:
+def left_alone(structures: Sequence[Structure], exclude, only, kinds) -> set:
     """Names of the structures that the user wants left alone."""
     for option, patterns in (('exclude', exclude), ('only', only)):
         if isinstance(patterns, str):

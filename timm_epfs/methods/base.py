@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..allocate import allocate, budget_from
-from ..api import Example, _fixed, base_of, example_for, make_plan, trace_model
+from ..api import Example, base_of, example_for, left_alone, make_plan, trace_model
 from ..center import drop_hooks
 from ..errors import PruningError
 from ..masks import Masks, is_maskable, is_masked
@@ -113,7 +113,7 @@ class Learner:
         self.traced = trace_model(self.model, example_input)
         self._check_output()
         kinds = _kinds(structures)
-        fixed = _fixed(self.traced.structures, exclude, only, kinds)
+        fixed = left_alone(self.traced.structures, exclude, only, kinds)
         fixed |= {s.name for s in self.traced.structures if (s.stream and not streams) or not is_maskable(s)}
         if isinstance(self._earlier, Plan):
             fixed |= self._earlier.uncomposable(self.traced.structures)
