@@ -37,7 +37,11 @@ class Case:
         _make_particular(self.model)
         self.before = _everything(self.model)
         traces = []
-        with patch.object(api, 'trace_model', lambda *args: traces.append(trace_model(*args)) or traces[-1]):
+        def traced(*args, **kwargs):
+            traces.append(trace_model(*args, **kwargs))
+            return traces[-1]
+
+        with patch.object(api, 'trace_model', traced):
             self.slim = timm_epfs.prune(self.model, macs=0.5, example_input=self.example)
         self.after = _everything(self.model)
         self.traced = traces[0]

@@ -20,7 +20,7 @@ from .surgery import TORCHVISION, apply_plan, build_base, one_line
 from .trace import Trace, trace
 from .version import __version__
 
-__all__ = ['prune', 'trace_model', 'create_base', 'example_for', 'base_of']
+__all__ = ['base_of', 'create_base', 'example_for', 'left_alone', 'make_plan', 'prune', 'trace_model']
 
 DEFAULT_KINDS = ('channels', 'heads', 'head_dims', 'groups')
 Example = Union[torch.Tensor, Tuple, Dict[str, Any]]
