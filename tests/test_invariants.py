@@ -37,6 +37,7 @@ class Case:
         _make_particular(self.model)
         self.before = _everything(self.model)
         traces = []
+
         def traced(*args, **kwargs):
             traces.append(trace_model(*args, **kwargs))
             return traces[-1]
