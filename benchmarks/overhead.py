@@ -1,0 +1,117 @@
+"""What EPFS adds to a training step: masks, Center Loss and FISTA against the plain step, as ratios.
+
+Time: plain and learning steps turn by turn in one process, medians. Memory: the peak of a process that does nothing but
+a few steps of one kind. ``python benchmarks/overhead.py`` writes results/overhead.json and .md.
+"""
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Callable, Dict
+
+import timm
+import torch
+import torch.nn.functional as F
+from common import RESULTS, header, header_line, write_atomic, write_json
+
+import timm_epfs
+
+CASES = {'resnet18': (32, 224), 'resnet20_cifar': (128, 32)}
+GOALS = {'time': 1.05, 'memory': 1.02}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--repeats', type=int, default=9)
+    parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--peak', nargs=2, metavar=('MODEL', 'KIND'), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.peak:
+        print(peak(*args.peak))
+        return
+    rows = {name: measure(name, args.repeats, args.threads) for name in CASES}
+    write_json(RESULTS / 'overhead.json', {
+        'machine': header(), 'threads': args.threads, 'repeats': args.repeats, 'goals': GOALS, 'models': rows,
+    })
+    text = markdown(rows, args.repeats, args.threads)
+    write_atomic(RESULTS / 'overhead.md', text)
+    print(text)
+
+
+def measure(name: str, repeats: int, threads: int) -> Dict[str, float]:
+    steps = {kind: stepper(name, kind) for kind in ('plain', 'epfs')}
+    seconds: Dict[str, list] = {kind: [] for kind in steps}
+    for repeat in range(repeats + 1):
+        for kind, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if repeat:  # the first of each warms up
+                seconds[kind].append(time.perf_counter() - start)
+    ratios = [b / a for a, b in zip(seconds['plain'], seconds['epfs'])]
+    command = [sys.executable, __file__, '--threads', str(threads), '--peak', name]
+    memory = {
+        kind: float(subprocess.run([*command, kind], check=True, capture_output=True, text=True).stdout)
+        for kind in steps
+    }
+    return {
+        'plain_s': statistics.median(seconds['plain']), 'epfs_s': statistics.median(seconds['epfs']),
+        'time': statistics.median(ratios), 'plain_mb': memory['plain'], 'epfs_mb': memory['epfs'],
+        'memory': memory['epfs'] / memory['plain'],
+    }
+
+
+def stepper(name: str, kind: str) -> Callable[[], None]:
+    """One training step of a model of its own, with or without a learner."""
+    batch, size = CASES[name]
+    torch.manual_seed(0)
+    model = timm.create_model(name).train()
+    images = torch.randn(batch, 3, size, size)
+    target = torch.randint(model.num_classes, (batch,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    learner = timm_epfs.EPFS(model, macs=0.5, steps=1000) if kind == 'epfs' else None
+
+    def step() -> None:
+        loss = F.cross_entropy(model(images), target)
+        if learner is not None:
+            loss = loss + learner.penalty(target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if learner is not None:
+            learner.step()
+
+    return step
+
+
+def peak(name: str, kind: str) -> float:
+    """Peak resident memory of this process after three steps, in MB."""
+    step = stepper(name, kind)
+    for _ in range(3):
+        step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def markdown(rows: Dict[str, Dict[str, float]], repeats: int, threads: int) -> str:
+    lines = [
+        '# What EPFS adds to a training step',
+        '',
+        f'Medians of {repeats}, {threads} threads, plain and learning steps turn by turn; peak memory of a process '
+        f'each. Goals: time ≤ {GOALS["time"]}, memory ≤ {GOALS["memory"]}.',
+        header_line(header()),
+        '',
+        '| model | batch, size | plain step, s | EPFS, s | ratio | plain, MB | EPFS, MB | ratio |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    for name, row in rows.items():
+        batch, size = CASES[name]
+        lines.append(
+            f'| {name} | {batch}, {size} | {row["plain_s"]:.3f} | {row["epfs_s"]:.3f} | {row["time"]:.3f} '
+            f'| {row["plain_mb"]:.0f} | {row["epfs_mb"]:.0f} | {row["memory"]:.3f} |')
+    return '\n'.join(lines) + '\n'
+
+
+if __name__ == '__main__':
+    main()
