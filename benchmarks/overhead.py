@@ -4,11 +4,12 @@ Time: plain and learning steps turn by turn in one process, medians. Memory: the
 a few steps of one kind. ``python benchmarks/overhead.py`` writes results/overhead.json and .md.
 """
 import argparse
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Callable, Dict
 
 import timm
@@ -91,7 +92,9 @@ def peak(name: str, kind: str) -> float:
     step = stepper(name, kind)
     for _ in range(3):
         step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage: its peak outlives exec, and would be that of the process that started this one.
+    status = Path('/proc/self/status').read_text()
+    return int(re.search(r'VmHWM:\s+(\d+) kB', status)[1]) / 1024
 
 
 def markdown(rows: Dict[str, Dict[str, float]], repeats: int, threads: int) -> str:
