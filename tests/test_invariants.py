@@ -272,3 +272,9 @@ def test_a_head_that_is_the_only_one_left_doesnt_stand_in_the_way_of_a_second_cu
     assert twice.pruning_plan.cost['macs'][1] < once.pruning_plan.cost['macs'][1]
     rebuilt = timm_epfs.rebuild(twice.pruning_plan)
     rebuilt.load_state_dict(twice.state_dict())
+
+
+def test_heads_can_be_cut_after_blocks_were():
+    once = timm_epfs.prune('test_vit', macs=0.85, kinds=['blocks'])
+    twice = timm_epfs.prune(once, macs=0.9, kinds=['heads'])
+    assert any(len(c.keep) < c.structure.units for c in twice.pruning_plan.cuts if c.structure.kind == 'heads')

@@ -67,7 +67,7 @@ def prune(
         only: The same, of the only layers to cut.
         ratios: Shares to remove by pattern, set before the budget is met by the rest.
         kinds: Kinds of structures to cut; whole residual blocks (``'blocks'``) only if named here. Attention is cut by
-            whole heads; without ``'heads'`` here, by the dims of all heads of a layer (``'head_dims'``).
+            whole heads; with ``'head_dims'`` and without ``'heads'`` here, by the dims of all heads of a layer.
         streams: Whether to cut residual streams that are normalised over their channels (ViT, ConvNeXt), which can't
             be done exactly. None: only where the budget can't be met without, with a warning.
         data: Batches (images, targets) for criteria that need them.
@@ -86,7 +86,7 @@ def prune(
         PruningError: What was asked can't be done; one line says why and what to do.
     """
     model, own = _resolve(model, pretrained, model_args)
-    traced = trace_model(model, example_input, whole_heads='heads' in kinds)
+    traced = trace_model(model, example_input, whole_heads='heads' in kinds or 'head_dims' not in kinds)
     budget = budget_from(traced.structures, traced.cost, macs=macs, params=params)
     earlier = getattr(model, 'pruning_plan', None)
     fixed = left_alone(traced.structures, exclude, only, kinds)

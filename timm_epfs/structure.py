@@ -6,7 +6,7 @@ a layer, a convolution group, a residual block. A
 structure found on one copy of a model is good for any other copy, on any device, in any process.
 """
 from dataclasses import dataclass
-from typing import Dict, Mapping, Tuple
+from typing import Mapping, Tuple
 
 import numpy as np
 
@@ -62,6 +62,3 @@ class Size:
 
     def __call__(self, left: Mapping[str, int]) -> int:
         return self.const + sum(coef * left[name] for name, coef in self.coefs)
-
-    def dense(self, structures: Dict[str, 'Structure']) -> int:
-        return self({name: structures[name].units for name, _ in self.coefs})

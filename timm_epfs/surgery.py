@@ -58,7 +58,8 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     tensors = _named_tensors(model)
     problems = _tensor_misfits(plan, tensors, absent=lambda name: _is_identity(model, name))
     problems += _attribute_misfits(model, plan.attributes)
-    problems += [f'block {name} is missing' for name in plan.removed_blocks() if not _has_module(model, name)]
+    modules = {name for name, _ in model.named_modules()}
+    problems += [f'block {name} is missing' for name in plan.removed_blocks() if name not in modules]
     if problems:
         raise PruningError(f'{_misfit_message(plan, problems)}; cut the model that the plan was made for')
 
@@ -198,10 +199,6 @@ def rebuild(plan: Plan, device: Optional[Union[str, torch.device]] = None) -> nn
     model = apply_plan(build_base(plan.base, plan.base_args, device), plan)
     model.pruning_plan = plan
     return model
-
-
-def _has_module(model: nn.Module, name: str) -> bool:
-    return any(path == name for path, _ in model.named_modules())
 
 
 def _named_tensors(model: nn.Module) -> Dict[str, Tensor]:

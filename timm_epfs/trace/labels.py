@@ -69,10 +69,12 @@ class Labels:
 
     def fresh(self, n: int) -> Label:
         """A label of ``n`` new atoms; a dim of one entry can't be cut and gets none."""
-        if n < 2:
-            return None
+        return self.atoms(n) if n > 1 else None
+
+    def atoms(self, n: int) -> np.ndarray:
+        """``n`` new atoms, also for ``n`` of 0 and 1: parts of a dim that is put together."""
         start, self.size = self.size, self.size + n
-        return np.arange(start, start + n, dtype=np.int64)
+        return np.arange(start, self.size, dtype=np.int64)
 
     def tie(self, a: Label, b: Label) -> Label:
         """Same entries in both; a label tied to ``None`` is pinned. Returns the label to go on with."""

@@ -120,12 +120,6 @@ class Recorder(TorchDispatchMode):
         self.labels_of(tensor)
         return id(tensor) in self._weights
 
-    def atoms(self, n: int) -> np.ndarray:
-        """``n`` new atoms, also for ``n`` of 0 and 1."""
-        start = self.labels.size
-        self.labels.size += n
-        return np.arange(start, start + n, dtype=np.int64)
-
     def constant(self, n: int) -> np.ndarray:
         return np.zeros(n, dtype=np.int64)
 

@@ -226,7 +226,7 @@ def _pad(rec, out, x, pad, value=0):
             rec.labels.pin(labels[d])
             labels[d] = None
             continue
-        front, back = rec.atoms(before), rec.atoms(after)
+        front, back = rec.labels.atoms(before), rec.labels.atoms(after)
         rec.follow('pad', 2 * i, front)
         rec.follow('pad', 2 * i + 1, back)
         labels[d] = np.concatenate([front, labels[d], back])
