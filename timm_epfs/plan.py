@@ -9,6 +9,7 @@ import re
 import reprlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import isfinite
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple, Union
@@ -16,14 +17,18 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 import numpy as np
 
 from .errors import PruningError
+from .limits import MAX_CHARACTERS, check_arguments, check_name, check_size
 from .notation import Ranges, Strided
 from .structure import KINDS, Member, Structure
 
 __all__ = ['Cut', 'Plan', 'FORMAT']
 
 FORMAT = 1
-MAX_UNITS = 10_000_000
-MAX_ENTRIES = 50_000_000
+# The largest of timm's zoo: 18,375 members (densenet264d), 16,384 units (swinv2_cr_giant), 5.9 million entries
+# (eva02_enormous).
+MAX_UNITS = 2 ** 18
+MAX_MEMBERS = 2 ** 15
+MAX_ENTRIES = 12_000_000
 MAX_INDEX = 2 ** 31 - 1
 MAX_DEPTH = 16
 
@@ -31,7 +36,8 @@ _FIELDS = ('format', 'base', 'base_args', 'recipe', 'cost', 'attributes', 'cuts'
 _CUT_FIELDS = ('name', 'kind', 'units', 'keep', 'members')
 _CUT_OPTIONS = ('exact', 'reason', 'stream')
 _KIND_NAMES = {dict: 'an object', list: 'a list', str: 'text', int: 'an integer', bool: 'true or false'}
-_MEMBER = re.compile(r'(.+) dim (\d) (out|in|per)(?: (at|rows) (.+))?')
+_BASE = re.compile(r'(torchvision/)?\w{1,100}(\.\w{1,100})?', re.ASCII)
+_MEMBER = re.compile(r'(.+) dim ([0-9]) (out|in|per)(?: (at|rows) (.+))?')
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,14 +81,19 @@ class Plan:
         return {s.name for s in structures if left.get(s.name) != s.units}
 
     def removed_blocks(self) -> List[str]:
-        """Paths of the modules that are taken out whole."""
-        return [cut.structure.name for cut in self.cuts if cut.structure.kind == 'blocks' and not len(cut.keep)]
+        """Paths of the modules that are taken out whole, without those that are inside others."""
+        gone = [cut.structure.name for cut in self.cuts if cut.structure.kind == 'blocks' and not len(cut.keep)]
+        return [name for name in gone if not name.startswith(tuple(f'{other}.' for other in gone))]
 
     def removed(self) -> Dict[str, Dict[int, np.ndarray]]:
         """Entries that go, by tensor and dim, each sorted. An entry that several structures own goes with any.
 
         Blocks aren't among them: what is in a block goes with its module.
         """
+        return self._removed
+
+    @cached_property
+    def _removed(self) -> Dict[str, Dict[int, np.ndarray]]:
         gone: Dict[str, Dict[int, List[np.ndarray]]] = {}
         for cut in self.cuts:
             if cut.structure.kind == 'blocks':
@@ -159,24 +170,19 @@ class Plan:
             PruningError: The values are no plan; the message names the field.
         """
         _check_format(data)
+        check_size(dict(data), 'plan')
         _check_fields(data, _FIELDS, (), 'plan')
-        base = data['base']
-        if not (base is None or isinstance(base, str)):
-            raise _bad('base', base, 'a model name or null')
+        if data['base'] is not None:
+            _check_base(data['base'])
         for name in ('base_args', 'recipe', 'cost', 'attributes'):
             _expect(data[name], dict, name)
-        _expect(data['cuts'], list, 'cuts')
+        base_args = _json_value(data['base_args'], 'base_args')
+        check_arguments(base_args, 'plan, base_args')
 
-        parsed = [_parse_cut(cut, f'cuts[{i}]') for i, cut in enumerate(data['cuts'])]
-        entries = sum(cut.entries for cut in parsed)
-        if entries > MAX_ENTRIES:
-            raise PruningError(f'plan: its index maps have {entries} entries, {MAX_ENTRIES} are allowed')
-        (name, times), = Counter(cut.name for cut in parsed).most_common(1) or [('', 0)]
-        if times > 1:
-            raise PruningError(f'plan: {times} structures are named {name[:80]!r}; names are unique')
+        parsed = _parse_cuts(data['cuts'])
         return cls(
-            base=base,
-            base_args=_json_value(data['base_args'], 'base_args'),
+            base=data['base'],
+            base_args=base_args,
             cuts=tuple(cut.build() for cut in parsed),
             attributes={name: _parse_attribute(name, value) for name, value in data['attributes'].items()},
             recipe=_json_value(data['recipe'], 'recipe'),
@@ -194,6 +200,8 @@ class Plan:
         Raises:
             PruningError: The text is not JSON or no plan.
         """
+        if len(text) > MAX_CHARACTERS:
+            raise PruningError(f'plan: more than {MAX_CHARACTERS} characters; no model needs so many')
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as e:
@@ -225,7 +233,8 @@ class Plan:
             PruningError: The file can't be read or holds no plan.
         """
         try:
-            text = Path(path).read_text(encoding='utf-8')
+            with open(path, encoding='utf-8') as file:
+                text = file.read(MAX_CHARACTERS + 1)
         except (OSError, UnicodeDecodeError) as e:
             raise PruningError(f'plan not read from {path}: {getattr(e, "strerror", None) or "not UTF-8 text"}') from e
         return cls.from_json(text)
@@ -273,22 +282,41 @@ def _write_member(member: Member) -> str:
     return text if identity else f'{text} at {layout}'
 
 
+def _parse_cuts(data: Any) -> List[_ParsedCut]:
+    _expect(data, list, 'cuts')
+    parsed, members, entries = [], 0, 0
+    for i, cut in enumerate(data):
+        parsed.append(_parse_cut(cut, f'cuts[{i}]'))
+        members, entries = members + len(parsed[-1].members), entries + parsed[-1].entries
+        if members > MAX_MEMBERS or entries > MAX_ENTRIES:
+            raise PruningError(
+                f'plan: its index maps are too large; {MAX_MEMBERS} members and {MAX_ENTRIES} entries are allowed'
+            )
+    (name, times), = Counter(cut.name for cut in parsed).most_common(1) or [('', 0)]
+    if times > 1:
+        raise PruningError(f'plan: {times} structures are named {name[:80]!r}; names are unique')
+    return parsed
+
+
 def _parse_cut(data: Any, where: str) -> _ParsedCut:
     _expect(data, dict, where)
     _check_fields(data, _CUT_FIELDS, _CUT_OPTIONS, where)
-    for name, kind in (('name', str), ('units', int), ('keep', str), ('members', list)):
+    for name, kind in (('units', int), ('keep', str), ('members', list), ('kind', str)):
         _expect(data[name], kind, f'{where}.{name}')
-    for name, kind in (('exact', bool), ('reason', str), ('stream', bool)):
+    for name, kind in (('exact', bool), ('stream', bool)):
         _expect(data.get(name, kind()), kind, f'{where}.{name}')
     units = data['units']
     if not 1 <= units <= MAX_UNITS:
         raise _bad(f'{where}.units', units, f'1 to {MAX_UNITS}')
     if data['kind'] not in KINDS:
         raise _bad(f'{where}.kind', data['kind'], ', '.join(KINDS))
+    if data['keep'] == 'none' and (data['kind'] != 'blocks' or not data['name']):
+        raise _bad(f'{where}.keep', data['keep'], 'at least one unit; only a block goes whole')
     if not data['members']:
         raise _bad(f'{where}.members', data['members'], 'at least one')
+    check_name(data.get('reason', ''), f'plan, {where}.reason')
     return _ParsedCut(
-        name=data['name'],
+        name=check_name(data['name'], f'plan, {where}.name'),
         units=units,
         keep=_parse_keep(data['keep'], units, f'{where}.keep'),
         members=tuple(_parse_member(text, units, f'{where}.members[{i}]') for i, text in enumerate(data['members'])),
@@ -318,6 +346,7 @@ def _parse_member(text: Any, units: int, where: str) -> Tuple[str, int, str, Uni
     if not match:
         raise _bad(where, text, "'layer1.0.conv1.weight dim 0 out'")
     tensor, dim, role, form, layout = match.groups()
+    check_name(tensor, f'plan, {where}')
     try:
         index = Strided(units) if form is None else \
             Strided.parse(layout, units) if form == 'at' else Ranges.parse(layout)
@@ -329,6 +358,7 @@ def _parse_member(text: Any, units: int, where: str) -> Tuple[str, int, str, Uni
 
 
 def _parse_attribute(name: str, value: Any) -> int:
+    check_name(name, 'plan, attributes')
     _expect(value, int, f'attributes[{name[:80]!r}]')
     if not 0 <= value <= MAX_INDEX:
         raise _bad(f'attributes[{name[:80]!r}]', value, '0 or more')
@@ -336,7 +366,7 @@ def _parse_attribute(name: str, value: Any) -> int:
 
 
 def _parse_cost(name: str, pair: Any) -> Tuple[float, float]:
-    where = f'cost[{name[:80]!r}]'
+    where = f'cost[{check_name(name, "plan, cost")[:80]!r}]'
     _expect(pair, list, where)
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in pair)
     if len(pair) != 2 or not numbers or not all(0 <= value < 1e30 for value in pair):
@@ -353,6 +383,13 @@ def _check_format(data: Any) -> None:
         raise PruningError(f'plan: format {version}, this timm_epfs reads up to {FORMAT}: upgrade')
     if version < 1:
         raise _bad('format', version, f'1 to {FORMAT}')
+
+
+def _check_base(name: Any) -> None:
+    if not isinstance(name, str) or not _BASE.fullmatch(name):
+        raise _bad('base', name, "a timm name, 'torchvision/<name>' or null")
+    if '_epfs' in name or name.startswith('epfs_'):
+        raise _bad('base', name, 'a dense model; this one is pruned already')
 
 
 def _check_fields(data: Mapping[str, Any], required: Sequence[str], optional: Sequence[str], where: str) -> None:
@@ -386,7 +423,7 @@ def _json_value(value: Any, where: str, depth: int = 0) -> Any:
         value = value.item()
     if isinstance(value, dict):
         for key in value:
-            _expect(key, str, f'{where} key')
+            check_name(key, f'plan, {where[:80]}')
         return {key: _json_value(value[key], f'{where}.{key}', depth + 1) for key in sorted(value)}
     if isinstance(value, (list, tuple)):
         return [_json_value(item, f'{where}[{i}]', depth + 1) for i, item in enumerate(value)]

@@ -2,6 +2,7 @@
 import difflib
 import inspect
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .errors import PruningError
+from .limits import MAX_ELEMENTS, RESERVED_ARGS, TooLarge, is_usual, limited
 from .plan import Plan
 
 __all__ = [
@@ -21,13 +23,6 @@ __all__ = [
 ]
 
 TORCHVISION = 'torchvision/'
-
-# A plan may come from anyone: its base_args describe an architecture, and must not reach what loads or places weights.
-_RESERVED_ARGS = (
-    'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'pretrained_strict',
-    'checkpoint_path', 'cache_dir', 'weights', 'weights_backbone', 'plan', 'pruned', 'features_only', 'feature_cls',
-    'scriptable', 'exportable', 'no_jit',
-)
 
 # What a module says about its own shapes, read off its tensors after a cut. What can't be read off a shape (groups,
 # num_heads, splits, …) is listed in the plan.
@@ -57,6 +52,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """
     tensors = _named_tensors(model)
     problems = _tensor_misfits(plan, tensors, absent=lambda name: _is_identity(model, name))
+    problems = problems or _emptied(plan, tensors)
     problems += _attribute_misfits(model, plan.attributes)
     modules = {name for name, _ in model.named_modules()}
     problems += [f'block {name} is missing' for name in plan.removed_blocks() if name not in modules]
@@ -163,9 +159,12 @@ def build_base(
     if base is None:
         raise PruningError("the plan names no base, it was made on a module of the user's own; pass base= when pruning")
     base_args = dict(base_args or {})
-    reserved = [name for name in base_args if name in _RESERVED_ARGS]
+    reserved = [name for name in base_args if name in RESERVED_ARGS]
     if reserved:
         raise PruningError(f'base_args of {base} hold {reserved[0]!r}, which is not for a plan to set; remove it')
+    cfg = create_args.get('pretrained_cfg')
+    if not is_usual(base_args, cfg):
+        _check_growth(base, base_args, {'pretrained_cfg': cfg})
     try:
         return _build_on(device or torch.get_default_device(), base, base_args, create_args)
     except PruningError as e:
@@ -173,6 +172,20 @@ def build_base(
         if not isinstance(e.__cause__, NotImplementedError) or torch.device(device or 'cpu').type != 'meta':
             raise
         return _build_on('cpu', base, base_args, create_args).to(device)
+
+
+def _check_growth(base: str, base_args: Dict[str, Any], create_args: Dict[str, Any]) -> None:
+    """Raise ``PruningError`` where arguments make a base far larger than it is without, before it is allocated."""
+    try:
+        with limited(MAX_ELEMENTS):
+            _build_on('meta', base, base_args, create_args)
+    except TooLarge:
+        dense = sum(tensor.numel() for tensor in _build_on('meta', base, {}, {}).state_dict().values())
+        with limited(max(MAX_ELEMENTS, 2 * dense)):
+            _build_on('meta', base, base_args, create_args)
+    except PruningError as e:
+        if not isinstance(e.__cause__, NotImplementedError):
+            raise
 
 
 def _build_on(
@@ -267,20 +280,22 @@ def _tensor_misfits(plan: Plan, tensors: Mapping[str, Tensor], absent: Callable[
     return list(dict.fromkeys(problems))
 
 
+def _emptied(plan: Plan, tensors: Mapping[str, Tensor]) -> List[str]:
+    return [
+        f'nothing would be left of {name}' for name, dims in plan.removed().items()
+        if name in tensors and any(len(gone) == tensors[name].shape[dim] for dim, gone in dims.items())
+    ]
+
+
 def _attribute_misfits(model: nn.Module, attributes: Mapping[str, int]) -> List[str]:
     problems = []
     for path, value in attributes.items():
         try:
-            *parents, last = path.split('.')
-            owner = model
-            for part in parents:
-                owner = _entry(owner, part)
-            present = _entry(owner, last)
+            present = reduce(_entry, path.split('.'), model)
         except (AttributeError, IndexError, KeyError, ValueError):
             problems.append(f'attribute {path} is missing')
             continue
-        fixed = isinstance(getattr(type(owner), last, None), property) and getattr(type(owner), last).fset is None
-        if not isinstance(present, int) or isinstance(present, bool) or fixed:
+        if type(present) is not int:
             problems.append(f'attribute {path} is no integer that can be set')
         elif not 0 <= value <= present:
             problems.append(f'attribute {path} is {present} and the plan says {value}')
@@ -306,14 +321,19 @@ def _is_identity(model: nn.Module, name: str) -> bool:
 
 
 def _entry(owner: Any, part: str) -> Any:
-    """One step of an attribute path."""
-    if part.startswith('__'):
-        raise AttributeError(part)
-    if isinstance(owner, FeatureInfo) and part.isdigit():
+    """One step of an attribute path: to a module, to what it holds itself, or to an entry of that.
+
+    A plan goes no other way: not to methods, classes or tensors, nor to anything that modules keep for torch.
+    """
+    if isinstance(owner, FeatureInfo):
         return owner.info[int(part)]
     if isinstance(owner, (list, tuple)):
         return owner[int(part)]
-    return owner[part] if isinstance(owner, dict) else getattr(owner, part)
+    if isinstance(owner, dict):
+        return owner[part]
+    if not isinstance(owner, nn.Module) or part.startswith('_'):
+        raise KeyError(part)
+    return owner._modules[part] if part in owner._modules else inspect.getattr_static(owner, part)
 
 
 def _replaced(owner: Any, path: Sequence[str], value: int) -> Any:
@@ -326,7 +346,7 @@ def _replaced(owner: Any, path: Sequence[str], value: int) -> Any:
     entry = _replaced(present, rest, value) if rest else value
     if entry is present:
         return owner
-    if isinstance(owner, FeatureInfo) and part.isdigit():
+    if isinstance(owner, FeatureInfo):
         owner.info = _replaced(owner.info, path, value)
         return owner
     if isinstance(owner, (list, tuple)):
