@@ -11,7 +11,7 @@ from torch.nn.modules import module as hooks
 from .errors import PruningError
 
 __all__ = [
-    'MAX_CHARACTERS', 'MAX_ELEMENTS', 'RESERVED_ARGS', 'TooLarge', 'check_arguments', 'check_name', 'check_size',
+    'MAX_CHARACTERS', 'MAX_ELEMENTS', 'MAX_NUMBER', 'RESERVED_ARGS', 'TooLarge', 'check_arguments', 'check_name', 'check_size',
     'is_usual', 'limited',
 ]
 

@@ -1,0 +1,66 @@
+"""What a config.json may decide: how a saved model is built and described. Not where files are, nor how they are read."""
+from dataclasses import fields
+from typing import Any, Dict, Mapping, Optional
+
+from timm.models import PretrainedCfg
+from torch import Tensor
+
+from .errors import PruningError
+from .limits import MAX_NUMBER, check_arguments, check_size
+from .plan import Plan
+from .surgery import apply_plan, build_base
+
+__all__ = ['check_config', 'saved_tensors']
+
+_FIELDS = frozenset(field.name for field in fields(PretrainedCfg))
+# timm itself sets the place that a config came from; a config that names another reads what it likes.
+_PLACES = {'local-dir': 'file', 'hf-hub': 'hf_hub_id'}
+_FORBIDDEN = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'custom_load')
+# How weights are built, not what is saved of them.
+_OF_FEATURES = ('features_only', 'feature_cls', 'out_indices')
+
+
+def check_config(cfg: Any, model_args: Mapping[str, Any]) -> None:
+    """Check what timm read from a config.json, before anything is built or opened.
+
+    Args:
+        cfg: Its ``pretrained_cfg``, with the place that timm added.
+        model_args: Its ``model_args``.
+
+    Raises:
+        PruningError: They decide what is not theirs, or are no description of a model.
+    """
+    if not isinstance(cfg, Mapping) or not isinstance(model_args, Mapping):
+        raise PruningError('config.json: pretrained_cfg and model_args are to be objects; save the model again')
+    check_size(dict(cfg), 'config.json, pretrained_cfg')
+    unknown = [str(name)[:40] for name in cfg if name not in _FIELDS]
+    if unknown:
+        raise PruningError(f'config.json, pretrained_cfg: unknown field {unknown[0]!r}; remove it')
+    for name in _FORBIDDEN:
+        if cfg.get(name) and name != _PLACES.get(cfg.get('source')):
+            raise PruningError(f'config.json, pretrained_cfg: {name!r} is not for a config to set; remove it')
+    sizes = [cfg.get('num_classes'), *_flat(cfg.get('input_size'))]
+    if not all(size is None or (type(size) is int and 0 <= size <= MAX_NUMBER) for size in sizes):
+        raise PruningError(f'config.json, pretrained_cfg: num_classes and input_size are to be up to {MAX_NUMBER}')
+    if not isinstance(model_args.get('plan'), Mapping):
+        raise PruningError("config.json, model_args: 'plan' is no plan but a name or nothing; save the model again")
+    check_arguments(_arguments(model_args), 'config.json, model_args')
+
+
+def saved_tensors(plan: Plan, cfg: Mapping[str, Any], model_args: Mapping[str, Any]) -> Dict[str, Tensor]:
+    """The tensors of a model as it was saved, on the meta device, by its own config.json.
+
+    Raises:
+        PruningError: There is no such model.
+    """
+    args = {**plan.base_args, **_arguments(model_args)}
+    cfg = None if plan.base.startswith('torchvision/') else {k: v for k, v in cfg.items() if k not in _FORBIDDEN}
+    return apply_plan(build_base(plan.base, args, 'meta', pretrained_cfg=cfg), plan).state_dict()
+
+
+def _arguments(model_args: Mapping[str, Any]) -> Dict[str, Any]:
+    return {name: value for name, value in model_args.items() if name not in ('plan', *_OF_FEATURES)}
+
+
+def _flat(value: Optional[Any]) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
