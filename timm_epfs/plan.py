@@ -29,7 +29,7 @@ MAX_DEPTH = 16
 
 _FIELDS = ('format', 'base', 'base_args', 'recipe', 'cost', 'attributes', 'cuts')
 _CUT_FIELDS = ('name', 'kind', 'units', 'keep', 'members')
-_CUT_OPTIONS = ('exact', 'reason', 'stream')
+_CUT_OPTIONS = ('exact', 'reason', 'stream', 'shortcut')
 _KIND_NAMES = {dict: 'an object', list: 'a list', str: 'text', int: 'an integer', bool: 'true or false'}
 _MEMBER = re.compile(r'(.+) dim (\d) (out|in|per)(?: (at|rows) (.+))?')
 
@@ -74,9 +74,21 @@ class Plan:
         left = {cut.structure.name: len(cut.keep) for cut in self.cuts}
         return {s.name for s in structures if left.get(s.name) != s.units}
 
-    def removed_blocks(self) -> List[str]:
-        """Paths of the modules that are taken out whole."""
-        return [cut.structure.name for cut in self.cuts if cut.structure.kind == 'blocks' and not len(cut.keep)]
+    def removed_blocks(self) -> Dict[str, Tuple[str, ...]]:
+        """Paths of the modules that are taken out, with the names of those of their children that stay."""
+        gone = [cut.structure for cut in self.cuts if cut.structure.kind == 'blocks' and not len(cut.keep)]
+        return {structure.name: structure.shortcut for structure in gone}
+
+    def lost(self, tensors: Iterable[str]) -> Set[str]:
+        """Which of these tensors go with their block."""
+        blocks = [
+            (f'{block}.', tuple(f'{block}.{child}.' for child in children))
+            for block, children in self.removed_blocks().items()
+        ]
+        return {
+            name for name in tensors
+            if any(name.startswith(inside) and not name.startswith(stays) for inside, stays in blocks)
+        }
 
     def removed(self) -> Dict[str, Dict[int, np.ndarray]]:
         """Entries that go, by tensor and dim, each sorted. An entry that several structures own goes with any.
@@ -261,6 +273,8 @@ def _write_cut(cut: Cut) -> Dict[str, Any]:
         data.update(exact=False, reason=structure.reason)
     if structure.stream:
         data.update(stream=True)
+    if structure.shortcut:
+        data.update(shortcut=list(structure.shortcut))
     return {**data, 'members': [_write_member(member) for member in structure.members]}
 
 
@@ -280,6 +294,7 @@ def _parse_cut(data: Any, where: str) -> _ParsedCut:
         _expect(data[name], kind, f'{where}.{name}')
     for name, kind in (('exact', bool), ('reason', str), ('stream', bool)):
         _expect(data.get(name, kind()), kind, f'{where}.{name}')
+    shortcut = _parse_shortcut(data, where)
     units = data['units']
     if not 1 <= units <= MAX_UNITS:
         raise _bad(f'{where}.units', units, f'1 to {MAX_UNITS}')
@@ -292,8 +307,17 @@ def _parse_cut(data: Any, where: str) -> _ParsedCut:
         units=units,
         keep=_parse_keep(data['keep'], units, f'{where}.keep'),
         members=tuple(_parse_member(text, units, f'{where}.members[{i}]') for i, text in enumerate(data['members'])),
-        options={name: data[name] for name in ('kind', *_CUT_OPTIONS) if name in data},
+        options={**{name: data[name] for name in ('kind', *_CUT_OPTIONS) if name in data}, 'shortcut': shortcut},
     )
+
+
+def _parse_shortcut(data: Mapping[str, Any], where: str) -> Tuple[str, ...]:
+    children = data.get('shortcut', [])
+    _expect(children, list, f'{where}.shortcut')
+    names = all(isinstance(child, str) and (child.isidentifier() or child.isdecimal()) for child in children)
+    if not names or len(set(children)) < len(children) or (children and data['kind'] != 'blocks'):
+        raise _bad(f'{where}.shortcut', children, 'names of children of a block, each once')
+    return tuple(children)
 
 
 def _parse_keep(text: str, units: int, where: str) -> Union[Ranges, Strided, None]:

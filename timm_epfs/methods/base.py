@@ -184,12 +184,8 @@ class Learner:
         Returns:
             A smaller model of the same class, with its ``pruning_plan``.
         """
-        source = self.model if model is None else unwrap_model(model)
-        if not is_masked(source):
-            raise PruningError('export: this model has no masks; give the learner\'s model or a copy made after it')
         plan = self.plan()
-        slim = self.masks.fold(copy.deepcopy(source))
-        drop_hooks(slim)
+        slim = self._unmasked(model)
         apply_plan(slim, plan)
         slim.pruning_plan = self._earlier.compose(plan) if isinstance(self._earlier, Plan) else plan
         return slim
@@ -279,6 +275,15 @@ class Learner:
         stays = np.concatenate([np.isin(np.arange(s.units), keep[s.name]) for s in self.structures])
         self._stays = torch.from_numpy(stays)
         self._settle(self._selected() * self._stays)
+
+    def _unmasked(self, model: Optional[nn.Module] = None) -> nn.Module:
+        """A copy of the model, or of a copy of it, with the masks in its weights and its tensors' own names."""
+        source = self.model if model is None else unwrap_model(model)
+        if not is_masked(source):
+            raise PruningError('export: this model has no masks; give the learner\'s model or a copy made after it')
+        slim = self.masks.fold(copy.deepcopy(source))
+        drop_hooks(slim)
+        return slim
 
     def _keep(self) -> Dict[str, np.ndarray]:
         """Units that stay: the selection, or what it would be now."""

@@ -1,5 +1,5 @@
 """From a model to named structures: record a forward on the meta device, solve, propose, verify."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -86,9 +86,11 @@ def trace(
             break
         try:
             verified = _verify(model, rec, blueprint, cut, args, kwargs)
-            if rec.blocks and not _runs_without_blocks(verified, rec, args, kwargs):
-                rec.blocks = []
+            while rec.blocks and not _runs_without_blocks(verified, blueprint, cut, args, kwargs):
+                kept = any(block.shortcut for block in rec.blocks)
+                rec.blocks = [block for block in rec.blocks if kept and not block.shortcut]
                 blueprint = build(rec, rec.labels.solve(pins))
+                verified = _verify(model, rec, blueprint, cut, args, kwargs)
             break
         except Mismatch as e:
             where, new = _around(rec, e.index, blueprint)
@@ -101,9 +103,9 @@ def trace(
     return Trace(blueprint.structures, blueprint.cost, blueprint.attributes, tuple(skipped))
 
 
-def _runs_without_blocks(copy: nn.Module, rec: Recorder, args: Tuple, kwargs: Dict[str, Any]) -> bool:
-    for block in rec.blocks:
-        copy.set_submodule(block.module, nn.Identity())
+def _runs_without_blocks(copy: nn.Module, blueprint: Blueprint, cut: Callable, args: Tuple, kwargs: Dict) -> bool:
+    blocks = [replace(s, members=()) for s in blueprint.structures if s.kind == 'blocks']  # they are cut already
+    cut(copy, blocks, {s.name: np.arange(0) for s in blocks}, {})
     try:
         with quiet():
             copy(*args, **kwargs)
