@@ -38,11 +38,13 @@ class Trace:
         cost: MACs, parameters and activations as functions of the units left.
         attributes: Integer attributes that follow a cut, by path.
         skipped: Where cutting was given up, and why.
+        returns: Name of the type of what the forward gives back, ``'Tensor'`` for logits.
     """
     structures: Tuple[Structure, ...]
     cost: CostModel
     attributes: Dict[str, Size]
     skipped: Tuple[Skipped, ...] = ()
+    returns: str = 'Tensor'
 
 
 def trace(
@@ -69,7 +71,7 @@ def trace(
     rec = Recorder(copy, whole_heads)
     with watch_interface(copy, rec, args):
         try:
-            rec.run(args, kwargs)
+            returns = type(rec.run(args, kwargs)).__name__
         except Exception as e:
             why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
             raise PruningError(f"the model's forward fails on {_shapes(args, kwargs)}: {why}") from e
@@ -100,7 +102,7 @@ def trace(
             skipped.append(Skipped(where, e.why))
     else:
         raise PruningError(f'no cut of this model could be verified after {_MAX_ROUNDS} tries; the last: {skipped[-1]}')
-    return Trace(blueprint.structures, blueprint.cost, blueprint.attributes, tuple(skipped))
+    return Trace(blueprint.structures, blueprint.cost, blueprint.attributes, tuple(skipped), returns)
 
 
 def _runs_without_blocks(copy: nn.Module, blueprint: Blueprint, cut: Callable, args: Tuple, kwargs: Dict) -> bool:
