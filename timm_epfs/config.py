@@ -1,4 +1,4 @@
-"""What a config.json may decide: how a saved model is built and described. Not where files are, nor how they are read."""
+"""What a config.json may decide: how a saved model is built and described. Not which files are read, nor how."""
 from dataclasses import fields
 from typing import Any, Dict, Mapping, Optional
 
@@ -53,9 +53,9 @@ def saved_tensors(plan: Plan, cfg: Mapping[str, Any], model_args: Mapping[str, A
     Raises:
         PruningError: There is no such model.
     """
+    described = {name: value for name, value in cfg.items() if name not in (*_FORBIDDEN, 'source')}
     args = {**plan.base_args, **_arguments(model_args)}
-    cfg = None if plan.base.startswith('torchvision/') else {k: v for k, v in cfg.items() if k not in _FORBIDDEN}
-    return apply_plan(build_base(plan.base, args, 'meta', pretrained_cfg=cfg), plan).state_dict()
+    return apply_plan(build_base(plan.base, args, 'meta', pretrained_cfg=described), plan).state_dict()
 
 
 def _arguments(model_args: Mapping[str, Any]) -> Dict[str, Any]:

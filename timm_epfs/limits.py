@@ -11,8 +11,8 @@ from torch.nn.modules import module as hooks
 from .errors import PruningError
 
 __all__ = [
-    'MAX_CHARACTERS', 'MAX_ELEMENTS', 'MAX_NUMBER', 'RESERVED_ARGS', 'TooLarge', 'check_arguments', 'check_name', 'check_size',
-    'is_usual', 'limited',
+    'MAX_CHARACTERS', 'MAX_ELEMENTS', 'MAX_NUMBER', 'RESERVED_ARGS', 'TooLarge', 'check_arguments', 'check_name',
+    'check_size', 'is_usual', 'limited',
 ]
 
 # The largest plans of timm's zoo have 20,000 values (densenet264d) and 2 million characters (eva02_enormous).

@@ -10,6 +10,7 @@ import reprlib
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from math import isfinite
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple, Union
@@ -34,7 +35,7 @@ MAX_DEPTH = 16
 
 _FIELDS = ('format', 'base', 'base_args', 'recipe', 'cost', 'attributes', 'cuts')
 _CUT_FIELDS = ('name', 'kind', 'units', 'keep', 'members')
-_CUT_OPTIONS = ('exact', 'reason', 'stream')
+_CUT_OPTIONS = ('exact', 'reason', 'stream', 'shortcut')
 _KIND_NAMES = {dict: 'an object', list: 'a list', str: 'text', int: 'an integer', bool: 'true or false'}
 _BASE = re.compile(r'(torchvision/)?\w{1,100}(\.\w{1,100})?', re.ASCII)
 _MEMBER = re.compile(r'(.+) dim ([0-9]) (out|in|per)(?: (at|rows) (.+))?')
@@ -80,10 +81,19 @@ class Plan:
         left = {cut.structure.name: len(cut.keep) for cut in self.cuts}
         return {s.name for s in structures if left.get(s.name) != s.units}
 
-    def removed_blocks(self) -> List[str]:
-        """Paths of the modules that are taken out whole, without those that are inside others."""
-        gone = [cut.structure.name for cut in self.cuts if cut.structure.kind == 'blocks' and not len(cut.keep)]
-        return [name for name in gone if not name.startswith(tuple(f'{other}.' for other in gone))]
+    def removed_blocks(self) -> Dict[str, Tuple[str, ...]]:
+        """Paths of the modules that are taken out, with the names of those of their children that stay.
+
+        What goes with a block around it isn't among them.
+        """
+        gone = [cut.structure for cut in self.cuts if cut.structure.kind == 'blocks' and not len(cut.keep)]
+        blocks = {structure.name: structure.shortcut for structure in gone}
+        return {name: children for name, children in blocks.items() if not _goes(name, blocks)}
+
+    def lost(self, tensors: Iterable[str]) -> Set[str]:
+        """Which of these tensors go with their block."""
+        blocks = self.removed_blocks()
+        return {name for name in tensors if _goes(name, blocks)}
 
     def removed(self) -> Dict[str, Dict[int, np.ndarray]]:
         """Entries that go, by tensor and dim, each sorted. An entry that several structures own goes with any.
@@ -262,6 +272,13 @@ class _ParsedCut:
         return Cut(structure, np.zeros(0, np.int64) if self.keep is None else self.keep.array().reshape(-1))
 
 
+def _goes(name: str, blocks: Mapping[str, Sequence[str]]) -> bool:
+    """Whether something of this name is in one of the blocks and in none of its children that stay."""
+    parts = name.split('.')
+    parents = accumulate(parts, '{}.{}'.format)
+    return any(parent in blocks and child not in blocks[parent] for parent, child in zip(parents, parts[1:]))
+
+
 def _write_cut(cut: Cut) -> Dict[str, Any]:
     structure, left = cut.structure, len(cut.keep)
     keep = 'all' if left == structure.units else str(Ranges.find(cut.keep)) if left else 'none'
@@ -270,6 +287,8 @@ def _write_cut(cut: Cut) -> Dict[str, Any]:
         data.update(exact=False, reason=structure.reason)
     if structure.stream:
         data.update(stream=True)
+    if structure.shortcut:
+        data.update(shortcut=list(structure.shortcut))
     return {**data, 'members': [_write_member(member) for member in structure.members]}
 
 
@@ -305,6 +324,7 @@ def _parse_cut(data: Any, where: str) -> _ParsedCut:
         _expect(data[name], kind, f'{where}.{name}')
     for name, kind in (('exact', bool), ('stream', bool)):
         _expect(data.get(name, kind()), kind, f'{where}.{name}')
+    shortcut = _parse_shortcut(data, where)
     units = data['units']
     if not 1 <= units <= MAX_UNITS:
         raise _bad(f'{where}.units', units, f'1 to {MAX_UNITS}')
@@ -320,8 +340,17 @@ def _parse_cut(data: Any, where: str) -> _ParsedCut:
         units=units,
         keep=_parse_keep(data['keep'], units, f'{where}.keep'),
         members=tuple(_parse_member(text, units, f'{where}.members[{i}]') for i, text in enumerate(data['members'])),
-        options={name: data[name] for name in ('kind', *_CUT_OPTIONS) if name in data},
+        options={**{name: data[name] for name in ('kind', *_CUT_OPTIONS) if name in data}, 'shortcut': shortcut},
     )
+
+
+def _parse_shortcut(data: Mapping[str, Any], where: str) -> Tuple[str, ...]:
+    children = data.get('shortcut', [])
+    _expect(children, list, f'{where}.shortcut')
+    names = all(isinstance(child, str) and (child.isidentifier() or child.isdecimal()) for child in children)
+    if not names or len(set(children)) < len(children) or (children and data['kind'] != 'blocks'):
+        raise _bad(f'{where}.shortcut', children, 'names of children of a block, each once')
+    return tuple(children)
 
 
 def _parse_keep(text: str, units: int, where: str) -> Union[Ranges, Strided, None]:

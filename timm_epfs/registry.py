@@ -6,17 +6,18 @@
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple, Type, Union
 
-import safetensors.torch
 import torch
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet, PretrainedCfg, register_model
 from timm.models._features import FeatureGetterNet
 from timm.models._features_fx import FeatureGraphNet
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_cached_file, load_state_dict_from_hf
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_cached_file, download_from_hf
 from torch import Tensor, nn
 
+from .config import check_config, saved_tensors
 from .errors import PruningError
 from .plan import Plan
 from .surgery import TORCHVISION, apply_plan, build_base, inflate_checkpoint
+from .weights import read_weights
 
 __all__ = ['epfs_pruned', 'describe_torchvision', 'ARCHITECTURE']
 
@@ -59,15 +60,18 @@ def epfs_pruned(
     Raises:
         PruningError: The plan can't be read or applied, or the weights don't fit.
     """
-    plan = _as_plan(plan)
     cfg = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
+    if pretrained_model_args is not None:  # from a config.json
+        check_config(cfg, pretrained_model_args)
+    plan = _as_plan(plan)
     if cfg == PretrainedCfg(architecture=ARCHITECTURE).to_dict():
         # What timm's scripts pass for an architecture without a config of its own: it says nothing about the base.
         cfg = None
     described = {**(cfg if isinstance(cfg, dict) else {}), **(pretrained_cfg_overlay or {})}
     weights = None
     if pretrained and any(described.get(source) for source in _WEIGHT_SOURCES):
-        weights = _read_weights(described, cache_dir)
+        saved = None if pretrained_model_args is None else saved_tensors(plan, cfg, pretrained_model_args)
+        weights = _read_weights(described, cache_dir, saved)
 
     if (plan.base or '').startswith(TORCHVISION):
         return _pruned_torchvision(plan, described, pretrained, weights, kwargs)
@@ -147,7 +151,11 @@ def _pruned_torchvision(
     return describe_torchvision(model, plan, cfg)
 
 
-def _read_weights(cfg: Mapping[str, Any], cache_dir: Optional[Union[str, Path]]) -> Dict[str, Tensor]:
+def _read_weights(
+        cfg: Mapping[str, Any],
+        cache_dir: Optional[Union[str, Path]],
+        expected: Optional[Mapping[str, Tensor]],
+) -> Mapping[str, Tensor]:
     """Read weights from where a pretrained_cfg says, in timm's order of precedence, safetensors only."""
     if cfg.get('source') == 'local-dir':
         path = Path(cfg['file']) / HF_SAFE_WEIGHTS_NAME
@@ -164,13 +172,10 @@ def _read_weights(cfg: Mapping[str, Any], cache_dir: Optional[Union[str, Path]])
     if not name.endswith('.safetensors'):
         raise PruningError(f'weights in {name} are not read, only safetensors are; convert them')
     if path is None:
-        return load_state_dict_from_hf(cfg['hf_hub_id'], name, cache_dir=cache_dir)
-    if cfg.get('url') and not cfg.get('file'):
+        path = download_from_hf(cfg['hf_hub_id'], name, cache_dir=cache_dir)
+    elif cfg.get('url') and not cfg.get('file'):
         path = download_cached_file(cfg['url'], cache_dir=cache_dir)
-    try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as e:
-        raise PruningError(f'weights not read from {path}: {e}') from e
+    return read_weights(path, expected)
 
 
 def _feature_args(plan: Plan, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:

@@ -44,6 +44,7 @@ class Structure:
         exact: True where zeroing a unit for its consumers and cutting it give the same outputs.
         reason: Where not exact, why.
         stream: True for a residual stream that is normalised over its channels (ViT, ConvNeXt): cut only on request.
+        shortcut: Of a block: its children that take its place when it goes, in the order they run. None: the identity.
     """
     name: str
     kind: str
@@ -52,6 +53,7 @@ class Structure:
     exact: bool = True
     reason: str = ''
     stream: bool = False
+    shortcut: Tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
