@@ -1,12 +1,12 @@
 """What a config.json may decide: how a saved model is built and described. Not which files are read, nor how."""
 from dataclasses import fields
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping
 
 from timm.models import PretrainedCfg
 from torch import Tensor
 
 from .errors import PruningError
-from .limits import MAX_NUMBER, check_arguments, check_size
+from .limits import check_arguments, check_size
 from .plan import Plan
 from .surgery import apply_plan, build_base
 
@@ -39,9 +39,10 @@ def check_config(cfg: Any, model_args: Mapping[str, Any]) -> None:
     for name in _FORBIDDEN:
         if cfg.get(name) and name != _PLACES.get(cfg.get('source')):
             raise PruningError(f'config.json, pretrained_cfg: {name!r} is not for a config to set; remove it')
-    sizes = [cfg.get('num_classes'), *_flat(cfg.get('input_size'))]
-    if not all(size is None or (type(size) is int and 0 <= size <= MAX_NUMBER) for size in sizes):
-        raise PruningError(f'config.json, pretrained_cfg: num_classes and input_size are to be up to {MAX_NUMBER}')
+    size = cfg.get('input_size', [3, 224, 224])
+    if not isinstance(size, (list, tuple)) or len(size) != 3 or type(cfg.get('num_classes', 0)) is not int:
+        raise PruningError('config.json, pretrained_cfg: num_classes is to be an integer and input_size to be three')
+    check_arguments({'num_classes': cfg.get('num_classes', 0), 'input_size': size}, 'config.json, pretrained_cfg')
     if not isinstance(model_args.get('plan'), Mapping):
         raise PruningError("config.json, model_args: 'plan' is no plan but a name or nothing; save the model again")
     check_arguments(_arguments(model_args), 'config.json, model_args')
@@ -60,7 +61,3 @@ def saved_tensors(plan: Plan, cfg: Mapping[str, Any], model_args: Mapping[str, A
 
 def _arguments(model_args: Mapping[str, Any]) -> Dict[str, Any]:
     return {name: value for name, value in model_args.items() if name not in ('plan', *_OF_FEATURES)}
-
-
-def _flat(value: Optional[Any]) -> list:
-    return list(value) if isinstance(value, (list, tuple)) else [value]

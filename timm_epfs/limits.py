@@ -3,7 +3,7 @@ import re
 import reprlib
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any, Iterator, Mapping, Optional
+from typing import Any, Iterator, List, Mapping, Optional
 
 from torch import Tensor
 from torch.nn.modules import module as hooks
@@ -11,8 +11,8 @@ from torch.nn.modules import module as hooks
 from .errors import PruningError
 
 __all__ = [
-    'MAX_CHARACTERS', 'MAX_ELEMENTS', 'MAX_NUMBER', 'RESERVED_ARGS', 'TooLarge', 'check_arguments', 'check_name',
-    'check_size', 'is_usual', 'limited',
+    'MAX_CHARACTERS', 'MAX_CLASSES', 'MAX_ELEMENTS', 'MAX_NUMBER', 'MAX_PARTS', 'RESERVED_ARGS', 'TooLarge',
+    'check_arguments', 'check_name', 'check_size', 'check_text', 'is_usual', 'limited',
 ]
 
 # The largest plans of timm's zoo have 20,000 values (densenet264d) and 2 million characters (eva02_enormous).
@@ -20,13 +20,14 @@ MAX_VALUES = 2 ** 17
 MAX_CHARACTERS = 2 ** 22
 MAX_DEPTH = 20
 MAX_NAME = 300
-# Class counts, channels and image sizes; the values of one argument, such as the widths of every stage.
-MAX_NUMBER = 2 ** 18
+# Widths and image sizes, numbers of classes, and how many numbers there may be.
+MAX_NUMBER = 2 ** 14
+MAX_CLASSES = 2 ** 18
 MAX_ARGUMENTS = 256
-# What arguments may add to a base, as parameters and buffers: a gigabyte. Where that isn't enough, double its size.
+# What a base may come to with arguments that aren't usual: a gigabyte of parameters and buffers, and as many modules,
+# parameters and buffers as all but the deepest models of timm have. A base that has more without may double.
 MAX_ELEMENTS = 2 ** 28
-# Modules, parameters and buffers: three times what any model of timm has (resnetrs420).
-MAX_REGISTERED = 2 ** 14
+MAX_PARTS = 2 ** 12
 
 # What describes an architecture must not reach what loads or places weights.
 RESERVED_ARGS = (
@@ -43,6 +44,14 @@ _WORD = re.compile(r'[\w-]{0,64}', re.ASCII)
 
 class TooLarge(PruningError):
     """A model that is being built has more elements than it may have."""
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise ``PruningError`` where a text is too long to be parsed, or parses into too many lists and objects."""
+    if len(text) > MAX_CHARACTERS:
+        raise PruningError(f'{what}: more than {MAX_CHARACTERS} characters; no model needs so many')
+    if text.count('[') + text.count('{') > MAX_VALUES:
+        raise PruningError(f'{what}: more than {MAX_VALUES} values; no model needs so many')
 
 
 def check_size(data: Any, what: str) -> None:
@@ -77,6 +86,9 @@ def check_arguments(args: Mapping[str, Any], where: str) -> None:
             raise PruningError(f'{where}: found {_short(name)}, expected the name of an argument')
         if name in RESERVED_ARGS or name in _PLACEMENT_ARGS:
             raise PruningError(f'{where} hold {name!r}, which is not for a plan or a config to set; remove it')
+    classes = args.get('num_classes', 0)
+    if isinstance(classes, int) and MAX_NUMBER < classes <= MAX_CLASSES:
+        args = {**args, 'num_classes': 0}
     values = [args]
     for value in values:
         if isinstance(value, (dict, list, tuple)):
@@ -101,24 +113,27 @@ def is_usual(args: Mapping[str, Any], cfg: Optional[Mapping[str, Any]] = None) -
 
 
 @contextmanager
-def limited(elements: int) -> Iterator[None]:
+def limited(parts: float, elements: float) -> Iterator[List[int]]:
     """Stop modules from being made in this thread once they have too many parts, or tensors with too many elements.
 
     On the meta device nothing is allocated until then.
 
     Args:
+        parts: Of modules, parameters and buffers.
         elements: Of all parameters and buffers together.
+
+    Yields:
+        Both numbers so far.
     """
-    thread, parts, total = get_ident(), 0, 0
+    thread, made = get_ident(), [0, 0]
 
     def count(module: Any, name: str, value: Any) -> None:
-        nonlocal parts, total
         if get_ident() != thread:
             return
-        parts += 1
-        total += value.numel() if isinstance(value, Tensor) else 0
-        if parts > MAX_REGISTERED or total > elements:
-            limit = f'{MAX_REGISTERED} modules and tensors' if parts > MAX_REGISTERED else f'{elements:,} elements'
+        made[0] += 1
+        made[1] += value.numel() if isinstance(value, Tensor) else 0
+        if made[0] > parts or made[1] > elements:
+            limit = f'{parts} modules and tensors' if made[0] > parts else f'{elements:,} elements'
             raise TooLarge(f'more than {limit}; no plan needs so large a base')
 
     handles = [
@@ -127,7 +142,7 @@ def limited(elements: int) -> Iterator[None]:
         hooks.register_module_buffer_registration_hook(count),
     ]
     try:
-        yield
+        yield made
     finally:
         for handle in handles:
             handle.remove()

@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 import numpy as np
 
 from .errors import PruningError
-from .limits import MAX_CHARACTERS, check_arguments, check_name, check_size
+from .limits import MAX_CHARACTERS, check_arguments, check_name, check_size, check_text
 from .notation import Ranges, Strided
 from .structure import KINDS, Member, Structure
 
@@ -210,8 +210,7 @@ class Plan:
         Raises:
             PruningError: The text is not JSON or no plan.
         """
-        if len(text) > MAX_CHARACTERS:
-            raise PruningError(f'plan: more than {MAX_CHARACTERS} characters; no model needs so many')
+        check_text(text, 'plan')
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as e:

@@ -4,6 +4,7 @@ import inspect
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import reduce
+from math import inf
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .errors import PruningError
-from .limits import MAX_ELEMENTS, RESERVED_ARGS, TooLarge, is_usual, limited
+from .limits import MAX_ELEMENTS, MAX_PARTS, RESERVED_ARGS, TooLarge, is_usual, limited
 from .plan import Plan
 
 __all__ = [
@@ -184,11 +185,15 @@ def build_base(
 def _check_growth(base: str, base_args: Dict[str, Any], create_args: Dict[str, Any]) -> None:
     """Raise ``PruningError`` where arguments make a base far larger than it is without, before it is allocated."""
     try:
-        with limited(MAX_ELEMENTS):
+        with limited(MAX_PARTS, MAX_ELEMENTS):
             _build_on('meta', base, base_args, create_args)
     except TooLarge:
-        dense = sum(tensor.numel() for tensor in _build_on('meta', base, {}, {}).state_dict().values())
-        with limited(max(MAX_ELEMENTS, 2 * dense)):
+        with limited(inf, inf) as dense:
+            _build_on('meta', base, {}, {})
+        parts, elements = dense
+        if 2 * parts <= MAX_PARTS and 2 * elements <= MAX_ELEMENTS:
+            raise
+        with limited(max(MAX_PARTS, 2 * parts), max(MAX_ELEMENTS, 2 * elements)):
             _build_on('meta', base, base_args, create_args)
     except PruningError as e:
         if not isinstance(e.__cause__, NotImplementedError):
@@ -333,8 +338,8 @@ def _entry(owner: Any, part: str) -> Any:
     A plan goes no other way: not to methods, classes or tensors, nor to anything that modules keep for torch.
     """
     if isinstance(owner, FeatureInfo):
-        return owner.info[int(part)]
-    if isinstance(owner, (list, tuple)):
+        owner = owner.info
+    if isinstance(owner, (list, tuple)) and part.isdecimal():
         return owner[int(part)]
     if isinstance(owner, dict):
         return owner[part]
