@@ -105,6 +105,9 @@ def test_bases_that_are_none(plan, base):
     ({'num_classes': -10 ** 9}, 'numbers up to'),
     ({'img_size': 10 ** 6}, 'numbers up to'),
     ({'depth': 10 ** 6}, 'numbers up to'),
+    ({'depth_multiplier': 1000.0}, 'numbers up to'),
+    ({f'a{i}': 0 for i in range(300)}, 'more than 256 arguments'),
+    ({f'{"a" * 60}{i}': 'x' * 60 for i in range(200)}, "can't be built"),
     ({'drop_rate': math.inf}, 'found inf'),
     ({'layers': [1] * 1000}, 'more than 256 values'),
     ({'block_args': nested(1000, lambda value: {'a': value})}, 'nested more than'),
@@ -337,6 +340,7 @@ def in_args(**fields):
     (in_args(num_classes=10 ** 12), 'numbers up to'),
     (in_args(num_classes='../x'), 'expected a word'),
     (in_args(colour=1), 'colour'),
+    (in_args(features_only=True, out_indices=[0] * (MAX_VALUES + 1)), 'more than'),
     (in_args(**{'a.b': 1}), 'the name of an argument'),
 ])
 @pytest.mark.parametrize('pretrained', [False, True])
@@ -633,6 +637,7 @@ def test_spoilt_text():
     assert loaded.total() >= 500 and min(loaded[True], loaded[False]) > 20, loaded
 
 
+@pytest.mark.filterwarnings('ignore:Initializing zero-element tensors')
 def test_spoilt_configs(saved):
     folder = saved[1]
     before = {path.name: path.read_bytes() for path in folder.iterdir()}

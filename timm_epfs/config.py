@@ -32,7 +32,7 @@ def check_config(cfg: Any, model_args: Mapping[str, Any]) -> None:
     """
     if not isinstance(cfg, Mapping) or not isinstance(model_args, Mapping):
         raise PruningError('config.json: pretrained_cfg and model_args are to be objects; save the model again')
-    check_size(dict(cfg), 'config.json, pretrained_cfg')
+    check_size([dict(cfg), {**model_args, 'plan': None}], 'config.json')  # a plan is measured when it's read
     unknown = [str(name)[:40] for name in cfg if name not in _FIELDS]
     if unknown:
         raise PruningError(f'config.json, pretrained_cfg: unknown field {unknown[0]!r}; remove it')

@@ -11,8 +11,8 @@ from torch.nn.modules import module as hooks
 from .errors import PruningError
 
 __all__ = [
-    'MAX_CHARACTERS', 'MAX_CLASSES', 'MAX_ELEMENTS', 'MAX_NUMBER', 'MAX_PARTS', 'RESERVED_ARGS', 'TooLarge',
-    'check_arguments', 'check_name', 'check_size', 'check_text', 'is_usual', 'limited',
+    'MAX_CHARACTERS', 'MAX_ELEMENTS', 'MAX_PARTS', 'RESERVED_ARGS', 'TooLarge', 'check_arguments', 'check_name',
+    'check_size', 'check_text', 'is_usual', 'limited',
 ]
 
 # The largest plans of timm's zoo have 20,000 values (densenet264d) and 2 million characters (eva02_enormous).
@@ -20,30 +20,31 @@ MAX_VALUES = 2 ** 17
 MAX_CHARACTERS = 2 ** 22
 MAX_DEPTH = 20
 MAX_NAME = 300
-# Widths and image sizes, numbers of classes, and how many numbers there may be.
+# What an argument of a base may be, and how many values it and how many arguments there may be.
 MAX_NUMBER = 2 ** 14
-MAX_CLASSES = 2 ** 18
+_LARGEST = {'num_classes': 2 ** 18, 'depth_multiplier': 2 ** 4}
 MAX_ARGUMENTS = 256
 # What a base may come to with arguments that aren't usual: a gigabyte of parameters and buffers, and as many modules,
 # parameters and buffers as all but the deepest models of timm have. A base that has more without may double.
 MAX_ELEMENTS = 2 ** 28
 MAX_PARTS = 2 ** 12
 
-# What describes an architecture must not reach what loads or places weights.
+# What describes an architecture must not reach what loads weights,
 RESERVED_ARGS = (
     'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'pretrained_strict',
     'pretrained_backbone', 'checkpoint_path', 'cache_dir', 'weights', 'weights_backbone', 'plan', 'pruned',
     'features_only', 'feature_cls', 'scriptable', 'exportable', 'no_jit',
 )
+# and what comes from anyone must not reach what places them.
+_PLACEMENT_ARGS = ('device', 'dtype')
 # With arguments up to these, every model of timm stays of its usual size.
 _USUAL = {'num_classes': 2 ** 15, 'in_chans': 2 ** 6, 'img_size': 2 ** 10}
-_PLACEMENT_ARGS = ('device', 'dtype')
 _ARGUMENT = re.compile(r'[A-Za-z]\w{0,63}', re.ASCII)
 _WORD = re.compile(r'[\w-]{0,64}', re.ASCII)
 
 
 class TooLarge(PruningError):
-    """A model that is being built has more elements than it may have."""
+    """A model that is being built has more parts or elements than it may have."""
 
 
 def check_text(text: str, what: str) -> None:
@@ -81,22 +82,25 @@ def check_name(value: Any, where: str) -> str:
 
 def check_arguments(args: Mapping[str, Any], where: str) -> None:
     """Raise ``PruningError`` where keyword arguments of a base do more than describe it in words and usual numbers."""
+    if len(args) > MAX_ARGUMENTS:
+        raise PruningError(f'{where}: more than {MAX_ARGUMENTS} arguments; no model takes so many')
     for name in args:
         if not isinstance(name, str) or not _ARGUMENT.fullmatch(name):
             raise PruningError(f'{where}: found {_short(name)}, expected the name of an argument')
         if name in RESERVED_ARGS or name in _PLACEMENT_ARGS:
             raise PruningError(f'{where} hold {name!r}, which is not for a plan or a config to set; remove it')
-    classes = args.get('num_classes', 0)
-    if isinstance(classes, int) and MAX_NUMBER < classes <= MAX_CLASSES:
-        args = {**args, 'num_classes': 0}
-    values = [args]
+        _check_values(args[name], _LARGEST.get(name, MAX_NUMBER), f'{where}.{name}')
+
+
+def _check_values(value: Any, largest: int, where: str) -> None:
+    values = [value]
     for value in values:
         if isinstance(value, (dict, list, tuple)):
             values += [*value, *value.values()] if isinstance(value, dict) else value
         elif isinstance(value, str) and not _WORD.fullmatch(value):
             raise PruningError(f'{where}: found {_short(value)}, expected a word')
-        elif isinstance(value, (int, float)) and not -MAX_NUMBER <= value <= MAX_NUMBER:
-            raise PruningError(f'{where}: found {_short(value)}, expected numbers up to {MAX_NUMBER}')
+        elif isinstance(value, (int, float)) and not -largest <= value <= largest:
+            raise PruningError(f'{where}: found {_short(value)}, expected numbers up to {largest}')
         if len(values) > MAX_ARGUMENTS:
             raise PruningError(f'{where}: more than {MAX_ARGUMENTS} values; no model takes so many')
 

@@ -1,6 +1,7 @@
 """Apply a plan: the only room that changes the shapes of tensors and the attributes of modules."""
 import difflib
 import inspect
+import reprlib
 from collections import OrderedDict
 from contextlib import contextmanager
 from functools import reduce
@@ -211,7 +212,7 @@ def _build_on(
             return _build_torchvision(base, base_args)
         if '/' in base or ':' in base or not timm.is_model(base.partition('.')[0]):
             raise _unknown_base(base, timm.list_models())
-        with one_line(f'{base} can\'t be built with {base_args}'):
+        with one_line(f'{base} can\'t be built with {reprlib.repr(base_args)}'):
             return timm.create_model(base, **{**create_args, **base_args})
 
 
@@ -386,7 +387,7 @@ def _build_torchvision(base: str, args: Mapping[str, Any]) -> nn.Module:
     accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
     # Detection and segmentation models fetch a backbone unless told not to.
     no_weights = {arg: None for arg in ('weights', 'weights_backbone') if arg in accepted}
-    with one_line(f'{base} can\'t be built with {args}'):
+    with one_line(f'{base} can\'t be built with {reprlib.repr(args)}'):
         return torchvision.models.get_model(name, **no_weights, **args)
 
 
