@@ -31,7 +31,7 @@ from .surgery import TORCHVISION, one_line
 from .training.options import add_train_arguments
 from .version import __version__
 
-__all__ = ['main']
+__all__ = ['main', 'parse_args']
 
 # Options of prune() that the shell passes on where they are given, so that their defaults stand in one place.
 _PRUNE_OPTIONS = (
@@ -48,7 +48,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         Exit code: 0, 2 where what was asked can't be done, 130 where it was interrupted.
     """
-    args = _parser().parse_args(argv)
+    args = parse_args(argv)
     try:
         with _warnings_in_one_line():
             args.run(args)
@@ -63,6 +63,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Options of a command line; arguments as in ``main``."""
+    return _parser().parse_args(argv)
 
 
 class _Parser(argparse.ArgumentParser):
