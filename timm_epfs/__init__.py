@@ -12,15 +12,15 @@ if TYPE_CHECKING:
     from .api import prune
     from .calibrate import recalibrate_bn
     from .criteria import CRITERIA
-    from .hub import save_pretrained
+    from .hub import push_to_hub, save_pretrained
     from .methods import BNSFP, EPFS, SFP, SSS
     from .plan import Plan
     from .report import inspect
     from .surgery import rebuild, slice_checkpoint
 
 __all__ = [
-    'BNSFP', 'CRITERIA', 'EPFS', 'Plan', 'PruningError', 'SFP', 'SSS', '__version__', 'inspect', 'prune', 'rebuild',
-    'recalibrate_bn', 'save_pretrained', 'slice_checkpoint',
+    'BNSFP', 'CRITERIA', 'EPFS', 'Plan', 'PruningError', 'SFP', 'SSS', '__version__', 'inspect', 'prune',
+    'push_to_hub', 'rebuild', 'recalibrate_bn', 'save_pretrained', 'slice_checkpoint',
 ]
 
 _HOMES = {
@@ -32,6 +32,7 @@ _HOMES = {
     'SSS': 'methods',
     'inspect': 'report',
     'prune': 'api',
+    'push_to_hub': 'hub',
     'rebuild': 'surgery',
     'recalibrate_bn': 'calibrate',
     'save_pretrained': 'hub',
