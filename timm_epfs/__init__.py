@@ -12,9 +12,10 @@ if TYPE_CHECKING:
     from .api import prune
     from .calibrate import recalibrate_bn
     from .criteria import CRITERIA
-    from .hub import push_to_hub, save_pretrained
+    from .hub import save_pretrained
     from .methods import BNSFP, EPFS, SFP, SSS
     from .plan import Plan
+    from .push import push_to_hub
     from .report import inspect
     from .surgery import rebuild, slice_checkpoint
 
@@ -32,7 +33,7 @@ _HOMES = {
     'SSS': 'methods',
     'inspect': 'report',
     'prune': 'api',
-    'push_to_hub': 'hub',
+    'push_to_hub': 'push',
     'rebuild': 'surgery',
     'recalibrate_bn': 'calibrate',
     'save_pretrained': 'hub',
