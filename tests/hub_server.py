@@ -330,6 +330,7 @@ _ROUTES = tuple((re.compile(request), handle) for request, handle in (
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True  # headers and body are two packets
     hub: Hub
 
     def json(self) -> Any:

@@ -1,4 +1,4 @@
-"""The shell's way in: ``timm-epfs inspect``, ``prune``, ``train`` and ``push``. Names of options are those of timm's scripts."""
+"""The shell's way in: ``timm-epfs inspect``, ``prune``, ``train``, ``push``. Options are named as in timm's scripts."""
 import argparse
 import copy
 import json
