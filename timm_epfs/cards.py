@@ -4,10 +4,10 @@
 counted here, from the plan and the model, and can't be passed:
 
 >>> metrics = {
-...     'dataset': 'imagenet-1k',
-...     'dense': {'top1': 69.76, 'latency_ms': 24.1},
-...     'pruned': {'top1': 68.1, 'latency_ms': 12.9},
-...     'latency': {'machine': 'AMD EPYC, 2 cores', 'batch_size': 1, 'dtype': 'float32', 'threads': 2},
+...     'dataset': 'my-dataset',
+...     'dense': {'top1': 90.0, 'latency_ms': 2.0},
+...     'pruned': {'top1': 89.0, 'latency_ms': 1.0},
+...     'latency': {'machine': 'my machine', 'batch_size': 1, 'dtype': 'float32', 'threads': 2},
 ... }
 >>> check_metrics(metrics) == metrics
 True
@@ -73,8 +73,9 @@ def make_card(
         PruningError: The metrics are none, or the plan's base can't be built.
     """
     metrics, plan = check_metrics(metrics), model.pruning_plan
+    told = plan.to_dict()  # as it is after loading, so that the card is the same then
     name = repo_id.rpartition('/')[2]
-    steps = _steps(plan.recipe)
+    steps = _steps(told['recipe'])
     license_name = (getattr(model, 'pretrained_cfg', None) or {}).get('license')
     card = ModelCard.from_template(
         _card_data(name, license_name, metrics),
@@ -82,7 +83,7 @@ def make_card(
         name=name,
         repo_id=repo_id,
         base=plan.base,
-        base_args=', '.join(f'`{key}={value!r}`' for key, value in sorted(plan.base_args.items())),
+        base_args=', '.join(f'`{key}={value!r}`' for key, value in told['base_args'].items()),
         license=license_name,  # in the metadata this may be "other"
         metrics=metrics,
         rows=_compare(model, plan, metrics),
@@ -90,7 +91,7 @@ def make_card(
         cut=_describe_cuts(plan),
         steps=[_describe(step) for step in steps],
         methods=[method for method in METHODS if any(step.get('method') == method for step in steps)],
-        recipe=json.dumps(plan.recipe, indent=1, sort_keys=True, ensure_ascii=False),
+        recipe=json.dumps(told['recipe'], indent=1, ensure_ascii=False),
         figure=figure,
     )
     return stamp(str(card))
@@ -206,7 +207,7 @@ def check_metrics(metrics: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
         PruningError: A key is unknown, a value isn't what the key stands for, or a number lacks what gives it meaning:
             top-1 its dataset, a latency its machine, batch size and dtype.
     """
-    checked = _check(metrics or {}, _METRICS, 'metrics')
+    checked = _check({} if metrics is None else metrics, _METRICS, 'metrics')
     measured = [checked.get(of, {}) for of in ('dense', 'pruned')]
     if any('top1' in values for values in measured) and 'dataset' not in checked:
         raise PruningError("metrics: top1 was given without the dataset it was measured on; add 'dataset'")
