@@ -26,6 +26,7 @@ from .errors import PruningError
 from .hub import check_free, save_pretrained
 from .measure import image_loader, image_splits, latencies, size_on_disk, top1
 from .progress import progress, step
+from .push import push_to_hub
 from .report import format_count, inspect
 from .structure import KINDS
 from .surgery import TORCHVISION, one_line
@@ -247,7 +248,6 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    from .push import push_to_hub  # what it needs is slow to import
     with one_line(f'{args.folder} can\'t be loaded'):
         model = timm.create_model(f'local-dir:{args.folder}', pretrained=True)
     with one_line(f'metrics in {args.metrics} can\'t be read'):

@@ -184,7 +184,7 @@ class _Push:
         if CARD in changed and CARD in theirs and not self.overwrite_card and not self._card_is_ours(head):
             warnings.warn(
                 f'{CARD} in {self.repo_id} was written or edited by hand and is kept; overwrite_card=True replaces it',
-                stacklevel=5,
+                stacklevel=4,
             )
             changed.remove(CARD)
         return tuple(changed)
@@ -206,23 +206,25 @@ def _causes(error: Optional[BaseException]) -> List[BaseException]:
     return [error, *_causes(error.__cause__)] if error is not None else []
 
 
-def _status(error: BaseException) -> Optional[int]:
-    found = [e.response.status_code for e in _causes(error) if isinstance(e, HfHubHTTPError)]
-    return found[0] if found else None
+def _answer(error: BaseException) -> Optional[HfHubHTTPError]:
+    """The Hub's refusal, which an upload's error has for its cause."""
+    return next((e for e in _causes(error) if isinstance(e, HfHubHTTPError)), None)
 
 
 def _passes(error: BaseException) -> bool:
-    status = _status(error)
-    return status in _PASSING if status else any(isinstance(e, HTTPError) for e in _causes(error))
+    answer = _answer(error)
+    return answer.response.status_code in _PASSING if answer else any(isinstance(e, HTTPError) for e in _causes(error))
 
 
 def _reason(error: BaseException) -> str:
     """One line: what went wrong, and what to do."""
-    status = _status(error)
+    answer = _answer(error)
+    status = answer.response.status_code if answer else None
     if status in _REASONS:
         return f'{_REASONS[status]} ({status})'
     if isinstance(error, OfflineModeIsEnabled):
         return 'huggingface_hub is offline; unset HF_HUB_OFFLINE'
-    if status is None and _passes(error):
+    if answer is None and _passes(error):
         return f'no connection to the Hub ({type(_causes(error)[-1]).__name__}); check the network, then push again'
-    return f'{type(error).__name__} {" ".join(str(error).split())[:200]}'
+    told = answer if answer and isinstance(error, RuntimeError) else error  # that one only names the file
+    return f'{type(told).__name__} {" ".join(str(told).split())[:200]}'
