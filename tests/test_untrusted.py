@@ -335,6 +335,8 @@ def in_args(**fields):
     (in_cfg(notes=nested(100)), 'nested more than'),
     (in_args(plan='/etc/passwd'), "'plan' is no plan"),
     (in_args(plan=None), "'plan' is no plan"),
+    (lambda config: config['model_args'].pop('plan'), 'needs a plan'),
+    (lambda config: config.pop('model_args'), 'needs a plan'),
     (in_args(checkpoint_path='x.pth'), "'checkpoint_path', which is not for"),
     (in_args(device='cuda'), "'device', which is not for"),
     (in_args(num_classes=10 ** 12), 'numbers up to'),

@@ -10,7 +10,7 @@ from .limits import check_arguments, check_size
 from .plan import Plan
 from .surgery import apply_plan, build_base
 
-__all__ = ['check_config', 'saved_tensors']
+__all__ = ['check_config', 'is_from_config', 'saved_tensors']
 
 _FIELDS = frozenset(field.name for field in fields(PretrainedCfg))
 # timm itself sets the place that a config came from; a config that names another reads what it likes.
@@ -20,7 +20,12 @@ _FORBIDDEN = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'cust
 _OF_FEATURES = ('features_only', 'feature_cls', 'out_indices')
 
 
-def check_config(cfg: Any, model_args: Mapping[str, Any]) -> None:
+def is_from_config(cfg: Any) -> bool:
+    """Whether a pretrained_cfg is what timm read from a config.json: it adds the place to it."""
+    return isinstance(cfg, dict) and cfg.get('source') in tuple(_PLACES)
+
+
+def check_config(cfg: Mapping[str, Any], model_args: Mapping[str, Any]) -> None:
     """Check what timm read from a config.json, before anything is built or opened.
 
     Args:
@@ -30,8 +35,8 @@ def check_config(cfg: Any, model_args: Mapping[str, Any]) -> None:
     Raises:
         PruningError: They decide what is not theirs, or are no description of a model.
     """
-    if not isinstance(cfg, Mapping) or not isinstance(model_args, Mapping):
-        raise PruningError('config.json: pretrained_cfg and model_args are to be objects; save the model again')
+    if not isinstance(model_args, Mapping):
+        raise PruningError('config.json: model_args is to be an object; save the model again')
     check_size([dict(cfg), {**model_args, 'plan': None}], 'config.json')  # a plan is measured when it's read
     unknown = [str(name)[:40] for name in cfg if name not in _FIELDS]
     if unknown:
@@ -43,8 +48,8 @@ def check_config(cfg: Any, model_args: Mapping[str, Any]) -> None:
     if not isinstance(size, (list, tuple)) or len(size) != 3 or type(cfg.get('num_classes', 0)) is not int:
         raise PruningError('config.json, pretrained_cfg: num_classes is to be an integer and input_size to be three')
     check_arguments({'num_classes': cfg.get('num_classes', 0), 'input_size': size}, 'config.json, pretrained_cfg')
-    if not isinstance(model_args.get('plan'), Mapping):
-        raise PruningError("config.json, model_args: 'plan' is no plan but a name or nothing; save the model again")
+    if not isinstance(model_args.get('plan', {}), Mapping):
+        raise PruningError("config.json, model_args: 'plan' is no plan but the name of one; save the model again")
     check_arguments(_arguments(model_args), 'config.json, model_args')
 
 
@@ -56,6 +61,8 @@ def saved_tensors(plan: Plan, cfg: Mapping[str, Any], model_args: Mapping[str, A
     """
     described = {name: value for name, value in cfg.items() if name not in (*_FORBIDDEN, 'source')}
     args = {**plan.base_args, **_arguments(model_args)}
+    if 'num_classes' in args and 'num_classes' in cfg:
+        args['num_classes'] = cfg['num_classes']  # a head may have been changed since it was built
     return apply_plan(build_base(plan.base, args, 'meta', pretrained_cfg=described), plan).state_dict()
 
 

@@ -13,7 +13,7 @@ from timm.models._features_fx import FeatureGraphNet
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_cached_file, download_from_hf
 from torch import Tensor, nn
 
-from .config import check_config, saved_tensors
+from .config import check_config, is_from_config, saved_tensors
 from .errors import PruningError
 from .plan import Plan
 from .surgery import TORCHVISION, apply_plan, build_base, inflate_checkpoint
@@ -61,8 +61,8 @@ def epfs_pruned(
         PruningError: The plan can't be read or applied, or the weights don't fit.
     """
     cfg = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
-    if pretrained_model_args is not None:  # from a config.json
-        check_config(cfg, pretrained_model_args)
+    if is_from_config(cfg):
+        check_config(cfg, pretrained_model_args or {})
     plan = _as_plan(plan)
     if cfg == PretrainedCfg(architecture=ARCHITECTURE).to_dict():
         # What timm's scripts pass for an architecture without a config of its own: it says nothing about the base.
@@ -70,7 +70,7 @@ def epfs_pruned(
     described = {**(cfg if isinstance(cfg, dict) else {}), **(pretrained_cfg_overlay or {})}
     weights = None
     if pretrained and any(described.get(source) for source in _WEIGHT_SOURCES):
-        saved = None if pretrained_model_args is None else saved_tensors(plan, cfg, pretrained_model_args)
+        saved = saved_tensors(plan, cfg, pretrained_model_args or {}) if is_from_config(cfg) else None
         weights = _read_weights(described, cache_dir, saved)
 
     if (plan.base or '').startswith(TORCHVISION):
