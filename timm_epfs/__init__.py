@@ -13,23 +13,25 @@ if TYPE_CHECKING:
     from .calibrate import recalibrate_bn
     from .criteria import CRITERIA
     from .hub import save_pretrained
-    from .methods import BNSFP, EPFS, SFP, SSS
+    from .methods import BNSFP, EPFS, SFP, SSS, OneShot, Scratch
     from .plan import Plan
     from .report import inspect
     from .surgery import rebuild, slice_checkpoint
 
 __all__ = [
-    'BNSFP', 'CRITERIA', 'EPFS', 'Plan', 'PruningError', 'SFP', 'SSS', '__version__', 'inspect', 'prune', 'rebuild',
-    'recalibrate_bn', 'save_pretrained', 'slice_checkpoint',
+    'BNSFP', 'CRITERIA', 'EPFS', 'OneShot', 'Plan', 'PruningError', 'SFP', 'SSS', 'Scratch', '__version__', 'inspect',
+    'prune', 'rebuild', 'recalibrate_bn', 'save_pretrained', 'slice_checkpoint',
 ]
 
 _HOMES = {
     'BNSFP': 'methods',
     'CRITERIA': 'criteria',
     'EPFS': 'methods',
+    'OneShot': 'methods',
     'Plan': 'plan',
     'SFP': 'methods',
     'SSS': 'methods',
+    'Scratch': 'methods',
     'inspect': 'report',
     'prune': 'api',
     'rebuild': 'surgery',

@@ -8,7 +8,7 @@ import warnings
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, NoReturn, Optional, Sequence, Tuple
 
 import torch
 from timm.data import resolve_data_config
@@ -23,9 +23,9 @@ from .checkpoint import check_readable, load_weights
 from .criteria import CRITERIA
 from .errors import PruningError
 from .hub import check_free, save_pretrained
-from .measure import image_loader, image_splits, latencies, size_on_disk, top1
+from .measure import Rows, compare, image_loader, image_splits, latencies, top1
 from .progress import progress, step
-from .report import format_count, inspect
+from .report import inspect
 from .structure import KINDS
 from .surgery import TORCHVISION, one_line
 from .training.options import add_train_arguments
@@ -208,13 +208,7 @@ def _prune(args: argparse.Namespace) -> None:
         speed = latencies([dense, slim], images.to(args.device))
     with step(f'saving to {args.output}'):
         folder = save_pretrained(slim, args.output, overwrite=args.overwrite)
-    rows = {
-        'MACs': (_cost(dense, slim, 'macs'), format_count),
-        'parameters': (_cost(dense, slim, 'params'), format_count),
-        'size on disk, bytes': ((size_on_disk(dense), size_on_disk(slim)), format_count),
-        'latency, ms': (speed, '{:.2f}'.format),
-        **{label: (pair, '{:.2f}'.format) for label, pair in accuracy.items()},
-    }
+    rows = compare(dense, slim, accuracy, speed)
     _print_table(rows)
     weights = args.checkpoint or ('pretrained' if args.pretrained else 'random')
     print(f'weights: {weights}; latency: median at batch 1 on {args.device}, {torch.get_num_threads()} threads')
@@ -289,14 +283,7 @@ def _accuracy(dense: nn.Module, cut: nn.Module, slim: nn.Module, val: Any) -> Di
     return dict(zip(('top-1, %', 'top-1 after BatchNorm recalibration, %'), [(first, other) for other in others]))
 
 
-def _cost(dense: nn.Module, slim: nn.Module, quantity: str) -> Tuple[float, float]:
-    """Before and after this cut; a model that was pruned before starts from what that left."""
-    before, after = slim.pruning_plan.cost[quantity]
-    earlier = getattr(dense, 'pruning_plan', None)
-    return (earlier.cost[quantity][1] if earlier else before), after
-
-
-def _print_table(rows: Mapping[str, Tuple[Tuple[float, float], Callable[[float], str]]]) -> None:
+def _print_table(rows: Rows) -> None:
     table = [('', 'dense', 'pruned', 'ratio')]
     for label, ((dense, pruned), show) in rows.items():
         table.append((label, show(dense), show(pruned), f'{pruned / dense:.3f}' if dense else '-'))

@@ -2,7 +2,7 @@
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 from timm.data import create_dataset, create_transform
@@ -11,9 +11,41 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from .calibrate import eval_mode
 from .errors import PruningError
+from .report import format_count
 from .surgery import one_line
 
-__all__ = ['image_loader', 'image_splits', 'latencies', 'size_on_disk', 'top1']
+__all__ = ['Rows', 'compare', 'image_loader', 'image_splits', 'latencies', 'size_on_disk', 'top1']
+
+# By quantity: dense and pruned value, and how each is shown.
+Rows = Dict[str, Tuple[Tuple[float, float], Callable[[float], str]]]
+
+
+def compare(
+        dense: nn.Module,
+        slim: nn.Module,
+        accuracy: Mapping[str, Tuple[float, float]],
+        speed: Sequence[float],
+) -> Rows:
+    """Dense against pruned, by quantity.
+
+    Args:
+        dense: The model before the cut; one that was pruned earlier counts as what that left.
+        slim: The cut one, with its plan.
+        accuracy: Top-1 of both in percent, by what it's called.
+        speed: Milliseconds of both.
+    """
+    earlier = getattr(dense, 'pruning_plan', None)
+    cost = {
+        quantity: (earlier.cost[quantity][1] if earlier else before, after)
+        for quantity, (before, after) in slim.pruning_plan.cost.items()
+    }
+    return {
+        **{label: (pair, '{:.2f}'.format) for label, pair in accuracy.items()},
+        'MACs': (cost['macs'], format_count),
+        'parameters': (cost['params'], format_count),
+        'size on disk, bytes': ((size_on_disk(dense), size_on_disk(slim)), format_count),
+        'latency, ms': (tuple(speed), '{:.2f}'.format),
+    }
 
 
 def size_on_disk(model: nn.Module) -> int:

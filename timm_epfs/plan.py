@@ -29,9 +29,9 @@ MAX_DEPTH = 16
 
 _FIELDS = ('format', 'base', 'base_args', 'recipe', 'cost', 'attributes', 'cuts')
 _CUT_FIELDS = ('name', 'kind', 'units', 'keep', 'members')
-_CUT_OPTIONS = ('exact', 'reason', 'stream')
+_CUT_OPTIONS = ('exact', 'reason', 'stream', 'shortcut')
 _KIND_NAMES = {dict: 'an object', list: 'a list', str: 'text', int: 'an integer', bool: 'true or false'}
-_MEMBER = re.compile(r'(.+) dim (\d) (out|in|per)(?: (at|rows) (.+))?')
+_MEMBER = re.compile(r'(.+) dim (\d)(?: of (\d{1,9}))? (out|in|per)(?: (at|rows) (.+))?')
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +74,21 @@ class Plan:
         left = {cut.structure.name: len(cut.keep) for cut in self.cuts}
         return {s.name for s in structures if left.get(s.name) != s.units}
 
-    def removed_blocks(self) -> List[str]:
-        """Paths of the modules that are taken out whole."""
-        return [cut.structure.name for cut in self.cuts if cut.structure.kind == 'blocks' and not len(cut.keep)]
+    def removed_blocks(self) -> Dict[str, Tuple[str, ...]]:
+        """Paths of the modules that are taken out, with the names of those of their children that stay."""
+        gone = [cut.structure for cut in self.cuts if cut.structure.kind == 'blocks' and not len(cut.keep)]
+        return {structure.name: structure.shortcut for structure in gone}
+
+    def lost(self, tensors: Iterable[str]) -> Set[str]:
+        """Which of these tensors go with their block."""
+        blocks = [
+            (f'{block}.', tuple(f'{block}.{child}.' for child in children))
+            for block, children in self.removed_blocks().items()
+        ]
+        return {
+            name for name in tensors
+            if any(name.startswith(inside) and not name.startswith(stays) for inside, stays in blocks)
+        }
 
     def removed(self) -> Dict[str, Dict[int, np.ndarray]]:
         """Entries that go, by tensor and dim, each sorted. An entry that several structures own goes with any.
@@ -237,17 +249,17 @@ class _ParsedCut:
     name: str
     units: int
     keep: Union[Ranges, Strided, None]
-    members: Tuple[Tuple[str, int, str, Union[Ranges, Strided]], ...]
+    members: Tuple[Tuple[str, int, str, Union[Ranges, Strided], Optional[int]], ...]
     options: Dict[str, Any]
 
     @property
     def entries(self) -> int:
-        return self.units + sum(index.entries for *_, index in self.members)
+        return self.units + sum(index.entries for *_, index, _ in self.members)
 
     def build(self) -> Cut:
         members = tuple(
-            Member(tensor, dim, role, index.array().reshape(self.units, -1))
-            for tensor, dim, role, index in self.members
+            Member(tensor, dim, role, index.array().reshape(self.units, -1), length)
+            for tensor, dim, role, index, length in self.members
         )
         structure = Structure(name=self.name, units=self.units, members=members, **self.options)
         return Cut(structure, np.zeros(0, np.int64) if self.keep is None else self.keep.array().reshape(-1))
@@ -261,11 +273,14 @@ def _write_cut(cut: Cut) -> Dict[str, Any]:
         data.update(exact=False, reason=structure.reason)
     if structure.stream:
         data.update(stream=True)
+    if structure.shortcut:
+        data.update(shortcut=list(structure.shortcut))
     return {**data, 'members': [_write_member(member) for member in structure.members]}
 
 
 def _write_member(member: Member) -> str:
-    text = f'{member.tensor} dim {member.dim} {member.role}'
+    length = '' if member.length is None else f' of {member.length}'
+    text = f'{member.tensor} dim {member.dim}{length} {member.role}'
     layout = Strided.find(member.index)
     if layout is None:
         return f'{text} rows {Ranges.find(member.index.ravel())}'
@@ -280,6 +295,7 @@ def _parse_cut(data: Any, where: str) -> _ParsedCut:
         _expect(data[name], kind, f'{where}.{name}')
     for name, kind in (('exact', bool), ('reason', str), ('stream', bool)):
         _expect(data.get(name, kind()), kind, f'{where}.{name}')
+    shortcut = _parse_shortcut(data, where)
     units = data['units']
     if not 1 <= units <= MAX_UNITS:
         raise _bad(f'{where}.units', units, f'1 to {MAX_UNITS}')
@@ -292,8 +308,17 @@ def _parse_cut(data: Any, where: str) -> _ParsedCut:
         units=units,
         keep=_parse_keep(data['keep'], units, f'{where}.keep'),
         members=tuple(_parse_member(text, units, f'{where}.members[{i}]') for i, text in enumerate(data['members'])),
-        options={name: data[name] for name in ('kind', *_CUT_OPTIONS) if name in data},
+        options={**{name: data[name] for name in ('kind', *_CUT_OPTIONS) if name in data}, 'shortcut': shortcut},
     )
+
+
+def _parse_shortcut(data: Mapping[str, Any], where: str) -> Tuple[str, ...]:
+    children = data.get('shortcut', [])
+    _expect(children, list, f'{where}.shortcut')
+    names = all(isinstance(child, str) and (child.isidentifier() or child.isdecimal()) for child in children)
+    if not names or len(set(children)) < len(children) or (children and data['kind'] != 'blocks'):
+        raise _bad(f'{where}.shortcut', children, 'names of children of a block, each once')
+    return tuple(children)
 
 
 def _parse_keep(text: str, units: int, where: str) -> Union[Ranges, Strided, None]:
@@ -312,12 +337,12 @@ def _parse_keep(text: str, units: int, where: str) -> Union[Ranges, Strided, Non
     return keep
 
 
-def _parse_member(text: Any, units: int, where: str) -> Tuple[str, int, str, Union[Ranges, Strided]]:
+def _parse_member(text: Any, units: int, where: str) -> Tuple[str, int, str, Union[Ranges, Strided], Optional[int]]:
     _expect(text, str, where)
     match = _MEMBER.fullmatch(text)
     if not match:
         raise _bad(where, text, "'layer1.0.conv1.weight dim 0 out'")
-    tensor, dim, role, form, layout = match.groups()
+    tensor, dim, length, role, form, layout = match.groups()
     try:
         index = Strided(units) if form is None else \
             Strided.parse(layout, units) if form == 'at' else Ranges.parse(layout)
@@ -325,7 +350,9 @@ def _parse_member(text: Any, units: int, where: str) -> Tuple[str, int, str, Uni
         raise PruningError(f'plan, {where}: {e}') from None
     if index.entries % units or index.top > MAX_INDEX:
         raise _bad(where, text, f'the same number of entries for each of {units} units, each below 2^31')
-    return tensor, int(dim), role, index
+    if length is not None and int(length) <= index.top:
+        raise _bad(where, text, f'a dim longer than {index.top}, its last entry')
+    return tensor, int(dim), role, index, length and int(length)
 
 
 def _parse_attribute(name: str, value: Any) -> int:

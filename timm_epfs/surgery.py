@@ -1,6 +1,7 @@
 """Apply a plan: the only room that changes the shapes of tensors and the attributes of modules."""
 import difflib
 import inspect
+from collections import OrderedDict
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
@@ -61,7 +62,9 @@ def apply_plan(model: nn.Module, plan: Plan, deferred: Optional[DeferredInit] = 
     problems = _tensor_misfits(plan, tensors, absent=lambda name: _is_identity(model, name))
     problems += _attribute_misfits(model, plan.attributes)
     modules = {name for name, _ in model.named_modules()}
-    problems += [f'block {name} is missing' for name in plan.removed_blocks() if name not in modules]
+    blocks = plan.removed_blocks()
+    needed = [name for block, children in blocks.items() for name in (block, *(f'{block}.{c}' for c in children))]
+    problems += [f'block {name} is missing' for name in needed if name not in modules]
     if problems:
         raise PruningError(f'{_misfit_message(plan, problems)}; cut the model that the plan was made for')
 
@@ -73,10 +76,18 @@ def apply_plan(model: nn.Module, plan: Plan, deferred: Optional[DeferredInit] = 
         _refresh_shape_attributes(module)
         if deferred is not None:
             deferred.refit(module, dense)
-    for name in plan.removed_blocks():
-        model.set_submodule(name, nn.Identity())
+    for name, children in blocks.items():
+        model.set_submodule(name, _shortcut(model.get_submodule(name), children))
     _drop_caches(model)
     return model
+
+
+def _shortcut(block: nn.Module, children: Sequence[str]) -> nn.Module:
+    """What is left of a block without its branches. Its children keep their names, and so do their tensors."""
+    left = nn.Sequential(OrderedDict((name, block.get_submodule(name)) for name in children))
+    left = left if children else nn.Identity()
+    left.training = block.training
+    return left
 
 
 def _drop_caches(model: nn.Module) -> None:
@@ -110,10 +121,10 @@ def slice_checkpoint(state_dict: Mapping[str, Tensor], plan: Plan) -> Dict[str, 
     if problems:
         raise PruningError(f'{_misfit_message(plan, problems)}; give a dense checkpoint of the base, unwrapped')
 
-    removed, blocks = plan.removed(), tuple(f'{name}.' for name in plan.removed_blocks())
+    removed, lost = plan.removed(), plan.lost(state_dict)
     return {
         name: _cut_tensor(tensor, removed[name]) if name in removed else tensor
-        for name, tensor in state_dict.items() if not name.startswith(blocks)
+        for name, tensor in state_dict.items() if name not in lost
     }
 
 
@@ -137,13 +148,9 @@ def inflate_checkpoint(state_dict: Mapping[str, Tensor], plan: Plan) -> Dict[str
             keep = torch.from_numpy(np.setdiff1d(np.arange(length), gone)).to(part.device)
             whole = part.new_zeros((*part.shape[:dim], length, *part.shape[dim + 1:]))
             dense[name] = whole.index_copy(dim, keep, part)
-    blocks = tuple(f'{name}.' for name in plan.removed_blocks())
-    if blocks:
+    if plan.removed_blocks():
         base = build_base(plan.base, plan.base_args, device='meta').state_dict()
-        dense.update({
-            name: torch.zeros(tensor.shape, dtype=tensor.dtype)
-            for name, tensor in base.items() if name.startswith(blocks)
-        })
+        dense.update({name: torch.zeros(base[name].shape, dtype=base[name].dtype) for name in plan.lost(base)})
     return dense
 
 
@@ -278,11 +285,11 @@ def _tensor_misfits(plan: Plan, tensors: Mapping[str, Tensor], absent: Callable[
 
 
 def _dense_lengths(plan: Plan) -> Dict[Tuple[str, int], int]:
-    """Lengths of the dense model's dims by tensor and dim: the structures of a plan own all of a dim, or none of it."""
+    """Lengths of the dense model's dims, by tensor and dim. Where a member doesn't say, structures own all of a dim."""
     lengths: Dict[Tuple[str, int], int] = {}
     for member in (member for cut in plan.cuts for member in cut.structure.members):
         key = member.tensor, member.dim
-        lengths[key] = max(lengths.get(key, 0), int(member.index.max()) + 1)
+        lengths[key] = max(lengths.get(key, 0), member.length or int(member.index.max()) + 1)
     return lengths
 
 

@@ -18,7 +18,6 @@ from ..errors import PruningError
 from ..masks import Masks, is_maskable, is_masked
 from ..plan import Plan
 from ..surgery import apply_plan
-from ..trace import meta_copy
 from ..version import __version__
 
 __all__ = ['Learner', 'KINDS_BY_NAME']
@@ -30,7 +29,7 @@ KINDS_BY_NAME: Dict[str, Sequence[str]] = {
     'filters': ('channels',),
     'neurons': ('channels',),
     'channels': ('channels',),
-    'heads': ('heads',),
+    'heads': ('heads', 'head_dims'),
     'groups': ('groups',),
     'blocks': ('blocks',),
 }
@@ -111,7 +110,9 @@ class Learner:
         self._recipe = dict(macs=macs, steps=steps, structures=list(structures), floor=floor)
         self._example = tree_map(_meta, example_for(self.model, example_input))
         self.traced = trace_model(self.model, example_input)
-        self._check_output()
+        if self.traced.returns != 'Tensor':
+            raise PruningError(
+                f'the model\'s forward returns a {self.traced.returns}; wrap it in one that returns the logits alone')
         kinds = _kinds(structures)
         fixed = left_alone(self.traced.structures, exclude, only, kinds)
         fixed |= {s.name for s in self.traced.structures if (s.stream and not streams) or not is_maskable(s)}
@@ -184,12 +185,8 @@ class Learner:
         Returns:
             A smaller model of the same class, with its ``pruning_plan``.
         """
-        source = self.model if model is None else unwrap_model(model)
-        if not is_masked(source):
-            raise PruningError('export: this model has no masks; give the learner\'s model or a copy made after it')
         plan = self.plan()
-        slim = self.masks.fold(copy.deepcopy(source))
-        drop_hooks(slim)
+        slim = self._unmasked(model)
         apply_plan(slim, plan)
         slim.pruning_plan = self._earlier.compose(plan) if isinstance(self._earlier, Plan) else plan
         return slim
@@ -280,6 +277,15 @@ class Learner:
         self._stays = torch.from_numpy(stays)
         self._settle(self._selected() * self._stays)
 
+    def _unmasked(self, model: Optional[nn.Module] = None) -> nn.Module:
+        """A copy of the model, or of a copy of it, with the masks in its weights and its tensors' own names."""
+        source = self.model if model is None else unwrap_model(model)
+        if not is_masked(source):
+            raise PruningError('export: this model has no masks; give the learner\'s model or a copy made after it')
+        slim = self.masks.fold(copy.deepcopy(source))
+        drop_hooks(slim)
+        return slim
+
     def _keep(self) -> Dict[str, np.ndarray]:
         """Units that stay: the selection, or what it would be now."""
         if self._stays is None:
@@ -319,14 +325,6 @@ class Learner:
         versions = {'timm_epfs': __version__, 'timm': timm.__version__, 'torch': torch.__version__.split('+')[0]}
         told = {'method': self.method, **self._recipe, **versions}
         return {key: value for key, value in told.items() if value is not None}
-
-    def _check_output(self) -> None:
-        args, kwargs = self._example
-        with torch.no_grad():
-            out = meta_copy(self.model).eval()(*args, **kwargs)
-        if not isinstance(out, torch.Tensor):
-            raise PruningError(
-                f'the model\'s forward returns a {type(out).__name__}; wrap it in one that returns the logits alone')
 
     def _too_few(self, alive: np.ndarray) -> List[int]:
         """Numbers of the structures that are below their floor, said once each."""

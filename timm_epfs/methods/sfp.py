@@ -6,15 +6,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..allocate import allocate
 from ..errors import PruningError
 from ..structure import Member, Structure
-from .base import Learner
+from .ranking import RankingLearner
 
 __all__ = ['SFP', 'BNSFP']
 
 
-class SFP(Learner):
+class SFP(RankingLearner):
     """SFP (He et al., IJCAI 2018): after every epoch the filters with the smallest ‖F‖₂ become zero, and train on.
 
     The same share goes in every layer, as in the paper: ``ratio=``, or the one that meets ``macs=``. Our reading, since
@@ -36,7 +35,6 @@ class SFP(Learner):
     """
 
     method = 'sfp'
-    learns_masks = False
 
     def __init__(
             self,
@@ -55,11 +53,10 @@ class SFP(Learner):
             raise PruningError('steps= is needed: the number of optimizer steps until the cut')
         if ratio is not None and not 0 < ratio < 1:
             raise PruningError(f'ratio={ratio!r} was asked; give a share between 0 and 1')
-        super().__init__(model, macs, steps, structures=structures, **options)
+        super().__init__(model, macs, steps, structures=structures, scope='local', **options)
         self.ratio = ratio
         self.steps_per_epoch = steps_per_epoch or max(1, steps // 100)
         self._recipe.update(ratio=ratio, steps_per_epoch=self.steps_per_epoch)
-        self._mask = torch.ones(self.masks.units, dtype=torch.float64)
         self._soft = 1.0
         self._parameters = _parameters(self.model)
 
@@ -101,24 +98,12 @@ class SFP(Learner):
     def _left(self, scores: np.ndarray) -> int:
         return len(scores) - int(round(self.ratio * len(scores)))
 
-    def _allocate(self, scores: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
-        return allocate(
-            self.traced.structures, scores, self.traced.cost, self.budget,
-            scope='local', round_to=self.round_to, floor=self.floor, fixed=self.fixed)
-
-    def _selected(self) -> torch.Tensor:
-        return self._mask
-
-    def _settle(self, selected: torch.Tensor) -> None:
-        self._mask = selected
-        self.masks.set(selected, selected)
-
     def _state(self) -> Dict[str, Any]:
-        return {'mask': self._mask.clone(), 'soft': self._soft}
+        return {**super()._state(), 'soft': self._soft}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        self._mask, self._soft = state['mask'].clone(), float(state['soft'])
-        self.masks.set(self._mask, self._mask)
+        super()._load(state)
+        self._soft = float(state['soft'])
 
 
 class BNSFP(SFP):

@@ -1,5 +1,5 @@
 """From a model to named structures: record a forward on the meta device, solve, propose, verify."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
@@ -38,11 +38,13 @@ class Trace:
         cost: MACs, parameters and activations as functions of the units left.
         attributes: Integer attributes that follow a cut, by path.
         skipped: Where cutting was given up, and why.
+        returns: Name of the type of what the forward gives back, ``'Tensor'`` for logits.
     """
     structures: Tuple[Structure, ...]
     cost: CostModel
     attributes: Dict[str, Size]
     skipped: Tuple[Skipped, ...] = ()
+    returns: str = 'Tensor'
 
 
 def trace(
@@ -69,7 +71,7 @@ def trace(
     rec = Recorder(copy, whole_heads)
     with watch_interface(copy, rec, args):
         try:
-            rec.run(args, kwargs)
+            returns = type(rec.run(args, kwargs)).__name__
         except Exception as e:
             why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
             raise PruningError(f"the model's forward fails on {_shapes(args, kwargs)}: {why}") from e
@@ -86,9 +88,11 @@ def trace(
             break
         try:
             verified = _verify(model, rec, blueprint, cut, args, kwargs)
-            if rec.blocks and not _runs_without_blocks(verified, rec, args, kwargs):
-                rec.blocks = []
+            while rec.blocks and not _runs_without_blocks(verified, blueprint, cut, args, kwargs):
+                kept = any(block.shortcut for block in rec.blocks)
+                rec.blocks = [block for block in rec.blocks if kept and not block.shortcut]
                 blueprint = build(rec, rec.labels.solve(pins))
+                verified = _verify(model, rec, blueprint, cut, args, kwargs)
             break
         except Mismatch as e:
             where, new = _around(rec, e.index, blueprint)
@@ -98,12 +102,12 @@ def trace(
             skipped.append(Skipped(where, e.why))
     else:
         raise PruningError(f'no cut of this model could be verified after {_MAX_ROUNDS} tries; the last: {skipped[-1]}')
-    return Trace(blueprint.structures, blueprint.cost, blueprint.attributes, tuple(skipped))
+    return Trace(blueprint.structures, blueprint.cost, blueprint.attributes, tuple(skipped), returns)
 
 
-def _runs_without_blocks(copy: nn.Module, rec: Recorder, args: Tuple, kwargs: Dict[str, Any]) -> bool:
-    for block in rec.blocks:
-        copy.set_submodule(block.module, nn.Identity())
+def _runs_without_blocks(copy: nn.Module, blueprint: Blueprint, cut: Callable, args: Tuple, kwargs: Dict) -> bool:
+    blocks = [replace(s, members=()) for s in blueprint.structures if s.kind == 'blocks']  # they are cut already
+    cut(copy, blocks, {s.name: np.arange(0) for s in blocks}, {})
     try:
         with quiet():
             copy(*args, **kwargs)

@@ -1,10 +1,12 @@
-"""Residual blocks: modules that give back their input plus what their branches make.
+"""Residual blocks: modules that add what their branches make to a shortcut.
 
-Without its branches such a block is the identity, so it can be taken out whole. They are found by following sums: every
-tensor is known as a sum of *terms*, and a block is a module of whose output its input is one.
+Without its branches such a block is its shortcut: the identity, so that it can be taken out whole, or a chain of its
+children (a projection where the shape changes, the activation after the sum). They are found by following sums: every
+tensor is known as a sum of *terms*, and a block is a module of whose output its input, or what a chain of its children
+makes of its input, is one.
 """
 from dataclasses import dataclass
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -19,16 +21,31 @@ _WEIGHT_AT = {'convolution': 1, 'addmm': 2, 'mm': 1}  # which tensor of a produc
 _MOVES = frozenset({'permute', 'transpose', 'roll', 'slice', 'index', 'constant_pad_nd'})  # zeros stay zeros
 
 
+Key = Tuple[int, int]   # a tensor at one point of the forward: its id and its term, which in-place operations change
+
+
 @dataclass(frozen=True)
 class Block:
     """A residual block.
 
     Attributes:
         module: Its path.
-        last: Parameters of the last layer of each branch: with zeros there the block is the identity.
+        last: Parameters of the last layer of each branch: with zeros there the block is its shortcut.
+        shortcut: Names of the block's children that its shortcut is, in the order they run. None: the identity.
+        projects: Whether the shortcut is more than the block's input and an activation after the sum.
     """
     module: str
     last: Tuple[str, ...]
+    shortcut: Tuple[str, ...] = ()
+    projects: bool = False
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One run of a child: its name in its parent, what entered and what left."""
+    name: str
+    entered: Key
+    left: Key
 
 
 class Residuals:
@@ -40,8 +57,10 @@ class Residuals:
 
     def __init__(self, model: nn.Module):
         self.stack: List[str] = []
-        self._entered: List[Tuple[Optional[int], Tuple[int, ...], int]] = []
+        self._entered: List[Tuple[Optional[Key], int]] = []     # of each module of the stack: its input, terms so far
+        self._calls: Dict[str, List[_Call]] = {}                # of each module: those of its children
         self._found: Dict[str, Optional[Block]] = {}
+        self._weights: Dict[str, int] = {}                      # number of parameters, by module
         self._names = {id(p): name for name, p in model.named_parameters() if p.ndim}
         self._count = 0
         self._of: Dict[int, int] = {}                       # term of a tensor, by id
@@ -53,15 +72,17 @@ class Residuals:
             if name:
                 module.register_forward_pre_hook(
                     lambda _, args, kwargs, name=name: self._enter(name, args, kwargs), with_kwargs=True)
-                module.register_forward_hook(lambda _, args, out, name=name: self._leave(name, args, out))
+                module.register_forward_hook(lambda _, args, out, name=name: self._leave(name, out))
+                self._weights[name] = sum(1 for _ in module.parameters())
 
     def blocks(self) -> List[Block]:
-        """Innermost blocks, each run once."""
+        """Innermost blocks, each run once. Those that their input goes through unchanged come before any other."""
         found = [block for block in self._found.values() if block is not None]
-        return [
-            block for block in found
-            if not any(other.module.startswith(f'{block.module}.') for other in found)
-        ]
+        plain = _innermost([block for block in found if not block.projects])
+        others = _innermost([block for block in found if block.projects])
+        apart = [block for block in others if not any(_nested(block.module, other.module) for other in plain)]
+        order = list(self._found)
+        return sorted([*plain, *apart], key=lambda block: order.index(block.module))
 
     def see(self, name: str, args: Sequence[Any], out: Any) -> None:
         """One operation."""
@@ -109,24 +130,78 @@ class Residuals:
 
     def _enter(self, name: str, args: Tuple, kwargs: Dict) -> None:
         self.stack.append(name)
+        self._calls[name] = []
         alone = len(args) == 1 and isinstance(args[0], torch.Tensor) and not kwargs
-        self._entered.append((self._term(args[0]), tuple(args[0].shape), self._count) if alone else (None, (), 0))
+        self._entered.append((self._key(args[0]) if alone else None, self._count))
 
-    def _leave(self, name: str, args: Tuple, out: Any) -> None:
+    def _leave(self, name: str, out: Any) -> None:
         self.stack.pop()
-        term, shape, count = self._entered.pop()
+        source, count = self._entered.pop()
         block = None
-        if term is not None and isinstance(out, torch.Tensor) and tuple(out.shape) == shape and name not in self._found:
-            block = self._block(name, term, self._term(out), count)
+        if source is not None and isinstance(out, torch.Tensor):
+            parent, _, own = name.rpartition('.')
+            result = self._key(out)
+            self._calls.setdefault(parent, []).append(_Call(own, source, result))
+            if name not in self._found and source != result:
+                block = next(self._blocks(name, source, result, count), None)
         self._found[name] = block
 
-    def _block(self, name: str, source: int, result: int, count: int) -> Optional[Block]:
-        kept, parts = self._parts(source), self._parts(result)
+    def _key(self, tensor: torch.Tensor) -> Key:
+        return id(tensor), self._term(tensor)
+
+    def _blocks(self, name: str, source: Key, result: Key, count: int) -> Iterator[Block]:
+        """What the module can be, the simplest first."""
+        parts = self._parts(result[1])
+        if source[1] in self._positive or not any(parts.values()):  # on positive inputs a ReLU is the identity
+            yield from self._identity(name, source, parts, count, ())
+        for call in self._calls[name]:
+            if call.left == result and call.entered != source:
+                parts = self._parts(call.entered[1])
+                if not any(parts.values()):
+                    yield from self._identity(name, source, parts, count, (call.name,))
+                    yield from self._projection(name, source, parts, count, (call.name,))
+        yield from self._projection(name, source, self._parts(result[1]), count, ())
+
+    def _identity(self, name: str, source: Key, parts: Dict[int, bool], count: int, tail: Tuple) -> Iterator[Block]:
+        kept = self._parts(source[1])
+        if kept.keys() <= parts.keys() and (last := self._branches(parts, kept, count)):
+            yield Block(name, last, tail)
+
+    def _projection(self, name: str, source: Key, parts: Dict[int, bool], count: int, tail: Tuple) -> Iterator[Block]:
+        if any(parts.values()) or len(parts) < 2:
+            return
+        chains = [(part, chain) for part in parts if (chain := self._chain(name, source, part))]
+        costs = [sum(self._weights[f'{name}.{child}'] for child in chain) for _, chain in chains]
+        if not chains or costs.count(min(costs)) > 1:
+            return  # none, or branches that are all alike
+        part, chain = chains[costs.index(min(costs))]
+        last = self._branches(parts, {part: False}, count)
+        if last and len({*chain, *tail}) == len(chain) + len(tail):
+            yield Block(name, last, (*chain, *tail), projects=True)
+
+    def _branches(self, parts: Dict[int, bool], kept: Dict[int, bool], count: int) -> Tuple[str, ...]:
+        """Parameters of the layers that end the branches; none if one is from outside, or of a layer without any."""
         branches = [part for part in parts if part not in kept]
-        if source == result or not branches or not kept.keys() <= parts.keys():
-            return None
-        if any(parts[part] for part in branches) and source not in self._positive:
-            return None  # a ReLU after the sum is the identity on what came out of one only
         if any(part <= count or not self._last.get(part) for part in branches):
-            return None  # something from outside is added, or by a layer without parameters
-        return Block(name, tuple(sorted({p for part in branches for p in self._last[part]})))
+            return ()
+        return tuple(sorted({p for part in branches for p in self._last[part]}))
+
+    def _chain(self, name: str, source: Key, part: int) -> Tuple[str, ...]:
+        """Children that make a part of the sum of the module's input, each of what the one before it makes."""
+        chain: List[str] = []
+        made = {call.left: call for call in reversed(self._calls[name]) if call.left != call.entered}
+        call = next((call for key, call in made.items() if key[1] == part), None)
+        while call is not None and len(chain) < len(made):
+            chain.insert(0, call.name)
+            if call.entered == source:
+                return tuple(chain)
+            call = made.get(call.entered)
+        return ()
+
+
+def _innermost(blocks: Sequence[Block]) -> List[Block]:
+    return [block for block in blocks if not any(other.module.startswith(f'{block.module}.') for other in blocks)]
+
+
+def _nested(one: str, other: str) -> bool:
+    return one.startswith(f'{other}.') or other.startswith(f'{one}.')

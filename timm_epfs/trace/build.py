@@ -1,5 +1,5 @@
 """From solved labels to structures, costs and attributes."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
@@ -127,10 +127,11 @@ def _members(
         owner = np.where(dim.unit >= 0, group[dim.unit], -1)
         order = np.lexsort((rank[dim.unit], owner))
         numbers, starts = np.unique(owner[order], return_index=True)
+        length = len(owner) if (owner < 0).any() else None
         for number, at in zip(numbers.tolist(), np.split(order, starts[1:])):
             if number >= 0:
                 index = at.reshape(len(groups[number]), -1)
-                members[number].append(Member(dim.tensor, dim.dim, _role(rec, dim, inputs), index))
+                members[number].append(Member(dim.tensor, dim.dim, _role(rec, dim, inputs), index, length))
     return [tuple(found) for found in members]
 
 
@@ -164,7 +165,7 @@ def _blocks(rec: Recorder) -> List[Structure]:
         members = tuple(
             Member(name, 0, 'out', np.arange(rec.parameters[name].shape[0])[None]) for name in block.last
         )
-        found.append(Structure(block.module, 'blocks', 1, members))
+        found.append(Structure(block.module, 'blocks', 1, members, shortcut=block.shortcut))
     return found
 
 
@@ -180,15 +181,18 @@ def _role(rec: Recorder, dim: _Dim, inputs: np.ndarray) -> str:
 
 
 def _name(structures: Sequence[Structure]) -> Tuple[Structure, ...]:
-    """A structure is named for the first module that makes its units."""
-    used: Dict[str, int] = {}
+    """A structure is named for the first module that makes its units; a block is that module."""
+    used = {s.name: 1 for s in structures if s.kind == 'blocks'}
     named = []
     for s in structures:
+        if s.kind == 'blocks':
+            named.append(s)
+            continue
         maker = next((m for m in s.members if m.role == 'out'), s.members[0])
-        name = s.name or maker.tensor.rpartition('.')[0] or maker.tensor
+        name = maker.tensor.rpartition('.')[0] or maker.tensor
         used[name] = used.get(name, 0) + 1
         name = name if used[name] == 1 else f'{name}#{used[name]}'
-        named.append(Structure(name, s.kind, s.units, s.members, s.exact, s.reason, s.stream))
+        named.append(replace(s, name=name))
     return tuple(named)
 
 
@@ -253,12 +257,16 @@ def _scaled(size: Size, scale: Fraction) -> Optional[Size]:
 def _cost(rec: Recorder, structures: Sequence[Structure], sizer: Sizer) -> CostModel:
     terms: List[Tuple[str, float, Tuple[Size, ...]]] = []
     gates = {block.module: Size(0, ((block.module, 1),)) for block in rec.blocks}
+    stays = {block.module: [f'{block.module}.{child}' for child in block.shortcut] for block in rec.blocks}
     for product in rec.products:
-        gate = tuple(gates[name] for name in product.modules if name in gates)
+        gate = tuple(
+            gates[name] for name in product.modules if name in gates and not set(stays[name]) & set(product.modules))
         terms.append(('macs', 1.0, (*(sizer(n, label) for n, label in product.dims), *gate)))
         terms.append(('activations', 1.0, (*(sizer(n, label) for n, label in product.written), *gate)))
     for name, tensor in rec.parameters.items():
         labels: List[Label] = rec.params[name][1] if name in rec.params else [None] * tensor.ndim
-        gate = tuple(size for block, size in gates.items() if name.startswith(f'{block}.'))
+        gate = tuple(
+            size for block, size in gates.items()
+            if name.startswith(f'{block}.') and not name.startswith(tuple(f'{child}.' for child in stays[block])))
         terms.append(('params', 1.0, (*(sizer(n, label) for n, label in zip(tensor.shape, labels)), *gate)))
     return CostModel([s.name for s in structures], terms)

@@ -201,12 +201,14 @@ class Recorder(TorchDispatchMode):
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def run(self, args: Tuple, kwargs: Dict[str, Any]) -> None:
+    def run(self, args: Tuple, kwargs: Dict[str, Any]) -> Any:
         """The forward that is counted and that a cut model must repeat. Its outputs' dims are pinned: others rely on
-        them."""
-        self._pin(self.also(lambda: self._model(*args, **kwargs), counting=True))
+        them. Returns the outputs."""
+        out = self.also(lambda: self._model(*args, **kwargs), counting=True)
+        self._pin(out)
         self.main = len(self.operations)
         self.blocks = self._residuals.blocks()
+        return out
 
     def run_training(self, args: Tuple, kwargs: Dict[str, Any]) -> None:
         """Another forward, in training mode."""

@@ -22,7 +22,7 @@ from ..checkpoint import load_weights
 from ..criteria import CRITERIA
 from ..errors import PruningError
 from ..hub import save_pretrained
-from ..measure import latencies, top1
+from ..measure import Rows, compare, latencies, top1
 from ..methods import METHODS
 from ..plan import Plan
 from ..progress import progress, step
@@ -32,7 +32,7 @@ from .data import count_classes, create_datasets, describe, eval_loader, train_l
 from .options import PHASES, check_options, phase_epochs, run_options
 from .pictures import mask_histogram
 from .stage import Stage, evaluate
-from .summary import Rows, claim_folder, compare, write_report, write_summary
+from .summary import claim_folder, write_report, write_summary
 
 __all__ = ['Result', 'train']
 
@@ -305,7 +305,7 @@ class Run:
         image = torch.randn(1, *self.config['input_size'], generator=torch.Generator().manual_seed(args.seed))
         with step('measuring latency'):
             speed = latencies(models, image.to(args.device))
-        rows = compare(dense, slim, accuracy, speed)
+        rows = compare(dense, slim, {'top-1, %': tuple(accuracy)}, speed)
         notes = f'latency: median at batch 1 on {args.device}, {torch.get_num_threads()} threads'
         write_report(self.folder, self.options, rows, notes, self.history, self.masks, slim.pruning_plan)
         return Result(folder, rows, notes, self.history)

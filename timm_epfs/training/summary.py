@@ -3,23 +3,19 @@ import csv
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, List, Mapping, Sequence
 
 import timm
 import torch
-from torch import nn
 
 from ..errors import PruningError
-from ..measure import size_on_disk
+from ..measure import Rows
 from ..plan import Plan
-from ..report import format_count
 from ..version import __version__
 from .checkpoints import write_whole
 from .pictures import draw_all
 
-__all__ = ['Rows', 'claim_folder', 'compare', 'write_report', 'write_summary']
-
-Rows = Dict[str, Tuple[Tuple[float, float], Callable[[float], str]]]
+__all__ = ['claim_folder', 'write_report', 'write_summary']
 
 # What a run leaves in its folder; one with anything else in it is not replaced.
 _OWN = (
@@ -63,26 +59,6 @@ def write_summary(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
             writer.writerows({name: _cell(value) for name, value in row.items()} for row in history)
 
     write_whole(path, write)
-
-
-def compare(dense: nn.Module, slim: nn.Module, accuracy: Sequence[float], speed: Sequence[float]) -> Rows:
-    """Dense against pruned, by quantity.
-
-    Args:
-        dense: The dense model.
-        slim: The pruned one, with its plan.
-        accuracy: Top-1 of both in percent.
-        speed: Milliseconds of both.
-    """
-    cost, earlier = slim.pruning_plan.cost, getattr(dense, 'pruning_plan', None)
-    before = earlier.cost['macs'][1] if earlier else cost['macs'][0]
-    return {
-        'top-1, %': (tuple(accuracy), '{:.2f}'.format),
-        'MACs': ((before, cost['macs'][1]), format_count),
-        'parameters': (tuple(sum(p.numel() for p in model.parameters()) for model in (dense, slim)), format_count),
-        'size on disk, bytes': ((size_on_disk(dense), size_on_disk(slim)), format_count),
-        'latency, ms': (tuple(speed), '{:.2f}'.format),
-    }
 
 
 def write_report(
