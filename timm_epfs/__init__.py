@@ -4,7 +4,7 @@
 """
 from typing import TYPE_CHECKING, Any, List
 
-from . import models, registry  # noqa: F401, registered by their import
+from . import models, registry, variants  # noqa: F401, registered by their import
 from .errors import PruningError
 from .version import __version__
 
@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .report import inspect
     from .surgery import rebuild, slice_checkpoint
+    from .variants import register
 
 __all__ = [
     'BNSFP', 'CRITERIA', 'EPFS', 'OneShot', 'Plan', 'PruningError', 'SFP', 'SSS', 'Scratch', '__version__', 'inspect',
-    'prune', 'rebuild', 'recalibrate_bn', 'save_pretrained', 'slice_checkpoint',
+    'prune', 'rebuild', 'recalibrate_bn', 'register', 'save_pretrained', 'slice_checkpoint',
 ]
 
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     'prune': 'api',
     'rebuild': 'surgery',
     'recalibrate_bn': 'calibrate',
+    'register': 'variants',
     'save_pretrained': 'hub',
     'slice_checkpoint': 'surgery',
 }

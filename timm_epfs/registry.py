@@ -17,11 +17,10 @@ from .features import feature_args
 from .plan import Plan
 from .surgery import TORCHVISION, apply_plan, build_base, inflate_checkpoint
 
-__all__ = ['epfs_pruned', 'describe_torchvision', 'ARCHITECTURE']
+__all__ = ['ARCHITECTURE', 'WEIGHT_SOURCES', 'as_plan', 'describe_torchvision', 'epfs_pruned']
 
 ARCHITECTURE = 'epfs_pruned'
-
-_WEIGHT_SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')
+WEIGHT_SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')  # fields of a pretrained_cfg
 
 
 @register_model
@@ -51,14 +50,14 @@ def epfs_pruned(
     Raises:
         PruningError: The plan can't be read or applied, or the weights don't fit.
     """
-    plan = _as_plan(plan)
+    plan = as_plan(plan)
     cfg = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
     if cfg == PretrainedCfg(architecture=ARCHITECTURE).to_dict():
         # What timm's scripts pass for an architecture without a config of its own: it says nothing about the base.
         cfg = None
     described = {**(cfg if isinstance(cfg, dict) else {}), **(pretrained_cfg_overlay or {})}
     weights = None
-    if pretrained and any(described.get(source) for source in _WEIGHT_SOURCES):
+    if pretrained and any(described.get(source) for source in WEIGHT_SOURCES):
         weights = _read_weights(described, cache_dir)
 
     if (plan.base or '').startswith(TORCHVISION):
@@ -96,7 +95,12 @@ def describe_torchvision(model: nn.Module, plan: Plan, cfg: Optional[Mapping[str
     return model
 
 
-def _as_plan(plan: Optional[Union[Plan, Mapping[str, Any], str, Path]]) -> Plan:
+def as_plan(plan: Optional[Union[Plan, Mapping[str, Any], str, Path]]) -> Plan:
+    """A plan from itself, its dict, or the path of its JSON.
+
+    Raises:
+        PruningError: It is none of these, or can't be read.
+    """
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, Mapping):
