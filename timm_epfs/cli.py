@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .allocate import SCOPES
 from .api import create_base, example_for, prune
+from .autoload import autoload_path, is_on, switch_off, switch_on
 from .calibrate import recalibrate_bn
 from .checkpoint import check_readable, load_weights
 from .criteria import CRITERIA
@@ -101,6 +102,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_arguments(learn)
     add_train_arguments(learn, _KeyValues)
     learn.set_defaults(run=_train)
+
+    auto = commands.add_parser('autoload', help='have programs that import timm know our names with no line changed')
+    auto.add_argument('state', choices=('on', 'off', 'status'), help='for the Python environment that this runs in')
+    auto.set_defaults(run=_autoload)
     return parser
 
 
@@ -223,6 +228,17 @@ def _train(args: argparse.Namespace) -> None:
     _print_table(result.rows)
     print(result.notes)
     print(f'saved in {args.output}: timm.create_model({f"local-dir:{result.folder}"!r}, pretrained=True)')
+
+
+def _autoload(args: argparse.Namespace) -> None:
+    if args.state == 'on':
+        switch_on()
+    elif args.state == 'off':
+        switch_off()
+    if is_on():
+        print(f'autoload is on ({autoload_path()}): what imports timm knows our names')
+    else:
+        print("autoload is off: 'import timm_epfs' tells timm our names")
 
 
 def _check(args: argparse.Namespace) -> None:
