@@ -1,8 +1,8 @@
 """``timm.create_model`` of a pruned model against its dense base: random weights, and weights from a local folder.
 
-Both in one process on the CPU, turn by turn; medians. The pruned models are at half the MACs. Files are read once, before
-they are timed, so the disk is not compared. ``python benchmarks/create_speed.py`` writes
-results/create_speed.json and .md.
+Both in one process on the CPU, turn by turn; medians. The pruned models are at half the MACs. Files are read once
+before they are timed, so disks are not compared. ``python benchmarks/create_speed.py`` writes results/create_speed.json
+and .md.
 """
 import argparse
 import gc
