@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from .hub import save_pretrained
     from .methods import BNSFP, EPFS, SFP, SSS, OneShot, Scratch
     from .plan import Plan
+    from .push import push_to_hub
     from .report import inspect
     from .surgery import rebuild, slice_checkpoint
     from .variants import register
 
 __all__ = [
     'BNSFP', 'CRITERIA', 'EPFS', 'OneShot', 'Plan', 'PruningError', 'SFP', 'SSS', 'Scratch', '__version__', 'inspect',
-    'prune', 'rebuild', 'recalibrate_bn', 'register', 'save_pretrained', 'slice_checkpoint',
+    'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn', 'register', 'save_pretrained', 'slice_checkpoint',
 ]
 
 _HOMES = {
@@ -35,6 +36,7 @@ _HOMES = {
     'Scratch': 'methods',
     'inspect': 'report',
     'prune': 'api',
+    'push_to_hub': 'push',
     'rebuild': 'surgery',
     'recalibrate_bn': 'calibrate',
     'register': 'variants',

@@ -1,4 +1,4 @@
-"""The shell's way in: ``timm-epfs inspect``, ``prune`` and ``train``. Names of options are those of timm's scripts."""
+"""The shell's way in: ``timm-epfs inspect``, ``prune``, ``train``, ``push``. Options are named as in timm's scripts."""
 import argparse
 import copy
 import json
@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, NoReturn, Optional, Sequence, Tuple
 
+import timm
 import torch
 from timm.data import resolve_data_config
 from timm.models import resolve_model_input_args
@@ -26,13 +27,14 @@ from .errors import PruningError
 from .hub import check_free, save_pretrained
 from .measure import Rows, compare, image_loader, image_splits, latencies, top1
 from .progress import progress, step
+from .push import push_to_hub
 from .report import inspect
 from .structure import KINDS
 from .surgery import TORCHVISION, one_line
 from .training.options import add_train_arguments
 from .version import __version__
 
-__all__ = ['main']
+__all__ = ['main', 'parse_args']
 
 # Options of prune() that the shell passes on where they are given, so that their defaults stand in one place.
 _PRUNE_OPTIONS = (
@@ -49,7 +51,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         Exit code: 0, 2 where what was asked can't be done, 130 where it was interrupted.
     """
-    args = _parser().parse_args(argv)
+    args = parse_args(argv)
     try:
         with _warnings_in_one_line():
             args.run(args)
@@ -64,6 +66,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Options of a command line; arguments as in ``main``."""
+    return _parser().parse_args(argv)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -102,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_arguments(learn)
     add_train_arguments(learn, _KeyValues)
     learn.set_defaults(run=_train)
+
+    share = commands.add_parser('push', help='push a saved model to the Hub, with a model card')
+    _add_push_arguments(share)
+    share.set_defaults(run=_push)
 
     auto = commands.add_parser('autoload', help='have programs that import timm know our names with no line changed')
     auto.add_argument('state', choices=('on', 'off', 'status'), help='for the Python environment that this runs in')
@@ -169,6 +180,16 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help='processes that read images')
 
 
+def _add_push_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('folder', type=Path, metavar='DIR', help='folder of a saved model')
+    parser.add_argument('repo_id', metavar='OWNER/NAME', help='repo to push to, made where there is none')
+    parser.add_argument('--metrics', type=Path, metavar='FILE', help='JSON of what was measured, for the card')
+    parser.add_argument('--private', action='store_true', default=None, help='make a new repo private')
+    parser.add_argument('--revision', metavar='BRANCH', help='branch to push to, made where there is none')
+    parser.add_argument('--create-pr', action='store_true', help='open a pull request')
+    parser.add_argument('--overwrite-card', action='store_true', help='replace a card that was written by hand')
+
+
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 on')
@@ -228,6 +249,17 @@ def _train(args: argparse.Namespace) -> None:
     _print_table(result.rows)
     print(result.notes)
     print(f'saved in {args.output}: timm.create_model({f"local-dir:{result.folder}"!r}, pretrained=True)')
+
+
+def _push(args: argparse.Namespace) -> None:
+    with one_line(f'{args.folder} can\'t be loaded'):
+        model = timm.create_model(f'local-dir:{args.folder}', pretrained=True)
+    with one_line(f'metrics in {args.metrics} can\'t be read'):
+        metrics = json.loads(args.metrics.read_text(encoding='utf-8')) if args.metrics else None
+    options = {name: getattr(args, name) for name in ('private', 'revision', 'create_pr', 'overwrite_card')}
+    pushed = push_to_hub(model, args.repo_id, metrics, **options)
+    what = f'pushed {", ".join(pushed.files)}' if pushed.files else 'nothing to push, the repo has it all'
+    print(f'{what}: {pushed.pull_request or pushed.url}')
 
 
 def _autoload(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Save a pruned model in timm's own layout: ``config.json`` with the plan in it, and ``model.safetensors``."""
 import copy
+import json
 import shutil
 import uuid
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from .surgery import TORCHVISION
 __all__ = ['check_free', 'save_pretrained']
 
 # What a folder of a saved model may hold; a folder with anything else in it is not overwritten.
-_OWN_FILES = ('config.json', HF_SAFE_WEIGHTS_NAME, 'README.md', '.gitattributes')
+_OWN_FILES = ('config.json', HF_SAFE_WEIGHTS_NAME, 'README.md', 'layers.png', '.gitattributes')
 
 
 def save_pretrained(model: nn.Module, folder: Union[str, Path], overwrite: bool = False) -> Path:
@@ -69,6 +70,10 @@ def _save_config(model: nn.Module, plan: Plan, path: Path) -> None:
         )
     except ValueError as e:
         raise PruningError(f'save: the model can\'t be described in a config.json: {e}') from e
+    # timm writes the arguments in the order in which it came to know them; a model saved again gives the same file
+    config = json.loads(path.read_text(encoding='utf-8'))
+    config['model_args'] = dict(sorted(config['model_args'].items()))
+    path.write_text(json.dumps(config, indent=2), encoding='utf-8', newline='\n')
 
 
 def _separate(tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:

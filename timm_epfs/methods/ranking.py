@@ -76,7 +76,7 @@ class OneShot(RankingLearner):
         **options: As in ``RankingLearner``.
     """
 
-    method = 'one_shot'
+    method = 'one-shot'
 
     def __init__(
             self,

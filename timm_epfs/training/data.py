@@ -1,5 +1,6 @@
 """Batches to train and to evaluate on: timm's datasets and loaders, and the digits that need no download."""
 import argparse
+from dataclasses import dataclass
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -16,13 +17,52 @@ from ..errors import PruningError
 from ..measure import image_splits
 from ..surgery import one_line
 
-__all__ = ['Digits', 'count_classes', 'create_datasets', 'describe', 'eval_loader', 'image_mode', 'train_loader']
+__all__ = ['Batches', 'Digits', 'count_classes', 'describe', 'image_mode', 'open_batches']
 
 DIGITS = 'digits'
 DIGITS_SIZE = 16  # pixels: twice their own, so that a CIFAR network has 4 x 4 left at its end
 # A mirrored digit is no digit, and small images can't lose much at their borders.
 _DIGITS_AUGMENTATION = {'scale': (0.75, 1.0), 'ratio': (0.85, 1.18), 'hflip': 0.0, 'color_jitter': 0.0}
 _AUGMENTATION = ('train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'no_aug')
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Loaders of (images, targets) on the device, each with a length.
+
+    Attributes:
+        train: Training images, augmented, in a new order each epoch.
+        validation: Images to evaluate on, each process its share.
+        test: All of them, for one process.
+    """
+    train: Any
+    validation: Any
+    test: Any
+
+    def set_epoch(self, number: int) -> None:
+        """Tell what draws an order of its own which epoch it is."""
+        for part in (getattr(self.train, 'dataset', None), getattr(self.train, 'sampler', None)):
+            if hasattr(part, 'set_epoch'):
+                part.set_epoch(number)
+
+
+def open_batches(args: argparse.Namespace, config: Mapping[str, Any], num_classes: int) -> Batches:
+    """What ``--dataset`` and ``--data-dir`` name.
+
+    Args:
+        args: Options.
+        config: What ``timm.data.resolve_data_config`` says of the model.
+        num_classes: How many classes the model tells apart.
+
+    Raises:
+        PruningError: There are no images, too few, or more classes than the model tells apart.
+    """
+    train, validation = _datasets(args, config['input_size'][0], num_classes)
+    return Batches(
+        _train_loader(args, train, config, num_classes),
+        _eval_loader(args, validation, config, args.distributed),
+        _eval_loader(args, validation, config, False),
+    )
 
 
 class Digits(Dataset):
@@ -110,12 +150,8 @@ def count_classes(model: nn.Module, input_size: Sequence[int]) -> int:
     return output.shape[1]
 
 
-def create_datasets(args: argparse.Namespace, in_chans: int, num_classes: int) -> Tuple[Dataset, Dataset]:
-    """The training and the validation split.
-
-    Raises:
-        PruningError: There are no images, or more classes than the model tells apart.
-    """
+def _datasets(args: argparse.Namespace, in_chans: int, num_classes: int) -> Tuple[Dataset, Dataset]:
+    """The training and the validation split."""
     mode = image_mode(in_chans)
     splits = (args.train_split, args.val_split)
     if args.dataset == DIGITS:
@@ -152,12 +188,7 @@ def _check(dataset: Dataset, split: str, num_classes: int, where: Any) -> None:
                            f'{num_classes} apart: give --num-classes {len(classes)}')
 
 
-def train_loader(args: argparse.Namespace, dataset: Dataset, config: Mapping[str, Any], num_classes: int) -> Any:
-    """Batches of augmented images on the device, in a new order each epoch.
-
-    Raises:
-        PruningError: There are fewer images than a batch has.
-    """
+def _train_loader(args: argparse.Namespace, dataset: Dataset, config: Mapping[str, Any], num_classes: int) -> Any:
     given = {name: value for name in _AUGMENTATION if (value := getattr(args, name)) is not None}
     options = {**(_DIGITS_AUGMENTATION if args.dataset == DIGITS else {}), **given}
     mix = args.mixup > 0 or args.cutmix > 0
@@ -176,15 +207,7 @@ def train_loader(args: argparse.Namespace, dataset: Dataset, config: Mapping[str
     return loader
 
 
-def eval_loader(args: argparse.Namespace, dataset: Dataset, config: Mapping[str, Any], distributed: bool) -> Any:
-    """Batches of plain images on the device.
-
-    Args:
-        args: Options.
-        dataset: What to read.
-        config: What ``timm.data.resolve_data_config`` says of the model.
-        distributed: Give each process its share, rather than everything.
-    """
+def _eval_loader(args: argparse.Namespace, dataset: Dataset, config: Mapping[str, Any], distributed: bool) -> Any:
     return _loader(args, dataset, config, args.validation_batch_size or args.batch_size, distributed)
 
 

@@ -4,6 +4,7 @@ from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 
+from ..pictures import draw, draw_layers
 from ..plan import Plan
 
 __all__ = ['draw_all', 'mask_histogram']
@@ -38,24 +39,11 @@ def draw_all(
     Returns:
         Title and file name of each picture; none where matplotlib isn't installed.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window, and no global state
-        from matplotlib.figure import Figure
-    except ImportError:
-        return []
-
-    pictures = [('Accuracy and MACs over time', 'accuracy.png', (8, 4), lambda figure: _accuracy(figure, history))]
+    drawings = [('Accuracy and MACs over time', 'accuracy.png', (8, 4), lambda figure: _accuracy(figure, history))]
     if masks:
-        pictures.append(('Masks while they were learned', 'masks.png', (8, 3.5), lambda figure: _masks(figure, masks)))
-    height = 1 + 0.16 * len(plan.cuts)
-    pictures.append(('Units left', 'layers.png', (8, max(2.5, height)), lambda figure: _layers(figure, plan)))
-    folder.mkdir(exist_ok=True)
-    for _, name, size, draw in pictures:
-        figure = Figure(figsize=size, layout='constrained')
-        FigureCanvasAgg(figure)
-        draw(figure)
-        figure.savefig(folder / name, dpi=110)
-    return [(title, name) for title, name, *_ in pictures]
+        drawings.append(('Masks while they were learned', 'masks.png', (8, 3.5), lambda figure: _masks(figure, masks)))
+    drawn = [(title, name) for title, name, size, paint in drawings if draw(folder / name, size, paint)]
+    return [*drawn, ('Units left', 'layers.png')] if draw_layers(folder / 'layers.png', plan) else drawn
 
 
 def _accuracy(figure: Any, history: Sequence[Mapping[str, Any]]) -> None:
@@ -84,15 +72,4 @@ def _masks(figure: Any, masks: Sequence[Mapping[str, Any]]) -> None:
         label = f'sparse epoch {at + 1}: {histogram["zero"]} exactly zero'
         axis.stairs(histogram['counts'], edges, label=label, linewidth=1.5)
     axis.set(xlabel='mask, where not zero', ylabel='units')
-    axis.legend(fontsize='small')
-
-
-def _layers(figure: Any, plan: Plan) -> None:
-    axis = figure.add_subplot()
-    names = [cut.structure.name for cut in plan.cuts]
-    axis.barh(names, [cut.structure.units for cut in plan.cuts], color='#e3e3e3', label='dense')
-    axis.barh(names, [len(cut.keep) for cut in plan.cuts], color='#1f4e8c', label='left')
-    axis.invert_yaxis()
-    axis.tick_params(labelsize='x-small')
-    axis.set(xlabel='units')
     axis.legend(fontsize='small')

@@ -28,7 +28,7 @@ from ..plan import Plan
 from ..progress import progress, step
 from ..surgery import one_line, rebuild
 from .checkpoints import Checkpoints, write_tensors, write_whole
-from .data import count_classes, create_datasets, describe, eval_loader, train_loader
+from .data import Batches, count_classes, describe, open_batches
 from .options import PHASES, check_options, phase_epochs, run_options
 from .pictures import mask_histogram
 from .stage import Stage, evaluate
@@ -103,9 +103,7 @@ class Run:
         if not self.saved:
             self._rehearse()
         self.num_classes = count_classes(self.model, self.config['input_size'])
-        self.train_set, self.val_set = create_datasets(args, self.config['input_size'][0], self.num_classes)
-        self.train_loader = train_loader(args, self.train_set, self.config, self.num_classes)
-        self.val_loader = eval_loader(args, self.val_set, self.config, args.distributed)
+        self.batches = self._open_batches()
         self._place()
 
     def _rehearse(self) -> None:
@@ -122,6 +120,9 @@ class Run:
         earlier = getattr(model, 'pruning_plan', None)
         if earlier is not None:
             earlier.compose(learner.plan())
+
+    def _open_batches(self) -> Batches:
+        return open_batches(self.args, self.config, self.num_classes)
 
     def _place(self) -> None:
         layout = torch.channels_last if self.args.channels_last else torch.preserve_format
@@ -151,7 +152,7 @@ class Run:
         averaged = stage.task.get_trainable_module(ema=True) if stage and stage.task.has_ema() else None
         if phase == 'sparse':
             self.model = stage.learner.export(averaged and averaged.module) if stage else self._one_shot()
-            self._record('cut', evaluate(self.args, self._task('cut'), self.val_loader))
+            self._record('cut', evaluate(self.args, self._task('cut'), self.batches.validation))
         elif averaged is not None:
             self.model.load_state_dict(averaged.module.state_dict())
         if phase == 'dense':
@@ -159,7 +160,7 @@ class Run:
 
     def _stage(self, phase: str, saved: Optional[Mapping[str, Any]]) -> Stage:
         """A phase at its start, or where it was left."""
-        updates = -(-len(self.train_loader) // self.args.grad_accum_steps)
+        updates = -(-len(self.batches.train) // self.args.grad_accum_steps)
         learner = self._learner(self.model, self.epochs[phase] * updates, updates) if phase == 'sparse' else None
         stage = Stage(self.args, phase, self._task(phase), self.epochs[phase], updates, learner, self.num_classes)
         if saved:
@@ -171,9 +172,7 @@ class Run:
         """Train and evaluate for an epoch whose random numbers depend on nothing before it, then save."""
         number = 1 + epoch + sum(self.epochs[name] for name in PHASES[:PHASES.index(phase)])
         random_seed((self.args.seed + 9973 * number) % 2 ** 31, self.args.rank)
-        for dataset in (self.train_set, getattr(self.train_loader, 'sampler', None)):
-            if hasattr(dataset, 'set_epoch'):
-                dataset.set_epoch(number)
+        self.batches.set_epoch(number)
         what = f'{phase} {epoch + 1}/{self.epochs[phase]}'
 
         def show(steps: int, values: Dict[str, float]) -> None:
@@ -182,10 +181,10 @@ class Run:
             self.bar.set_postfix(loss=f'{values["loss"]:.3f}', top1=f'{values["top1"]:.1f}', **alive, refresh=False)
             self.bar.update(steps)
 
-        trained = stage.train(self.train_loader, show)
+        trained = stage.train(self.batches.train, show)
         watched = stage.learner.log() if stage.learner else {}
         values = {'mask_lr' if name == 'lr' else name: value for name, value in watched.items()}
-        self._record(phase, stage.evaluate(self.val_loader), trained, lr=stage.lr, **values)
+        self._record(phase, stage.evaluate(self.batches.validation), trained, lr=stage.lr, **values)
         if stage.learner:
             self.masks.append(mask_histogram([*stage.learner.values().values()]))
         if self.first:
@@ -255,7 +254,7 @@ class Run:
         with step(f'cutting {self.args.model}'):
             return prune(
                 self.model, macs=self.args.macs, criterion=criterion, seed=self.args.seed,
-                data=islice(self.train_loader, 32) if needs_data else None,
+                data=islice(self.batches.train, 32) if needs_data else None,
             )
 
     def _task(self, phase: str) -> TrainingTask:
@@ -272,7 +271,7 @@ class Run:
 
     def _bar(self, begin: int) -> Any:
         """One bar for the whole run, so that its time left is the run's."""
-        batches = len(self.train_loader)
+        batches = len(self.batches.train)
         bar = progress((), 'training', batches * self.args.epochs)
         bar.disable = not self.first
         bar.delay = 0  # what write() draws again before a delay is over, close() would leave there
@@ -299,9 +298,8 @@ class Run:
         with one_line(f'{folder} can\'t be loaded again'):
             slim = timm.create_model(f'local-dir:{folder}', pretrained=True).to(args.device).eval()
         dense = self._kept_dense()
-        batches = eval_loader(args, self.val_set, self.config, distributed=False)
-        models = [dense, slim]
-        accuracy = top1(models, progress(batches, 'measuring top-1', len(batches)))
+        models, images = [dense, slim], self.batches.test
+        accuracy = top1(models, progress(images, 'measuring top-1', len(images)))
         image = torch.randn(1, *self.config['input_size'], generator=torch.Generator().manual_seed(args.seed))
         with step('measuring latency'):
             speed = latencies(models, image.to(args.device))

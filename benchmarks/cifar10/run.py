@@ -1,0 +1,163 @@
+"""Every method at equal MACs and equal epochs, from the same dense checkpoint, on CIFAR-10.
+
+``python benchmarks/cifar10/run.py --all --data-dir DIR --weights-dir DIR`` runs what has no result yet, one after the
+other, and goes on where it was interrupted. An experiment is a file of options of ``timm-epfs train`` in
+experiments/<model>/; its results are results/<model>/<experiment>-<seed>.json. ``table.py`` makes the tables of them.
+"""
+import argparse
+import fnmatch
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Optional
+
+import torch
+from timm.utils import init_distributed_device
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from baselines import RUNNERS  # noqa: E402
+from common import header, write_json  # noqa: E402
+from data import Images, load, name_of  # noqa: E402
+
+from timm_epfs.cli import parse_args  # noqa: E402
+from timm_epfs.training.data import Batches  # noqa: E402
+from timm_epfs.training.options import check_options  # noqa: E402
+
+DENSE = 'dense'
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_num_threads(args.threads)
+    images = load(args.data_dir, args.runs / 'images.safetensors')
+    chosen = list(_experiments(args))
+    if not chosen:
+        sys.exit(f'no experiment is named {" or ".join(args.patterns)}; see {HERE.name}/experiments')
+    for model in dict.fromkeys(path.parent.name for path in chosen):
+        chosen.insert(0, HERE / 'experiments' / model / f'{DENSE}.json')
+    for path in dict.fromkeys(chosen):
+        experiment = json.loads(path.read_text())
+        for seed in experiment['seeds'] if args.seeds is None else args.seeds:
+            name = f'{path.parent.name}/{path.stem}-{seed}'
+            result = args.results / f'{name}.json'
+            if not result.exists() and (path.stem != DENSE or seed == 0):
+                print(f'== {name}', flush=True)
+                write_json(result, _run(args, experiment, name, seed, images))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('patterns', nargs='*', help='experiments, as in resnet20_cifar/epfs*')
+    parser.add_argument('--all', action='store_true', help='every experiment')
+    parser.add_argument('--data-dir', type=Path, required=True, help='CIFAR-10: train and test, or torchvision\'s copy')
+    parser.add_argument('--weights-dir', type=Path, help='folder of the weights that dense baselines start from')
+    parser.add_argument('--seeds', type=int, nargs='+', help='in place of the experiments\' own')
+    parser.add_argument('--device', default='cpu')
+    parser.add_argument('--threads', type=int, default=torch.get_num_threads())
+    parser.add_argument('--runs', type=Path, default=HERE / 'runs', help='checkpoints, models and reports')
+    parser.add_argument('--results', type=Path, default=HERE / 'results')
+    args = parser.parse_args()
+    if bool(args.patterns) == args.all:
+        parser.error('name experiments, or give --all')
+    return args
+
+
+def _experiments(args: argparse.Namespace) -> Iterator[Path]:
+    for path in sorted((HERE / 'experiments').glob('*/*.json')):
+        name = f'{path.parent.name}/{path.stem}'
+        if args.all or any(fnmatch.fnmatch(name, pattern) for pattern in args.patterns):
+            yield path
+
+
+def _run(args: argparse.Namespace, experiment: Dict[str, Any], name: str, seed: int, images: Dict) -> Dict[str, Any]:
+    model = name.partition('/')[0]
+    folder = args.runs / name
+    start = _start(args, experiment, model)
+    options = parse_args([
+        'train', model, '--output', str(folder), '--data-dir', str(args.data_dir), '--seed', str(seed),
+        '--device', args.device, *(['--checkpoint', str(start)] if start else []),
+        *(['--resume'] if folder.exists() else []), *_flags(experiment['options']),
+    ])
+    check_options(options)
+    init_distributed_device(options)
+    runner = _with_images(RUNNERS[experiment.get('runner', 'train')], images)
+    run = runner(options, {}, experiment=experiment, seed=seed, results=args.results / model)
+    result = run()
+    plan, rows = run.model.pruning_plan, {label: pair for label, (pair, _) in result.rows.items()}
+    return {
+        'name': name, 'seed': seed, 'experiment': experiment, 'images': name_of(images),
+        'top1': {
+            'dense': rows['top-1, %'][0],
+            'cut': next((row['eval_top1'] for row in result.history if row['phase'] == 'cut'), None),
+            'finetuned': rows['top-1, %'][1],
+        },
+        'macs': plan.cost['macs'], 'params': plan.cost['params'], 'latency_ms': rows['latency, ms'],
+        'latency': {'batch_size': 1, 'threads': torch.get_num_threads(), 'dtype': 'float32', 'device': args.device},
+        'epochs': run.epochs, 'seconds': _seconds(result.history), 'history': result.history,
+        'machine': header(), 'commit': _commit(), 'plan': plan.to_dict(),
+    }
+
+
+def _start(args: argparse.Namespace, experiment: Dict[str, Any], model: str) -> Optional[Path]:
+    """The weights that a run starts from: the dense baseline's, or for that itself what its file names."""
+    if 'weights' not in experiment:
+        return args.runs / model / f'{DENSE}-0' / 'dense.safetensors'
+    if experiment['weights'] is None:
+        return None
+    if args.weights_dir is None:
+        sys.exit(f'{model}/{DENSE} starts from {experiment["weights"]}: give --weights-dir')
+    return args.weights_dir / experiment['weights']
+
+
+def _flags(options: Dict[str, Any]) -> List[str]:
+    flags = []
+    for name, value in options.items():
+        if isinstance(value, dict):
+            value = [f'{key}={item!r}' for key, item in value.items()]
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        flags += [f'--{name}', *map(str, values)]
+    return flags
+
+
+def _with_images(runner: type, images: Dict[str, torch.Tensor]) -> type:
+    class InMemory(runner):
+        """A run on images in memory, whose history says how long each epoch took."""
+        _since = time.perf_counter()
+
+        def _open_batches(self) -> Batches:
+            self._since = time.perf_counter()
+            device = torch.device(self.args.device)
+            train, test = (
+                Images(images[f'{split}.pixels'], images[f'{split}.targets'], self.config, size, device, training)
+                for split, size, training in (('train', self.args.batch_size, True), ('test', 500, False)))
+            return Batches(train, test, test)
+
+        def _record(self, *args: Any, **values: float) -> None:
+            now = time.perf_counter()
+            super()._record(*args, seconds=now - self._since, **values)
+            self._since = time.perf_counter()
+
+    return InMemory
+
+
+def _seconds(history: List[Dict[str, Any]]) -> Dict[str, float]:
+    phases = dict.fromkeys(row['phase'] for row in history)
+    return {phase: sum(row['seconds'] for row in history if row['phase'] == phase) for phase in phases}
+
+
+def _commit() -> str:
+    git = ['git', '-C', str(HERE)]
+    try:
+        found = subprocess.run([*git, 'rev-parse', 'HEAD'], capture_output=True, text=True, check=True).stdout.strip()
+        dirty = subprocess.run([*git, 'status', '--porcelain', '-uno'], capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
+    return found + ('-dirty' if dirty else '')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,71 @@
+"""The tables of ``run.py``'s results, and nothing that isn't in them: ``python benchmarks/cifar10/table.py``.
+
+Writes results/<model>.md, one table for each set of images; seeds of one experiment are one row.
+"""
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, Dict, List, Sequence
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from common import header_line, write_atomic  # noqa: E402
+
+COLUMNS = ('experiment', 'seeds', 'MACs', 'parameters', 'top-1 when cut, %', 'fine-tuned, %', 'Δ to dense', 'epochs')
+
+
+def main() -> None:
+    results = HERE / 'results'
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        runs = [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
+        text = markdown(folder.name, runs)
+        write_atomic(results / f'{folder.name}.md', text)
+        print(text)
+
+
+def markdown(model: str, runs: Sequence[Dict[str, Any]]) -> str:
+    by_images = defaultdict(list)
+    for run in runs:
+        by_images[run['images']].append(run)
+    parts = [f'# {model}', '']
+    for images, found in by_images.items():
+        parts += [*_table(images, found), '']
+    return '\n'.join(parts)
+
+
+def _table(images: str, runs: List[Dict[str, Any]]) -> List[str]:
+    by_name = defaultdict(list)
+    for run in runs:
+        by_name[run['name'].partition('/')[2].rpartition('-')[0]].append(run)
+    (dense,) = by_name.pop('dense')
+    rows = [_row(name, found, dense['top1']['dense']) for name, found in by_name.items()]
+    rows.sort(key=lambda row: -row[-1])
+    machines = sorted({header_line(run['machine']) for run in runs})
+    return [
+        f'{images}. Dense: {dense["top1"]["dense"]:.2f} %. Where there are several seeds, mean ± standard deviation.',
+        *machines,
+        '',
+        f'| {" | ".join(COLUMNS)} |', '|' + '---|' * len(COLUMNS),
+        *(f'| {" | ".join(row[:-1])} |' for row in rows),
+    ]
+
+
+def _row(name: str, runs: List[Dict[str, Any]], dense: float) -> List[Any]:
+    tuned = [run['top1']['finetuned'] for run in runs]
+    return [
+        name.rpartition('-')[0] or name, str(len(runs)),
+        *(f'{mean(run[quantity][1] / run[quantity][0] for run in runs):.3f}' for quantity in ('macs', 'params')),
+        _spread([run['top1']['cut'] for run in runs]), _spread(tuned), f'{mean(tuned) - dense:+.2f}',
+        ' + '.join(f'{count} {phase}' for phase, count in runs[0]['epochs'].items() if count), mean(tuned),
+    ]
+
+
+def _spread(values: Sequence[float]) -> str:
+    return f'{mean(values):.2f}' + (f' ± {stdev(values):.2f}' if len(values) > 1 else '')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,91 @@
+#!/usr/bin/env python
+"""Push every ready-made variant that has weights to the Hub, each with its card.
+
+Pushing what the Hub already has does nothing, so a run that was interrupted or failed in part is finished by the same
+command. The exit code is 0 where all went well, 1 where something failed, 2 where nothing could be done.
+
+    python hub_upload.py --org ORG --only "resnet*" --dry-run
+"""
+import argparse
+import json
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import List, Optional, Sequence
+
+import timm
+from torch import nn
+
+from timm_epfs.errors import PruningError
+from timm_epfs.push import push_to_hub
+from timm_epfs.surgery import one_line
+
+CARDS = Path(__file__).parent / 'model_cards'
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--org', required=True, metavar='ORG', help='user or organisation to push to')
+    parser.add_argument('--only', default='*', metavar='PATTERN', help='names to push, such as "resnet*"')
+    parser.add_argument('--dry-run', action='store_true', help='show what would be pushed, write nothing')
+    parser.add_argument('--private', action='store_true', help='make new repos private')
+    parser.add_argument('--overwrite-cards', action='store_true', help='replace cards that were edited on the Hub')
+    args = parser.parse_args(argv)
+
+    names = [name for name in variants() if fnmatchcase(name, args.only)]
+    if not names:
+        print(f'hub_upload: no variant that has weights matches {args.only!r}', file=sys.stderr)
+        return 2
+    rows = []
+    for name in names:
+        repo_id = f'{args.org}/{name}'
+        try:
+            rows.append((name, repo_id, upload(name, repo_id, args)))
+        except PruningError as e:
+            rows.append((name, repo_id, f'failed: {e}'))
+    print_table([('name', 'repo', 'status'), *rows])
+    return int(any(status.startswith('failed') for *_, status in rows))
+
+
+def variants() -> List[str]:
+    """Full names of the variants whose weights are in the package."""
+    from timm_epfs import variants
+    return [f'{name}.{tag}' for name in variants.names() for tag in variants.tags(name)]
+
+
+def build(name: str) -> nn.Module:
+    return timm.create_model(name, pretrained=True)
+
+
+def upload(name: str, repo_id: str, args: argparse.Namespace) -> str:
+    """Push one variant, with the card ``model_cards/<name>.md``, or one made of ``model_cards/<name>.json``.
+
+    Returns:
+        What was done.
+
+    Raises:
+        PruningError: It was not; the message says why.
+    """
+    card, metrics = (CARDS / f'{name}.{suffix}' for suffix in ('md', 'json'))
+    with one_line(name):
+        pushed = push_to_hub(
+            build(name),
+            repo_id,
+            json.loads(metrics.read_text(encoding='utf-8')) if metrics.is_file() else None,
+            private=args.private or None,
+            overwrite_card=args.overwrite_cards,
+            card=card.read_text(encoding='utf-8') if card.is_file() else None,
+            dry_run=args.dry_run,
+        )
+    done = 'would push' if args.dry_run else 'pushed'
+    return f'{done} {", ".join(pushed.files)}' if pushed.files else 'unchanged'
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print('  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+if __name__ == '__main__':
+    sys.exit(main())

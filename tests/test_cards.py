@@ -1,0 +1,234 @@
+"""A card says what was measured, what was cut and how that was found, and nothing that isn't so."""
+import dataclasses
+import doctest
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import yaml
+from hand_plans import resnet_plan
+from hub_server import Hub, connect
+from huggingface_hub import ModelCard
+from PIL import Image
+
+import timm_epfs
+from timm_epfs import PruningError, cards
+from timm_epfs.cards import check_metrics, is_ours, make_card, stamp, write_card
+from timm_epfs.surgery import apply_plan, build_base
+
+pytestmark = pytest.mark.filterwarnings('ignore:Use .content:DeprecationWarning')
+
+METRICS = {
+    'dataset': 'digits',
+    'dense': {'top1': 91.5, 'latency_ms': 2.0},
+    'pruned': {'top1': 90.25, 'latency_ms': 1.5},
+    'latency': {'machine': 'AMD EPYC', 'batch_size': 1, 'dtype': 'float32', 'threads': 2},
+}
+
+
+@pytest.fixture(scope='module')
+def slim():
+    return timm_epfs.prune('resnet20_cifar', macs=0.5, num_classes=7).eval()
+
+
+def with_recipe(model, recipe):
+    changed = timm.create_model('epfs_pruned', plan=model.pruning_plan)
+    changed.pruning_plan = dataclasses.replace(model.pruning_plan, recipe=recipe)
+    return changed
+
+
+def table(card):
+    rows = re.findall(r'^\| (.*) \|$', card, re.MULTILINE)
+    return {name: cells for name, *cells in (row.split(' | ') for row in rows)}
+
+
+def section(card, title):
+    return re.search(rf'^## {title}\n(.*?)(?=^## |\Z)', card, re.MULTILINE | re.DOTALL)[1]
+
+
+def test_the_table_holds_what_was_measured_and_what_was_counted(slim, tmp_path):
+    rows = table(make_card(slim, 'me/half', METRICS))
+    dense = timm.create_model('resnet20_cifar', num_classes=7)
+    sizes = []
+    for model in (dense, slim):
+        safetensors.torch.save_file(model.state_dict(), tmp_path / 'model.safetensors')
+        header = int.from_bytes((tmp_path / 'model.safetensors').read_bytes()[:8], 'little')
+        sizes.append((tmp_path / 'model.safetensors').stat().st_size - header - 8)
+    params = [sum(p.numel() for p in model.parameters()) for model in (dense, slim)]
+    assert rows['top-1, %'] == ['91.50', '90.25', '-1.25']
+    assert rows['latency, ms'] == ['2.00', '1.50', '-25.0 %']
+    assert rows['size, MB'][:2] == [f'{size / 1e6:.2f}' for size in sizes]
+    assert rows['parameters'] == [*(f'{n / 1e3:.1f} k' for n in params), f'{100 * (params[1] / params[0] - 1):+.1f} %']
+    assert float(rows['MACs'][2].split()[0]) == pytest.approx(-50, abs=1)
+
+
+def test_what_is_not_measured_says_so(slim):
+    rows = table(make_card(slim, 'me/half'))
+    assert rows['top-1, %'] == rows['latency, ms'] == ['not measured'] * 3
+    rows = table(make_card(slim, 'me/half', {'dataset': 'digits', 'pruned': {'top1': 90.25}}))
+    assert rows['top-1, %'] == ['not measured', '90.25', 'not measured']
+    no_cost = with_recipe(slim, {})
+    no_cost.pruning_plan = dataclasses.replace(slim.pruning_plan, cost={})
+    assert table(make_card(no_cost, 'me/half'))['MACs'] == ['not measured'] * 3
+
+
+def test_latency_comes_with_where_it_was_measured(slim):
+    text = ' '.join(make_card(slim, 'me/half', METRICS).split())
+    assert 'Latency is that of a forward on AMD EPYC, batch size 1, float32, 2 threads.' in text
+    assert 'Latency' not in make_card(slim, 'me/half')
+
+
+def test_metadata_is_what_the_hub_reads(slim):
+    data = ModelCard(make_card(slim, 'me/half', METRICS)).data
+    assert data.library_name == 'timm' and data.license == 'apache-2.0' and data.datasets == ['digits']
+    assert set(data.tags) == {'timm', 'timm_epfs', 'pruning', 'image-classification'}
+    result, = data.eval_results
+    assert (data.model_name, result.dataset_name, result.metric_value) == ('half', 'digits', 90.25)
+    described = {'dataset': 'CIFAR-10 (JPEG, quality 75)', 'pruned': {'top1': 1}}
+    data = ModelCard(make_card(slim, 'me/half', described)).data
+    assert data.datasets is None and data.eval_results[0].dataset_type == 'cifar-10-jpeg-quality-75'
+    bare = ModelCard(make_card(slim, 'me/half')).data
+    assert bare.eval_results is None and bare.datasets is None
+
+
+@pytest.mark.parametrize('given, listed, named', [
+    ('mit', 'mit', None),
+    ('dinov3-license', 'other', 'dinov3-license'),
+    (None, None, None),
+])
+def test_the_license_is_the_bases(slim, given, listed, named):
+    model = with_recipe(slim, {})
+    model.pretrained_cfg = {**slim.pretrained_cfg, 'license': given}
+    card = make_card(model, 'me/half')
+    data = yaml.safe_load(card.split('---')[1])
+    assert (data.get('license'), data.get('license_name')) == (listed, named)
+    assert f'**License of the base**: {given or "not stated"}' in card
+
+
+@pytest.mark.parametrize('recipe, says', [
+    ({'method': 'epfs', 'macs': 0.5}, ['Learned while the model was trained, by EPFS.']),
+    ({'method': 'one-shot', 'criterion': 'l2'}, ['Cut in one shot by the criterion `l2`; not learned.']),
+    ({'method': 'one-shot', 'criterion': 'random'}, ['Drawn at random; nothing was learned.']),
+    ({'method': 'uniform'}, ['Found by `uniform`, which is none of the methods that learn.']),
+    ({}, ['How it was found is not stated.']),
+    ({'steps': [{'method': 'sss'}, {'method': ['odd']}]}, ['Learned while the model was trained, by SSS.', 'Found by']),
+    ({'steps': 3}, ['How it was found is not stated.']),
+])
+def test_a_plan_that_was_not_learned_is_called_what_it_is(slim, recipe, says):
+    found = section(make_card(with_recipe(slim, recipe), 'me/half'), 'How it was found')
+    sentences = re.findall(r'^- ([A-Z].*)$', found.split('```')[0], re.MULTILINE)
+    assert len(sentences) == len(says) and all(map(str.startswith, sentences, says))
+    assert json.loads(re.search(r'```json\n(.*?)```', found, re.DOTALL)[1]) == recipe
+    assert ('Our reading' in found) == any(name in str(recipe) for name in ('epfs', 'sss'))
+
+
+def test_the_recipe_is_repeated_as_the_plan_has_it(slim):
+    recipe = {'method': 'epfs', 'data': 'digits', 'date': '2026-11-20', 'command': 'timm-epfs train | `sh`\n```'}
+    found = section(make_card(with_recipe(slim, recipe), 'me/half'), 'How it was found')
+    assert json.loads(re.search(r'^```json\n(.*?)^```', found, re.DOTALL | re.MULTILINE)[1]) == recipe
+
+
+def test_the_papers_are_cited(slim):
+    card = make_card(slim, 'me/half')
+    assert '10.1007/s00521-021-05828-8' in card and 'rw2019timm' in card and 'huang2018sss' not in card
+    assert 'huang2018sss' in make_card(with_recipe(slim, {'method': 'sss'}), 'me/half')
+
+
+def test_the_picture_shows_what_is_left(slim, tmp_path, monkeypatch):
+    write_card(tmp_path, slim, 'me/half')
+    assert '](layers.png)' in (tmp_path / 'README.md').read_text()
+    first = (tmp_path / 'layers.png').read_bytes()
+    assert Image.open(tmp_path / 'layers.png').size[0] > 400
+    write_card(tmp_path, slim, 'me/half')
+    assert (tmp_path / 'layers.png').read_bytes() == first
+
+    (tmp_path / 'layers.png').unlink()
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    write_card(tmp_path, slim, 'me/half')
+    text = (tmp_path / 'README.md').read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ['README.md']
+    assert '![' not in text and 'matplotlib' not in text
+
+
+def test_the_cuts_are_counted():
+    model = build_base('resnet18', {'num_classes': 5})
+    plan = resnet_plan(model, 'resnet18', num_classes=5)
+    apply_plan(model, plan).pruning_plan = plan
+    units = sum(cut.structure.units for cut in plan.cuts)
+    want = f'{len(plan.cuts)} of {len(plan.cuts)} structures were cut. Left: {units // 2} of {units} channels.'
+    assert want in make_card(model, 'me/half')
+
+
+def test_the_snippets_run(slim, monkeypatch, tmp_path):
+    with Hub({'token-of-me': 'me'}) as hub:
+        connect(monkeypatch, hub, tmp_path, 'token-of-me')
+        timm_epfs.push_to_hub(slim, 'me/half')
+        found = re.findall(r'```python\n(.*?)```', hub.files('me/half')['README.md'].decode(), re.DOTALL)
+        names = {}
+        for snippet in found:
+            exec(snippet, names)
+            if 'logits' in snippet:
+                assert names['logits'].shape == (1, 7) and not names['model'].training
+                image = Image.new('RGB', (40, 50))
+                assert names['transform'](image).shape == (3, 32, 32)
+        assert len(found) == 2 and names['model'].num_classes == 7
+        assert torch.equal(names['model'].conv1.weight, slim.conv1.weight)
+
+
+# Whose card it is
+
+
+def test_a_stamp_holds_until_the_text_is_edited(slim):
+    card = make_card(slim, 'me/half', METRICS)
+    assert is_ours(card) and stamp(card) == card
+    assert is_ours(card.replace('\n', '\r\n')) and is_ours(card + '\n')
+    assert not is_ours(card.replace('91.50', '99.99'))
+    assert not is_ours(card + 'Thanks to all.\n') and not is_ours('# By hand\n') and not is_ours('')
+
+
+def test_a_model_that_was_loaded_again_has_the_same_card(slim, tmp_path):
+    folder = timm_epfs.save_pretrained(slim, tmp_path / 'out')
+    again = timm.create_model(f'local-dir:{folder}', pretrained=True)
+    assert make_card(again, 'me/half', METRICS) == make_card(slim, 'me/half', METRICS)
+
+
+# What was measured
+
+
+def test_metrics_come_back_as_they_are():
+    assert check_metrics(METRICS) == METRICS and check_metrics(None) == check_metrics({}) == {}
+    assert doctest.testmod(cards).failed == 0
+
+
+@pytest.mark.parametrize('metrics, message', [
+    ({'top1': 90}, "'top1' is unknown; known are dataset, dense, pruned, latency"),
+    ({'pruned': {'top5': 90}}, r"metrics\['pruned'\]: 'top5' is unknown"),
+    ({'pruned': 90}, 'expected a dict with top1, latency_ms'),
+    ([], 'expected a dict'),
+    ({'dataset': 'digits', 'dense': {'top1': math.nan}}, 'found nan, expected percent'),
+    ({'dataset': 'digits', 'dense': {'top1': 101}}, 'found 101, expected percent'),
+    ({'dataset': 'digits', 'dense': {'top1': True}}, 'found True, expected percent'),
+    ({'dataset': 'digits', 'dense': {'top1': '90'}}, "found '90', expected percent"),
+    ({'dense': {'latency_ms': 0}}, 'found 0, expected milliseconds'),
+    ({'dense': {'latency_ms': math.inf}}, 'found inf, expected milliseconds'),
+    ({'dataset': 'two\nlines'}, 'expected one line of text'),
+    ({'latency': {'batch_size': 1.5}}, 'expected a whole number'),
+    ({'pruned': {'top1': 90}}, 'without the dataset'),
+    ({**METRICS, 'latency': {'machine': 'AMD EPYC', 'batch_size': 1}}, "without the dtype; add 'latency'"),
+    ({'dense': {'latency_ms': 1.0}}, 'without the machine'),
+])
+def test_metrics_that_make_no_sense(metrics, message):
+    with pytest.raises(PruningError, match=message) as error:
+        check_metrics(metrics)
+    assert '\n' not in str(error.value)
+
+
+def test_the_template_is_one_file():
+    link = Path(__file__).parents[1] / 'model_cards' / 'template.md'
+    assert link.resolve() == cards.TEMPLATE.resolve()
