@@ -56,7 +56,7 @@ class Plan:
         cuts: Every structure of the trace, cut or not, so that plans compose and show what else could be cut.
         attributes: Integers to set on the model, by path: ``'blocks.0.attn.num_heads': 3``. A number in the path is a
             position in a list or tuple: ``'feature_info.2.num_chs': 96``.
-        recipe: How the plan was found: method, criterion, target, versions. JSON values, no dates.
+        recipe: How the plan was found: method, criterion, target, versions; data, date and command where it ships.
         cost: (dense, pruned) by quantity: ``{'macs': (1.8e9, 0.9e9)}``.
     """
     base: Optional[str]
