@@ -38,7 +38,7 @@ _CUT_FIELDS = ('name', 'kind', 'units', 'keep', 'members')
 _CUT_OPTIONS = ('exact', 'reason', 'stream', 'shortcut')
 _KIND_NAMES = {dict: 'an object', list: 'a list', str: 'text', int: 'an integer', bool: 'true or false'}
 _BASE = re.compile(r'(torchvision/)?\w{1,100}(\.\w{1,100})?', re.ASCII)
-_MEMBER = re.compile(r'(.+) dim ([0-9]) (out|in|per)(?: (at|rows) (.+))?')
+_MEMBER = re.compile(r'(.+) dim ([0-9])(?: of ([0-9]{1,9}))? (out|in|per)(?: (at|rows) (.+))?')
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ class Plan:
         cuts: Every structure of the trace, cut or not, so that plans compose and show what else could be cut.
         attributes: Integers to set on the model, by path: ``'blocks.0.attn.num_heads': 3``. A number in the path is a
             position in a list or tuple: ``'feature_info.2.num_chs': 96``.
-        recipe: How the plan was found: method, criterion, target, versions. JSON values, no dates.
+        recipe: How the plan was found: method, criterion, target, versions; data, date and command where it ships.
         cost: (dense, pruned) by quantity: ``{'macs': (1.8e9, 0.9e9)}``.
     """
     base: Optional[str]
@@ -255,17 +255,17 @@ class _ParsedCut:
     name: str
     units: int
     keep: Union[Ranges, Strided, None]
-    members: Tuple[Tuple[str, int, str, Union[Ranges, Strided]], ...]
+    members: Tuple[Tuple[str, int, str, Union[Ranges, Strided], Optional[int]], ...]
     options: Dict[str, Any]
 
     @property
     def entries(self) -> int:
-        return self.units + sum(index.entries for *_, index in self.members)
+        return self.units + sum(index.entries for *_, index, _ in self.members)
 
     def build(self) -> Cut:
         members = tuple(
-            Member(tensor, dim, role, index.array().reshape(self.units, -1))
-            for tensor, dim, role, index in self.members
+            Member(tensor, dim, role, index.array().reshape(self.units, -1), length)
+            for tensor, dim, role, index, length in self.members
         )
         structure = Structure(name=self.name, units=self.units, members=members, **self.options)
         return Cut(structure, np.zeros(0, np.int64) if self.keep is None else self.keep.array().reshape(-1))
@@ -292,7 +292,8 @@ def _write_cut(cut: Cut) -> Dict[str, Any]:
 
 
 def _write_member(member: Member) -> str:
-    text = f'{member.tensor} dim {member.dim} {member.role}'
+    length = '' if member.length is None else f' of {member.length}'
+    text = f'{member.tensor} dim {member.dim}{length} {member.role}'
     layout = Strided.find(member.index)
     if layout is None:
         return f'{text} rows {Ranges.find(member.index.ravel())}'
@@ -368,12 +369,12 @@ def _parse_keep(text: str, units: int, where: str) -> Union[Ranges, Strided, Non
     return keep
 
 
-def _parse_member(text: Any, units: int, where: str) -> Tuple[str, int, str, Union[Ranges, Strided]]:
+def _parse_member(text: Any, units: int, where: str) -> Tuple[str, int, str, Union[Ranges, Strided], Optional[int]]:
     _expect(text, str, where)
     match = _MEMBER.fullmatch(text)
     if not match:
         raise _bad(where, text, "'layer1.0.conv1.weight dim 0 out'")
-    tensor, dim, role, form, layout = match.groups()
+    tensor, dim, length, role, form, layout = match.groups()
     check_name(tensor, f'plan, {where}')
     try:
         index = Strided(units) if form is None else \
@@ -382,7 +383,9 @@ def _parse_member(text: Any, units: int, where: str) -> Tuple[str, int, str, Uni
         raise PruningError(f'plan, {where}: {e}') from None
     if index.entries % units or index.top > MAX_INDEX:
         raise _bad(where, text, f'the same number of entries for each of {units} units, each below 2^31')
-    return tensor, int(dim), role, index
+    if length is not None and int(length) <= index.top:
+        raise _bad(where, text, f'a dim longer than {index.top}, its last entry')
+    return tensor, int(dim), role, index, length and int(length)
 
 
 def _parse_attribute(name: str, value: Any) -> int:

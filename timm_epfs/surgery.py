@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from .deferred import DeferredInit
 from .errors import PruningError
 from .limits import MAX_ELEMENTS, MAX_PARTS, RESERVED_ARGS, TooLarge, is_usual, limited
 from .plan import Plan
@@ -40,7 +41,7 @@ _SHAPE_ATTRIBUTES: Tuple[Tuple[type, Callable[[nn.Module], Dict[str, Any]]], ...
 )
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Plan, deferred: Optional[DeferredInit] = None) -> nn.Module:
     """Cut a model in place. The model is the caller's own copy; on any error it is as it was.
 
     Tied tensors are cut once and stay tied. Tensors of a layer that was replaced by ``nn.Identity`` (a classifier at
@@ -49,6 +50,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     Args:
         model: The plan's base, on any device, the meta device included.
         plan: What stays.
+        deferred: Where the model was built; what is not initialised yet is then made anew in its cut shape.
 
     Raises:
         PruningError: The model is not the base that the plan was made for.
@@ -64,11 +66,14 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     if problems:
         raise PruningError(f'{_misfit_message(plan, problems)}; cut the model that the plan was made for')
 
-    changed = _cut_tensors(model, tensors, plan)
+    changed = _cut_tensors(model, tensors, plan, deferred)
     for path, value in plan.attributes.items():
         _replaced(model, path.split('.'), value)
-    for name in {name.rpartition('.')[0] for name in changed}:
-        _refresh_shape_attributes(model.get_submodule(name))
+    for name, dense in changed.items():
+        module = model.get_submodule(name)
+        _refresh_shape_attributes(module)
+        if deferred is not None:
+            deferred.refit(module, dense)
     for name, children in blocks.items():
         model.set_submodule(name, _shortcut(model.get_submodule(name), children))
     _drop_caches(model)
@@ -129,12 +134,11 @@ def inflate_checkpoint(state_dict: Mapping[str, Tensor], plan: Plan) -> Dict[str
     Raises:
         PruningError: The checkpoint is not of this plan's model.
     """
-    dense = dict(state_dict)
+    dense, lengths = dict(state_dict), _dense_lengths(plan)
     for name, dims in plan.removed().items():
         for dim, gone in dims.items() if name in dense else ():
-            part = dense[name]
-            length = part.shape[dim] + len(gone) if dim < part.ndim else 0
-            if gone[-1] >= length:
+            part, length = dense[name], lengths[name, dim]
+            if dim >= part.ndim or part.shape[dim] + len(gone) != length:
                 raise PruningError(
                     f'{name} of shape {tuple(state_dict[name].shape)} is not what the plan leaves of {plan.base}; '
                     'give the weights that were saved with the plan'
@@ -222,7 +226,8 @@ def rebuild(plan: Plan, device: Optional[Union[str, torch.device]] = None) -> nn
     Raises:
         PruningError: The base can't be built, or is not the one that the plan was made for.
     """
-    model = apply_plan(build_base(plan.base, plan.base_args, device), plan)
+    with DeferredInit() as deferred:
+        model = apply_plan(build_base(plan.base, plan.base_args, device), plan, deferred)
     model.pruning_plan = plan
     return model
 
@@ -235,14 +240,19 @@ def _named_tensors(model: nn.Module) -> Dict[str, Tensor]:
     }
 
 
-def _cut_tensors(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> List[str]:
-    """Cut every tensor of the plan; returns the names of those that changed."""
+def _cut_tensors(
+        model: nn.Module,
+        tensors: Mapping[str, Tensor],
+        plan: Plan,
+        deferred: Optional[DeferredInit],
+) -> Dict[str, Dict[str, Tuple[int, ...]]]:
+    """Cut every tensor of the plan; returns the dense shapes of those that changed, by module and name within it."""
     removed = plan.removed()
     aliases: Dict[int, List[str]] = {}
     for name, tensor in tensors.items():
         aliases.setdefault(id(tensor), []).append(name)
 
-    changed = []
+    changed: Dict[str, Dict[str, Tuple[int, ...]]] = {}
     for names in aliases.values():
         dims: Dict[int, np.ndarray] = {}
         for name in names:
@@ -251,13 +261,16 @@ def _cut_tensors(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) ->
         if not dims:
             continue
         dense = tensors[names[0]]
-        cut = _cut_tensor(dense, dims)
+        shape = [length - len(dims.get(dim, ())) for dim, length in enumerate(dense.shape)]
+        cut = deferred.resized(dense, shape) if deferred is not None else None
+        if cut is None:
+            cut = _cut_tensor(dense, dims)
         if isinstance(dense, nn.Parameter):
             cut = nn.Parameter(cut, requires_grad=dense.requires_grad)
         for name in names:
             owner, _, leaf = name.rpartition('.')
             setattr(model.get_submodule(owner), leaf, cut)
-        changed += names
+            changed.setdefault(owner, {})[leaf] = tuple(dense.shape)
     return changed
 
 
@@ -280,16 +293,13 @@ def _tensor_misfits(plan: Plan, tensors: Mapping[str, Tensor], absent: Callable[
         absent: Whether a tensor of the plan may be missing.
     """
     problems = []
-    for member in (member for cut in plan.cuts for member in cut.structure.members):
-        tensor = tensors.get(member.tensor)
+    for (name, dim), length in _dense_lengths(plan).items():
+        tensor = tensors.get(name)
         if tensor is None:
-            if not absent(member.tensor):
-                problems.append(f'{member.tensor} is missing')
-        elif member.dim >= tensor.ndim or member.index.max() >= tensor.shape[member.dim]:
-            problems.append(
-                f'{member.tensor} has shape {tuple(tensor.shape)} where dim {member.dim} needs '
-                f'{member.index.max() + 1} or more'
-            )
+            if not absent(name):
+                problems.append(f'{name} is missing')
+        elif dim >= tensor.ndim or tensor.shape[dim] != length:
+            problems.append(f'{name} has shape {tuple(tensor.shape)} where dim {dim} should have {length}')
     return list(dict.fromkeys(problems))
 
 
@@ -298,6 +308,15 @@ def _emptied(plan: Plan, tensors: Mapping[str, Tensor]) -> List[str]:
         f'nothing would be left of {name}' for name, dims in plan.removed().items()
         if name in tensors and any(len(gone) == tensors[name].shape[dim] for dim, gone in dims.items())
     ]
+
+
+def _dense_lengths(plan: Plan) -> Dict[Tuple[str, int], int]:
+    """Lengths of the dense model's dims, by tensor and dim. Where a member doesn't say, structures own all of a dim."""
+    lengths: Dict[Tuple[str, int], int] = {}
+    for member in (member for cut in plan.cuts for member in cut.structure.members):
+        key = member.tensor, member.dim
+        lengths[key] = max(lengths.get(key, 0), member.length or int(member.index.max()) + 1)
+    return lengths
 
 
 def _attribute_misfits(model: nn.Module, attributes: Mapping[str, int]) -> List[str]:
