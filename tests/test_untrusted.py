@@ -190,7 +190,7 @@ def test_attributes_only_get_smaller():
 
 
 def block(name, keep='none', **fields):
-    return {'name': name, 'kind': 'blocks', 'units': 1, 'keep': keep, 'members': ['conv1.weight dim 0 out'], **fields}
+    return {'name': name, 'kind': 'blocks', 'units': 1, 'keep': keep, 'members': ['fc.bias dim 0 per at 0 + 3x1'], **fields}
 
 
 def cut(keep, name='a', member='conv1.weight dim 0 out', units=16, kind='channels'):
