@@ -5,6 +5,7 @@ from typing import Any, Dict, Mapping
 from timm.models import PretrainedCfg
 from torch import Tensor
 
+from .deferred import DeferredInit
 from .errors import PruningError
 from .limits import check_arguments, check_size
 from .plan import Plan
@@ -63,7 +64,8 @@ def saved_tensors(plan: Plan, cfg: Mapping[str, Any], model_args: Mapping[str, A
     args = {**plan.base_args, **_arguments(model_args)}
     if 'num_classes' in args and 'num_classes' in cfg:
         args['num_classes'] = cfg['num_classes']  # a head may have been changed since it was built
-    return apply_plan(build_base(plan.base, args, 'meta', pretrained_cfg=described), plan).state_dict()
+    with DeferredInit():  # quicker, even where there is nothing to initialise
+        return apply_plan(build_base(plan.base, args, 'meta', pretrained_cfg=described), plan).state_dict()
 
 
 def _arguments(model_args: Mapping[str, Any]) -> Dict[str, Any]:

@@ -78,6 +78,8 @@ class DeferredInit(TorchFunctionMode):
         if func in _PASSIVE:
             return func(*args, **kwargs)
         tensor, step = _initialiser(func, args, kwargs)
+        if step and tensor.is_meta:
+            return tensor
         key = tensor.untyped_storage()._cdata if step and _whole(tensor) else None
         if key is not None and (step[0] in _OVERWRITE or key in self._pending):
             self._note(key, tensor, step)
@@ -155,7 +157,7 @@ def _initialiser(func: Callable, args: Tuple, kwargs: Dict[str, Any]) -> Tuple[O
 def _whole(tensor: Tensor) -> bool:
     """Whether a tensor is all that there is in its memory."""
     return (
-        tensor.layout is torch.strided and not tensor.is_meta and tensor.is_contiguous()
+        tensor.layout is torch.strided and tensor.is_contiguous()
         and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
     )
 
