@@ -41,7 +41,7 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('models', nargs='*', default=list(MODELS))
-    parser.add_argument('--repeats', type=int, default=11)
+    parser.add_argument('--repeats', type=int, default=15)
     parser.add_argument('--threads', type=int, default=2)
     parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
     return parser.parse_args()

@@ -64,8 +64,8 @@ def saved_tensors(plan: Plan, cfg: Mapping[str, Any], model_args: Mapping[str, A
     args = {**plan.base_args, **_arguments(model_args)}
     if 'num_classes' in args and 'num_classes' in cfg:
         args['num_classes'] = cfg['num_classes']  # a head may have been changed since it was built
-    with DeferredInit():  # quicker, even where there is nothing to initialise
-        return apply_plan(build_base(plan.base, args, 'meta', pretrained_cfg=described), plan).state_dict()
+    with DeferredInit() as deferred:  # quicker, though there is nothing to initialise
+        return apply_plan(build_base(plan.base, args, 'meta', pretrained_cfg=described), plan, deferred).state_dict()
 
 
 def _arguments(model_args: Mapping[str, Any]) -> Dict[str, Any]:

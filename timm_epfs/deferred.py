@@ -34,6 +34,7 @@ _PASSIVE = {
     Tensor.requires_grad.__set__, Tensor.requires_grad_,
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.__len__, Tensor.is_contiguous, Tensor.detach,
     Tensor.is_floating_point, Tensor.is_complex, Tensor.view, Tensor.untyped_storage, Tensor.__hash__,
+    torch._C._set_grad_enabled, torch.empty,
 }
 # (c, fan) of the bound √(c / fan) or deviation √(c / fan) that initialisers derive from a weight's fans, by the method
 # that gets the number; of two that give the same, the usual one first. trunc_normal_ scales by √2 · deviation.
@@ -91,13 +92,14 @@ class DeferredInit(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def resized(self, tensor: Tensor, shape: Sequence[int]) -> Optional[Tensor]:
-        """An empty tensor of another shape that will be initialised as ``tensor`` would; None if nothing is pending."""
+        """An empty tensor of another shape that will be initialised as ``tensor`` would; None if that has values."""
         pending = self._pending.get(tensor.untyped_storage()._cdata)
-        if pending is None:
+        if pending is None and not tensor.is_meta:
             return None
         other = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-        storage = other.untyped_storage()
-        self._pending[storage._cdata] = _Pending(StorageWeakRef(storage), other.dtype, list(pending.steps))
+        if pending is not None:
+            storage = other.untyped_storage()
+            self._pending[storage._cdata] = _Pending(StorageWeakRef(storage), other.dtype, list(pending.steps))
         return other
 
     def refit(self, module: nn.Module, dense: Mapping[str, Sequence[int]]) -> None:
