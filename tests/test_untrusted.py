@@ -189,8 +189,9 @@ def test_attributes_only_get_smaller():
         apply_plan(Inner(), Plan(None, {}, (), {'width': 5}))
 
 
-def block(name, keep='none', **fields):
-    return {'name': name, 'kind': 'blocks', 'units': 1, 'keep': keep, 'members': ['fc.bias dim 0 per at 0 + 3x1'], **fields}
+def block(name):
+    members = ['fc.bias dim 0 per at 0 + 3x1']
+    return {'name': name, 'kind': 'blocks', 'units': 1, 'keep': 'none', 'members': members}
 
 
 def cut(keep, name='a', member='conv1.weight dim 0 out', units=16, kind='channels'):
