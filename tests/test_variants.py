@@ -398,9 +398,9 @@ def test_registered_weights(registry, tmp_path, monkeypatch):
 
     def from_hub(repo, name, cache_dir=None):
         asked.append(repo)
-        return dict(model.state_dict())
+        return folder / name
 
-    monkeypatch.setattr('timm_epfs.registry.load_state_dict_from_hf', from_hub)
+    monkeypatch.setattr('timm_epfs.registry.download_from_hf', from_hub)
     for i, weights in enumerate([folder, folder / 'model.safetensors', 'hf-hub:me/mine@main']):
         timm_epfs.register(f'mine_{i}', model.pruning_plan, weights)
         cfg = timm.get_pretrained_cfg(f'mine_{i}')
