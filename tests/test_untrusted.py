@@ -189,8 +189,9 @@ def test_attributes_only_get_smaller():
         apply_plan(Inner(), Plan(None, {}, (), {'width': 5}))
 
 
-def block(name, keep='none', **fields):
-    return {'name': name, 'kind': 'blocks', 'units': 1, 'keep': keep, 'members': ['fc.bias dim 0 per at 0 + 3x1'], **fields}
+def block(name):
+    members = ['fc.bias dim 0 per at 0 + 3x1']
+    return {'name': name, 'kind': 'blocks', 'units': 1, 'keep': 'none', 'members': members}
 
 
 def cut(keep, name='a', member='conv1.weight dim 0 out', units=16, kind='channels'):
@@ -658,3 +659,19 @@ def test_spoilt_configs(saved):
         spoil()
     assert loaded.total() >= 500 and min(loaded[True], loaded[False]) > 20, loaded
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize('change, message', [
+    (in_cfg(url='http://127.0.0.1/x.pth'), "'url' is not for a config to set"),
+    (in_cfg(hf_hub_filename='../../pytorch_model.bin'), "'hf_hub_filename' is not for a config to set"),
+    (in_cfg(colour=1), 'colour'),
+])
+def test_a_config_that_names_a_variant_decides_no_more(hostile, change, message):
+    def named(config):
+        config['architecture'] = 'resnet20_cifar_epfs50'
+        config.pop('model_args')
+        change(config)
+
+    with pytest.raises(PruningError) as error:
+        hostile(named)
+    assert message in line(error)

@@ -20,6 +20,7 @@ from timm.models import (
 from timm.models._hub import load_model_config_from_path
 from torch import nn
 
+from ..config import check_config, is_from_config
 from ..errors import PruningError
 from ..plan import Plan
 from ..registry import WEIGHT_SOURCES, as_plan, epfs_pruned
@@ -116,6 +117,8 @@ def _entry_point(name: str, plan: Union[Plan, Path]) -> Callable[..., nn.Module]
     ) -> nn.Module:
         if isinstance(pretrained_cfg, PretrainedCfg):
             pretrained_cfg = pretrained_cfg.to_dict()
+        if is_from_config(pretrained_cfg):
+            check_config(pretrained_cfg, kwargs.get('pretrained_model_args') or {})
         cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
         if pretrained and not any(cfg.get(source) for source in WEIGHT_SOURCES):
             raise _no_weights(name, plan)
