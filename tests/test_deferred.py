@@ -52,7 +52,7 @@ def test_one_tensor_is_what_it_would_be(steps):
 @pytest.mark.parametrize('read', [
     lambda w: w.std(), lambda w: w[0], lambda w: w.tolist()[0][0], lambda w: w.numpy(), lambda w: float(w[0, 0]),
     lambda w: torch.cat([w, w]), lambda w: copy.deepcopy(w), lambda w: w.to(torch.float64), lambda w: torch.stack((w,)),
-    lambda w: nn.functional.linear(input=torch.ones(32), weight=w), lambda w: torch.tensor([*w[0]]), lambda w: w.reshape(-1),
+    lambda w: nn.functional.linear(input=torch.ones(32), weight=w), lambda w: list(w)[0], lambda w: w.reshape(-1),
     lambda w: torch.utils._pytree.tree_map(torch.sum, {'w': w})['w'], lambda w: torch.where(w > 0, w, -w),
     lambda w: w.data.clone(), lambda w: w.flatten()[0].item(), lambda w: w @ w.t(), lambda w: copy.copy(w).sum(),
 ])

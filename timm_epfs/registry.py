@@ -3,8 +3,9 @@
 ``config.json`` carries the plan in its ``model_args``, so that ``timm.create_model('hf-hub:…')`` and
 ``('local-dir:…')`` need nothing but ``import timm_epfs``.
 """
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Union
 
 from timm.models import PretrainedCfg, register_model
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_cached_file, download_from_hf
@@ -21,6 +22,7 @@ from .weights import read_weights
 __all__ = ['ARCHITECTURE', 'WEIGHT_SOURCES', 'as_plan', 'describe_torchvision', 'epfs_pruned']
 
 ARCHITECTURE = 'epfs_pruned'
+Read = Callable[[Optional[Mapping[str, Tensor]]], Mapping[str, Tensor]]
 WEIGHT_SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')  # fields of a pretrained_cfg
 
 
@@ -59,19 +61,19 @@ def epfs_pruned(
         # What timm's scripts pass for an architecture without a config of its own: it says nothing about the base.
         cfg = None
     described = {**(cfg if isinstance(cfg, dict) else {}), **(pretrained_cfg_overlay or {})}
-    weights = None
+    read = None
     if pretrained and any(described.get(source) for source in WEIGHT_SOURCES):
-        saved = saved_tensors(plan, cfg, pretrained_model_args or {}) if is_from_config(cfg) else None
-        weights = _read_weights(described, cache_dir, saved)
+        saved = partial(saved_tensors, plan, cfg, pretrained_model_args or {}) if is_from_config(cfg) else None
+        read = partial(_read_weights, described, cache_dir, saved)
 
     if (plan.base or '').startswith(TORCHVISION):
-        return _pruned_torchvision(plan, described, pretrained, weights, kwargs)
+        return _pruned_torchvision(plan, described, pretrained, read, kwargs)
 
     described.setdefault('architecture', ARCHITECTURE)
     return _pruned_timm(
         plan,
         described,
-        weights,
+        read,
         kwargs,
         pretrained=pretrained,
         pretrained_cfg=cfg,
@@ -117,16 +119,16 @@ def as_plan(plan: Optional[Union[Plan, Mapping[str, Any], str, Path]]) -> Plan:
 def _pruned_timm(
         plan: Plan,
         cfg: Mapping[str, Any],
-        weights: Optional[Mapping[str, Tensor]],
+        read: Optional[Read],
         kwargs: Dict[str, Any],
         **create_args: Any,
 ) -> nn.Module:
-    """Build and cut, and load what was read.
+    """Build and cut, and load weights.
 
     Args:
         plan: What stays.
         cfg: Description of the weights, overlay included.
-        weights: Of the pruned model; None for none, or for the base's own.
+        read: Reads weights of the pruned model; None for none, or for the base's own.
         kwargs: The user's arguments of the base.
         **create_args: Further arguments of ``timm.create_model``.
     """
@@ -137,15 +139,18 @@ def _pruned_timm(
             model = build_base(plan.base, {**plan.base_args, **kwargs}, **{**create_args, **more}, **features)
             return model if features else apply_plan(model, plan, deferred)
 
-        if weights is None:
+        if read is None:
             model = build()
-        elif features or not _load_as_it_is(model := build(pretrained=False), weights):
-            # timm adapts dense weights to classes, channels and image size by rules of each base. It is given dense
-            # weights, with zeros in the entries that the plan then cuts.
-            dense = {'state_dict': inflate_checkpoint(weights, plan), 'source': None}
-            model = build(pretrained_cfg_overlay={**create_args['pretrained_cfg_overlay'], **dense})
-            model.pretrained_cfg.pop('state_dict')
-            model.pretrained_cfg.update({k: cfg[k] for k in ('source', 'state_dict') if cfg.get(k)})
+        else:
+            model = None if features else build(pretrained=False)
+            weights = read(None if features else model.state_dict())
+            if features or not _load_as_it_is(model, weights):
+                # timm adapts dense weights to classes, channels and image size by rules of each base. It is given dense
+                # weights, with zeros in the entries that the plan then cuts.
+                dense = {'state_dict': inflate_checkpoint(weights, plan), 'source': None}
+                model = build(pretrained_cfg_overlay={**create_args['pretrained_cfg_overlay'], **dense})
+                model.pretrained_cfg.pop('state_dict')
+                model.pretrained_cfg.update({k: cfg[k] for k in ('source', 'state_dict') if cfg.get(k)})
     if not features:
         model.pruning_plan = plan
     return model
@@ -155,14 +160,15 @@ def _pruned_torchvision(
         plan: Plan,
         cfg: Mapping[str, Any],
         pretrained: bool,
-        weights: Optional[Mapping[str, Tensor]],
+        read: Optional[Read],
         kwargs: Mapping[str, Any],
 ) -> nn.Module:
-    if pretrained and weights is None:
+    if pretrained and read is None:
         raise PruningError(f'no weights are known for {plan.base} cut to a plan; use pretrained=False and load them')
     with DeferredInit() as deferred:
         model = apply_plan(build_base(plan.base, {**plan.base_args, **kwargs}), plan, deferred)
-        if weights is not None:
+        if read is not None:
+            weights = read(model.state_dict())
             try:
                 model.load_state_dict(weights)
             except RuntimeError as e:
@@ -184,9 +190,17 @@ def _load_as_it_is(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
 def _read_weights(
         cfg: Mapping[str, Any],
         cache_dir: Optional[Union[str, Path]],
-        expected: Optional[Mapping[str, Tensor]],
+        saved: Optional[Callable[[], Mapping[str, Tensor]]],
+        own: Optional[Mapping[str, Tensor]],
 ) -> Mapping[str, Tensor]:
-    """Read weights from where a pretrained_cfg says, in timm's order of precedence, safetensors only."""
+    """Read weights from where a pretrained_cfg says, in timm's order of precedence, safetensors only.
+
+    Args:
+        cfg: Description of the weights.
+        cache_dir: Where downloads go.
+        saved: Makes the tensors that a config.json tells of; None where there is none.
+        own: The tensors of the model that is being made. Weights like these need no config.json to tell of them.
+    """
     if cfg.get('source') == 'local-dir':
         path = Path(cfg['file']) / HF_SAFE_WEIGHTS_NAME
     elif cfg.get('source') == 'hf-hub':
@@ -205,4 +219,4 @@ def _read_weights(
         path = download_from_hf(cfg['hf_hub_id'], name, cache_dir=cache_dir)
     elif cfg.get('url') and not cfg.get('file'):
         path = download_cached_file(cfg['url'], cache_dir=cache_dir)
-    return read_weights(path, expected)
+    return read_weights(path, saved and own, saved)

@@ -1,6 +1,6 @@
 """Weights from anyone: a safetensors file is compared with what is expected before a tensor of it is read."""
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
 import safetensors
 import torch
@@ -24,13 +24,18 @@ _OTHERS = {
 }
 
 
-def read_weights(path: Union[str, Path], expected: Optional[Mapping[str, Tensor]] = None) -> Dict[str, Tensor]:
+def read_weights(
+        path: Union[str, Path],
+        expected: Optional[Mapping[str, Tensor]] = None,
+        otherwise: Optional[Callable[[], Mapping[str, Tensor]]] = None,
+) -> Dict[str, Tensor]:
     """Read a safetensors file, whole or not at all.
 
     Args:
         path: The file.
         expected: Tensors that it should hold, by name, on any device, the meta device included. Their shapes are to be
             the same; floating-point numbers may have another precision, and nothing else another type.
+        otherwise: Makes what else the file may hold; only called where it doesn't hold that.
 
     Raises:
         PruningError: It is no safetensors file, or holds other tensors: the first three names, with their shapes.
@@ -39,6 +44,8 @@ def read_weights(path: Union[str, Path], expected: Optional[Mapping[str, Tensor]
         _check_start(Path(path))
         with safetensors.safe_open(path, framework='pt') as file:
             found = {name: _described(file.get_slice(name)) for name in file.keys()}
+            if otherwise is not None and (expected is None or _misfits(found, expected)):
+                expected = otherwise()
             _check_tensors(path, found, expected)
             return {name: file.get_tensor(name) for name in found}
     except (OSError, safetensors.SafetensorError) as e:
