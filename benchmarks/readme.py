@@ -10,6 +10,7 @@ TABLES = {
     'one_shot': 'one_shot_resnet56_cifar.md',
     'exactness': 'exactness.md',
     'prune_speed': 'prune_speed.md',
+    'create_speed': 'create_speed.md',
     'overhead': 'overhead.md',
 }
 LONG = 30  # rows; a longer table is folded

@@ -9,6 +9,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import timm_epfs
 from timm_epfs.criteria import CRITERIA, score
 from timm_epfs.errors import PruningError
 from timm_epfs.structure import Member, Structure
@@ -255,7 +256,7 @@ def test_structure_of_raw_parameters_has_scores(criterion):
         np.testing.assert_allclose(values, np.array([1, 9, 4, 0.25]) / 3.5625)
 
 
-@pytest.mark.parametrize('criterion', [name for name in CRITERIA if name != 'random'])
+@pytest.mark.parametrize('criterion', [name for name in CRITERIA if name not in ('random', 'uniform')])
 def test_all_zero_structure_scores_zero(net, data, criterion):
     with torch.no_grad():
         for tensor in (net.conv1.weight, net.bn1.weight, net.conv2.weight):
@@ -263,6 +264,15 @@ def test_all_zero_structure_scores_zero(net, data, criterion):
     scores = score(net, CONV_STRUCTURES, criterion, data=data)
     np.testing.assert_array_equal(scores['conv1'], np.zeros(8))
     assert np.isfinite(scores['conv2']).all()
+
+
+def test_uniform_cuts_every_layer_alike_and_keeps_its_first_units():
+    slim = timm_epfs.prune('test_resnet', macs=0.5, criterion='uniform')
+    shares = []
+    for cut in (cut for cut in slim.pruning_plan.cuts if cut.structure.kind == 'channels'):
+        np.testing.assert_array_equal(cut.keep, np.arange(len(cut.keep)))
+        shares.append(len(cut.keep) / cut.structure.units)
+    assert max(shares) - min(shares) < 0.2 and len(shares) > 3
 
 
 def test_random():
@@ -327,7 +337,7 @@ def test_modes_are_restored_after_an_error(net, data):
 
 
 @pytest.mark.parametrize('criterion, kwargs, message', [
-    ('taylr', {}, "nearest is 'taylor'.*l1, l2, fpgm, bn_scale, lamp, random, taylor, obdc"),
+    ('taylr', {}, "nearest is 'taylor'.*l1, l2, fpgm, bn_scale, lamp, random, uniform, taylor, obdc"),
     ('taylor', {}, 'give data='),
     ('obdc', {'data': []}, 'no batch'),
     ('taylor', {'data': [torch.zeros(2, 3, 8, 8)]}, 'found a Tensor'),

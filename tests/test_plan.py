@@ -195,7 +195,7 @@ for _ in range(50):
     (at(['base_args'], []), 'base_args: found [], expected an object'),
     (at(['base_args'], {'x': float('nan')}), 'base_args.x: found nan'),
     (at(['recipe'], {'x': deep}), 'nested more than'),
-    (at(['base'], deep), 'base: found'),
+    (at(['base'], deep), 'nested more than'),
     (at(['cuts'], {}), 'cuts: found {}, expected a list'),
     (at(['cuts', 1, 'name'], 'blocks.0.attn.qkv'), "2 structures are named 'blocks.0.attn.qkv'"),
     (at([*CUT], None), 'cuts[0]: found None, expected an object'),
@@ -249,7 +249,7 @@ def test_text_that_is_no_plan_is_refused(text):
 def test_a_plan_that_asks_for_gigabytes_is_refused_before_they_are_allocated(plan):
     data = plan.to_dict()
     members = [f'w{i} dim 0 out at 0 + 64u + 64x1' for i in range(6)]
-    data['cuts'] = [{'name': 'a', 'kind': 'channels', 'units': 10 ** 7, 'keep': 'all', 'members': members}]
+    data['cuts'] = [{'name': 'a', 'kind': 'channels', 'units': 2 ** 18, 'keep': 'all', 'members': members}]
     tracemalloc.start()
     with pytest.raises(PruningError, match='entries'):
         Plan.from_dict(data)

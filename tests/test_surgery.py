@@ -222,7 +222,7 @@ def test_a_plan_for_another_base_changes_nothing():
     bad = Plan('resnet18', {}, cuts, {'num_features': 9999})
     before = dict(model.named_parameters())
     with pytest.raises(PruningError, match=r'another base \(base resnet18\): layer1.0.conv9.weight is missing; '
-                                           r'fc.weight has shape \(5, 512\) where dim 1 needs 600 or more; '
+                                           r'fc.weight has shape \(5, 512\) where dim 1 should have 600; '
                                            r'fc.bias has shape .* and 1 more'):
         apply_plan(model, bad)
     after = dict(model.named_parameters())

@@ -4,7 +4,7 @@
 """
 from typing import TYPE_CHECKING, Any, List
 
-from . import models, registry  # noqa: F401, registered by their import
+from . import models, registry, variants  # noqa: F401, registered by their import
 from .errors import PruningError
 from .version import __version__
 
@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from .push import push_to_hub
     from .report import inspect
     from .surgery import rebuild, slice_checkpoint
+    from .variants import register
 
 __all__ = [
     'BNSFP', 'CRITERIA', 'EPFS', 'OneShot', 'Plan', 'PruningError', 'SFP', 'SSS', 'Scratch', '__version__', 'inspect',
-    'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn', 'save_pretrained', 'slice_checkpoint',
+    'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn', 'register', 'save_pretrained', 'slice_checkpoint',
 ]
 
 _HOMES = {
@@ -38,6 +39,7 @@ _HOMES = {
     'push_to_hub': 'push',
     'rebuild': 'surgery',
     'recalibrate_bn': 'calibrate',
+    'register': 'variants',
     'save_pretrained': 'hub',
     'slice_checkpoint': 'surgery',
 }

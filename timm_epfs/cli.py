@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .allocate import SCOPES
 from .api import create_base, example_for, prune
+from .autoload import autoload_path, is_on, switch_off, switch_on
 from .calibrate import recalibrate_bn
 from .checkpoint import check_readable, load_weights
 from .criteria import CRITERIA
@@ -112,6 +113,10 @@ def _parser() -> argparse.ArgumentParser:
     share = commands.add_parser('push', help='push a saved model to the Hub, with a model card')
     _add_push_arguments(share)
     share.set_defaults(run=_push)
+
+    auto = commands.add_parser('autoload', help='have programs that import timm know our names with no line changed')
+    auto.add_argument('state', choices=('on', 'off', 'status'), help='for the Python environment that this runs in')
+    auto.set_defaults(run=_autoload)
     return parser
 
 
@@ -255,6 +260,17 @@ def _push(args: argparse.Namespace) -> None:
     pushed = push_to_hub(model, args.repo_id, metrics, **options)
     what = f'pushed {", ".join(pushed.files)}' if pushed.files else 'nothing to push, the repo has it all'
     print(f'{what}: {pushed.pull_request or pushed.url}')
+
+
+def _autoload(args: argparse.Namespace) -> None:
+    if args.state == 'on':
+        switch_on()
+    elif args.state == 'off':
+        switch_off()
+    if is_on():
+        print(f'autoload is on ({autoload_path()}): what imports timm knows our names')
+    else:
+        print("autoload is off: 'import timm_epfs' tells timm our names")
 
 
 def _check(args: argparse.Namespace) -> None:

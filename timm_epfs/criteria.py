@@ -65,6 +65,7 @@ CRITERIA: Dict[str, Criterion] = {
         'Squared weights over those of all units not below (Lee et al., Layer-adaptive Sparsity, ICLR 2021).',
         'LAMPImportance', {'p': 2}, normalizer='lamp'),
     'random': Criterion('Uniform in [0, 1), the control experiment. Needs no weights.', kinds=()),
+    'uniform': Criterion('All alike: every layer is cut by the same share and its first units stay. Needs no weights.'),
     # torch-pruning's Taylor takes the BatchNorm branch only for GroupNorm's pruning function, and so never scores one.
     'taylor': Criterion(
         'Absolute weight times gradient of the loss (Molchanov et al., Importance Estimation, CVPR 2019). Needs data.',
@@ -87,9 +88,9 @@ def score(
     """Score every unit of every structure.
 
     Scores are comparable across structures: each structure's are divided by their mean (``'lamp'``: its own rule;
-    ``'random'``: as drawn). A structure whose raw scores are all zero scores zero. A structure that has none of the
-    members a criterion looks at is scored on all its parameters (``'bn_scale'``: by ``'l2'``). The model is not
-    changed, nor is the global random state; the model runs in evaluation mode.
+    ``'random'``: as drawn; ``'uniform'``: ones). A structure whose raw scores are all zero scores zero. A structure
+    that has none of the members a criterion looks at is scored on all its parameters (``'bn_scale'``: by ``'l2'``).
+    The model is not changed, nor is the global random state; the model runs in evaluation mode.
 
     Args:
         model: The model that the structures were found on, or a copy of it.
@@ -114,6 +115,8 @@ def score(
     structures = list(structures)
     if criterion == 'random':
         return {s.name: _random(s, seed) for s in structures}
+    if criterion == 'uniform':
+        return {s.name: np.ones(s.units) for s in structures}
     if not structures:
         return {}
 

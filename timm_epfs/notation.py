@@ -12,8 +12,9 @@ import numpy as np
 
 __all__ = ['Ranges', 'Strided']
 
-_RUN = re.compile(r'(\d{1,9})(?:-(\d{1,9}))?')
-_STRIDED = re.compile(r'(\d{1,9})(?: \+ (\d{1,9})u)?((?: \+ \d{1,9}x\d{1,9}){0,8})')
+# What no text of ranges has: other characters, ten digits, places without a number, runs of three or to zero.
+_NO_RANGE = re.compile(r'[^0-9,-]|[0-9]{10}|[,-](?:[,-]|$)|-(?:0|[0-9]+-)')
+_STRIDED = re.compile(r'(\d{1,9})(?: \+ (\d{1,9})u)?((?: \+ \d{1,9}x\d{1,9}){0,8})', re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,15 +41,19 @@ class Ranges:
         Raises:
             ValueError: The text is not a list of ranges.
         """
-        runs = [_RUN.fullmatch(part) for part in text.split(',')]
-        if not all(runs):
-            bad = text.split(',')[runs.index(None)]
-            raise ValueError(f'{bad[:40]!r} is no range; write 0-5,8,10-63')
-        starts = np.array([int(run[1]) for run in runs], dtype=np.int64)
-        stops = np.array([int(run[2] or run[1]) for run in runs], dtype=np.int64)
+        wrong = _NO_RANGE.search(text)
+        if wrong or text[:1] in ',-':
+            start = text.rfind(',', 0, wrong.start() + 1) + 1 if wrong else 0
+            raise ValueError(f'{text[start:start + 40].partition(",")[0]!r} is no range; write 0-5,8,10-63')
+        # The last of a run is read as a negative number, as in '0,-5,8'.
+        values = np.fromstring(text.replace('-', ',-'), dtype=np.int64, sep=',')
+        first = values >= 0
+        starts = values[first]
+        stops = starts.copy()
+        stops[np.cumsum(first)[~first] - 1] = -values[~first]
         if (stops < starts).any():
             worst = int(np.argmax(stops < starts))
-            raise ValueError(f'{text.split(",")[worst]!r} runs backwards')
+            raise ValueError(f"'{starts[worst]}-{stops[worst]}' runs backwards")
         return cls(starts, stops)
 
     @property

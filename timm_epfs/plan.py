@@ -9,6 +9,8 @@ import re
 import reprlib
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from math import isfinite
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, Tuple, Union
@@ -16,14 +18,18 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 import numpy as np
 
 from .errors import PruningError
+from .limits import MAX_CHARACTERS, check_arguments, check_name, check_size, check_text
 from .notation import Ranges, Strided
 from .structure import KINDS, Member, Structure
 
 __all__ = ['Cut', 'Plan', 'FORMAT']
 
 FORMAT = 1
-MAX_UNITS = 10_000_000
-MAX_ENTRIES = 50_000_000
+# The largest of timm's zoo: 18,375 members (densenet264d), 16,384 units (swinv2_cr_giant), 5.9 million entries
+# (eva02_enormous).
+MAX_UNITS = 2 ** 18
+MAX_MEMBERS = 2 ** 15
+MAX_ENTRIES = 12_000_000
 MAX_INDEX = 2 ** 31 - 1
 MAX_DEPTH = 16
 
@@ -31,7 +37,8 @@ _FIELDS = ('format', 'base', 'base_args', 'recipe', 'cost', 'attributes', 'cuts'
 _CUT_FIELDS = ('name', 'kind', 'units', 'keep', 'members')
 _CUT_OPTIONS = ('exact', 'reason', 'stream', 'shortcut')
 _KIND_NAMES = {dict: 'an object', list: 'a list', str: 'text', int: 'an integer', bool: 'true or false'}
-_MEMBER = re.compile(r'(.+) dim (\d) (out|in|per)(?: (at|rows) (.+))?')
+_BASE = re.compile(r'(torchvision/)?\w{1,100}(\.\w{1,100})?', re.ASCII)
+_MEMBER = re.compile(r'(.+) dim ([0-9])(?: of ([0-9]{1,9}))? (out|in|per)(?: (at|rows) (.+))?')
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +63,7 @@ class Plan:
         cuts: Every structure of the trace, cut or not, so that plans compose and show what else could be cut.
         attributes: Integers to set on the model, by path: ``'blocks.0.attn.num_heads': 3``. A number in the path is a
             position in a list or tuple: ``'feature_info.2.num_chs': 96``.
-        recipe: How the plan was found: method, criterion, target, versions. JSON values, no dates.
+        recipe: How the plan was found: method, criterion, target, versions; data, date and command where it ships.
         cost: (dense, pruned) by quantity: ``{'macs': (1.8e9, 0.9e9)}``.
     """
     base: Optional[str]
@@ -75,26 +82,28 @@ class Plan:
         return {s.name for s in structures if left.get(s.name) != s.units}
 
     def removed_blocks(self) -> Dict[str, Tuple[str, ...]]:
-        """Paths of the modules that are taken out, with the names of those of their children that stay."""
+        """Paths of the modules that are taken out, with the names of those of their children that stay.
+
+        What goes with a block around it isn't among them.
+        """
         gone = [cut.structure for cut in self.cuts if cut.structure.kind == 'blocks' and not len(cut.keep)]
-        return {structure.name: structure.shortcut for structure in gone}
+        blocks = {structure.name: structure.shortcut for structure in gone}
+        return {name: children for name, children in blocks.items() if not _goes(name, blocks)}
 
     def lost(self, tensors: Iterable[str]) -> Set[str]:
         """Which of these tensors go with their block."""
-        blocks = [
-            (f'{block}.', tuple(f'{block}.{child}.' for child in children))
-            for block, children in self.removed_blocks().items()
-        ]
-        return {
-            name for name in tensors
-            if any(name.startswith(inside) and not name.startswith(stays) for inside, stays in blocks)
-        }
+        blocks = self.removed_blocks()
+        return {name for name in tensors if _goes(name, blocks)}
 
     def removed(self) -> Dict[str, Dict[int, np.ndarray]]:
         """Entries that go, by tensor and dim, each sorted. An entry that several structures own goes with any.
 
         Blocks aren't among them: what is in a block goes with its module.
         """
+        return self._removed
+
+    @cached_property
+    def _removed(self) -> Dict[str, Dict[int, np.ndarray]]:
         gone: Dict[str, Dict[int, List[np.ndarray]]] = {}
         for cut in self.cuts:
             if cut.structure.kind == 'blocks':
@@ -171,24 +180,19 @@ class Plan:
             PruningError: The values are no plan; the message names the field.
         """
         _check_format(data)
+        check_size(dict(data), 'plan')
         _check_fields(data, _FIELDS, (), 'plan')
-        base = data['base']
-        if not (base is None or isinstance(base, str)):
-            raise _bad('base', base, 'a model name or null')
+        if data['base'] is not None:
+            _check_base(data['base'])
         for name in ('base_args', 'recipe', 'cost', 'attributes'):
             _expect(data[name], dict, name)
-        _expect(data['cuts'], list, 'cuts')
+        base_args = _json_value(data['base_args'], 'base_args')
+        check_arguments(base_args, 'plan, base_args')
 
-        parsed = [_parse_cut(cut, f'cuts[{i}]') for i, cut in enumerate(data['cuts'])]
-        entries = sum(cut.entries for cut in parsed)
-        if entries > MAX_ENTRIES:
-            raise PruningError(f'plan: its index maps have {entries} entries, {MAX_ENTRIES} are allowed')
-        (name, times), = Counter(cut.name for cut in parsed).most_common(1) or [('', 0)]
-        if times > 1:
-            raise PruningError(f'plan: {times} structures are named {name[:80]!r}; names are unique')
+        parsed = _parse_cuts(data['cuts'])
         return cls(
-            base=base,
-            base_args=_json_value(data['base_args'], 'base_args'),
+            base=data['base'],
+            base_args=base_args,
             cuts=tuple(cut.build() for cut in parsed),
             attributes={name: _parse_attribute(name, value) for name, value in data['attributes'].items()},
             recipe=_json_value(data['recipe'], 'recipe'),
@@ -206,6 +210,7 @@ class Plan:
         Raises:
             PruningError: The text is not JSON or no plan.
         """
+        check_text(text, 'plan')
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as e:
@@ -237,7 +242,8 @@ class Plan:
             PruningError: The file can't be read or holds no plan.
         """
         try:
-            text = Path(path).read_text(encoding='utf-8')
+            with open(path, encoding='utf-8') as file:
+                text = file.read(MAX_CHARACTERS + 1)
         except (OSError, UnicodeDecodeError) as e:
             raise PruningError(f'plan not read from {path}: {getattr(e, "strerror", None) or "not UTF-8 text"}') from e
         return cls.from_json(text)
@@ -249,20 +255,27 @@ class _ParsedCut:
     name: str
     units: int
     keep: Union[Ranges, Strided, None]
-    members: Tuple[Tuple[str, int, str, Union[Ranges, Strided]], ...]
+    members: Tuple[Tuple[str, int, str, Union[Ranges, Strided], Optional[int]], ...]
     options: Dict[str, Any]
 
     @property
     def entries(self) -> int:
-        return self.units + sum(index.entries for *_, index in self.members)
+        return self.units + sum(index.entries for *_, index, _ in self.members)
 
     def build(self) -> Cut:
         members = tuple(
-            Member(tensor, dim, role, index.array().reshape(self.units, -1))
-            for tensor, dim, role, index in self.members
+            Member(tensor, dim, role, index.array().reshape(self.units, -1), length)
+            for tensor, dim, role, index, length in self.members
         )
         structure = Structure(name=self.name, units=self.units, members=members, **self.options)
         return Cut(structure, np.zeros(0, np.int64) if self.keep is None else self.keep.array().reshape(-1))
+
+
+def _goes(name: str, blocks: Mapping[str, Sequence[str]]) -> bool:
+    """Whether something of this name is in one of the blocks and in none of its children that stay."""
+    parts = name.split('.')
+    parents = accumulate(parts, '{}.{}'.format)
+    return any(parent in blocks and child not in blocks[parent] for parent, child in zip(parents, parts[1:]))
 
 
 def _write_cut(cut: Cut) -> Dict[str, Any]:
@@ -279,7 +292,8 @@ def _write_cut(cut: Cut) -> Dict[str, Any]:
 
 
 def _write_member(member: Member) -> str:
-    text = f'{member.tensor} dim {member.dim} {member.role}'
+    length = '' if member.length is None else f' of {member.length}'
+    text = f'{member.tensor} dim {member.dim}{length} {member.role}'
     layout = Strided.find(member.index)
     if layout is None:
         return f'{text} rows {Ranges.find(member.index.ravel())}'
@@ -287,12 +301,28 @@ def _write_member(member: Member) -> str:
     return text if identity else f'{text} at {layout}'
 
 
+def _parse_cuts(data: Any) -> List[_ParsedCut]:
+    _expect(data, list, 'cuts')
+    parsed, members, entries = [], 0, 0
+    for i, cut in enumerate(data):
+        parsed.append(_parse_cut(cut, f'cuts[{i}]'))
+        members, entries = members + len(parsed[-1].members), entries + parsed[-1].entries
+        if members > MAX_MEMBERS or entries > MAX_ENTRIES:
+            raise PruningError(
+                f'plan: its index maps are too large; {MAX_MEMBERS} members and {MAX_ENTRIES} entries are allowed'
+            )
+    (name, times), = Counter(cut.name for cut in parsed).most_common(1) or [('', 0)]
+    if times > 1:
+        raise PruningError(f'plan: {times} structures are named {name[:80]!r}; names are unique')
+    return parsed
+
+
 def _parse_cut(data: Any, where: str) -> _ParsedCut:
     _expect(data, dict, where)
     _check_fields(data, _CUT_FIELDS, _CUT_OPTIONS, where)
-    for name, kind in (('name', str), ('units', int), ('keep', str), ('members', list)):
+    for name, kind in (('units', int), ('keep', str), ('members', list), ('kind', str)):
         _expect(data[name], kind, f'{where}.{name}')
-    for name, kind in (('exact', bool), ('reason', str), ('stream', bool)):
+    for name, kind in (('exact', bool), ('stream', bool)):
         _expect(data.get(name, kind()), kind, f'{where}.{name}')
     shortcut = _parse_shortcut(data, where)
     units = data['units']
@@ -300,10 +330,13 @@ def _parse_cut(data: Any, where: str) -> _ParsedCut:
         raise _bad(f'{where}.units', units, f'1 to {MAX_UNITS}')
     if data['kind'] not in KINDS:
         raise _bad(f'{where}.kind', data['kind'], ', '.join(KINDS))
+    if data['keep'] == 'none' and (data['kind'] != 'blocks' or not data['name']):
+        raise _bad(f'{where}.keep', data['keep'], 'at least one unit; only a block goes whole')
     if not data['members']:
         raise _bad(f'{where}.members', data['members'], 'at least one')
+    check_name(data.get('reason', ''), f'plan, {where}.reason')
     return _ParsedCut(
-        name=data['name'],
+        name=check_name(data['name'], f'plan, {where}.name'),
         units=units,
         keep=_parse_keep(data['keep'], units, f'{where}.keep'),
         members=tuple(_parse_member(text, units, f'{where}.members[{i}]') for i, text in enumerate(data['members'])),
@@ -336,12 +369,13 @@ def _parse_keep(text: str, units: int, where: str) -> Union[Ranges, Strided, Non
     return keep
 
 
-def _parse_member(text: Any, units: int, where: str) -> Tuple[str, int, str, Union[Ranges, Strided]]:
+def _parse_member(text: Any, units: int, where: str) -> Tuple[str, int, str, Union[Ranges, Strided], Optional[int]]:
     _expect(text, str, where)
     match = _MEMBER.fullmatch(text)
     if not match:
         raise _bad(where, text, "'layer1.0.conv1.weight dim 0 out'")
-    tensor, dim, role, form, layout = match.groups()
+    tensor, dim, length, role, form, layout = match.groups()
+    check_name(tensor, f'plan, {where}')
     try:
         index = Strided(units) if form is None else \
             Strided.parse(layout, units) if form == 'at' else Ranges.parse(layout)
@@ -349,10 +383,13 @@ def _parse_member(text: Any, units: int, where: str) -> Tuple[str, int, str, Uni
         raise PruningError(f'plan, {where}: {e}') from None
     if index.entries % units or index.top > MAX_INDEX:
         raise _bad(where, text, f'the same number of entries for each of {units} units, each below 2^31')
-    return tensor, int(dim), role, index
+    if length is not None and int(length) <= index.top:
+        raise _bad(where, text, f'a dim longer than {index.top}, its last entry')
+    return tensor, int(dim), role, index, length and int(length)
 
 
 def _parse_attribute(name: str, value: Any) -> int:
+    check_name(name, 'plan, attributes')
     _expect(value, int, f'attributes[{name[:80]!r}]')
     if not 0 <= value <= MAX_INDEX:
         raise _bad(f'attributes[{name[:80]!r}]', value, '0 or more')
@@ -360,7 +397,7 @@ def _parse_attribute(name: str, value: Any) -> int:
 
 
 def _parse_cost(name: str, pair: Any) -> Tuple[float, float]:
-    where = f'cost[{name[:80]!r}]'
+    where = f'cost[{check_name(name, "plan, cost")[:80]!r}]'
     _expect(pair, list, where)
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in pair)
     if len(pair) != 2 or not numbers or not all(0 <= value < 1e30 for value in pair):
@@ -377,6 +414,13 @@ def _check_format(data: Any) -> None:
         raise PruningError(f'plan: format {version}, this timm_epfs reads up to {FORMAT}: upgrade')
     if version < 1:
         raise _bad('format', version, f'1 to {FORMAT}')
+
+
+def _check_base(name: Any) -> None:
+    if not isinstance(name, str) or not _BASE.fullmatch(name):
+        raise _bad('base', name, "a timm name, 'torchvision/<name>' or null")
+    if '_epfs' in name or name.startswith('epfs_'):
+        raise _bad('base', name, 'a dense model; this one is pruned already')
 
 
 def _check_fields(data: Mapping[str, Any], required: Sequence[str], optional: Sequence[str], where: str) -> None:
@@ -410,7 +454,7 @@ def _json_value(value: Any, where: str, depth: int = 0) -> Any:
         value = value.item()
     if isinstance(value, dict):
         for key in value:
-            _expect(key, str, f'{where} key')
+            check_name(key, f'plan, {where[:80]}')
         return {key: _json_value(value[key], f'{where}.{key}', depth + 1) for key in sorted(value)}
     if isinstance(value, (list, tuple)):
         return [_json_value(item, f'{where}[{i}]', depth + 1) for i, item in enumerate(value)]

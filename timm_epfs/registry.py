@@ -3,33 +3,27 @@
 ``config.json`` carries the plan in its ``model_args``, so that ``timm.create_model('hf-hub:…')`` and
 ``('local-dir:…')`` need nothing but ``import timm_epfs``.
 """
+from functools import partial
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple, Type, Union
+from typing import Any, Callable, Dict, Mapping, Optional, Union
 
-import safetensors.torch
-import torch
-from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet, PretrainedCfg, register_model
-from timm.models._features import FeatureGetterNet
-from timm.models._features_fx import FeatureGraphNet
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_cached_file, load_state_dict_from_hf
+from timm.models import PretrainedCfg, register_model
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_cached_file, download_from_hf
 from torch import Tensor, nn
 
+from .config import check_config, is_from_config, saved_tensors
+from .deferred import DeferredInit
 from .errors import PruningError
+from .features import feature_args
 from .plan import Plan
 from .surgery import TORCHVISION, apply_plan, build_base, inflate_checkpoint
+from .weights import read_weights
 
-__all__ = ['epfs_pruned', 'describe_torchvision', 'ARCHITECTURE']
+__all__ = ['ARCHITECTURE', 'WEIGHT_SOURCES', 'as_plan', 'describe_torchvision', 'epfs_pruned']
 
 ARCHITECTURE = 'epfs_pruned'
-
-_WEIGHT_SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')
-_FEATURE_CLASSES = {
-    'list': FeatureListNet,
-    'dict': FeatureDictNet,
-    'hook': FeatureHookNet,
-    'fx': FeatureGraphNet,
-    'getter': FeatureGetterNet,
-}
+Read = Callable[[Optional[Mapping[str, Tensor]]], Mapping[str, Tensor]]
+WEIGHT_SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')  # fields of a pretrained_cfg
 
 
 @register_model
@@ -59,44 +53,34 @@ def epfs_pruned(
     Raises:
         PruningError: The plan can't be read or applied, or the weights don't fit.
     """
-    plan = _as_plan(plan)
     cfg = pretrained_cfg.to_dict() if isinstance(pretrained_cfg, PretrainedCfg) else pretrained_cfg
+    if is_from_config(cfg):
+        check_config(cfg, pretrained_model_args or {})
+    plan = as_plan(plan)
     if cfg == PretrainedCfg(architecture=ARCHITECTURE).to_dict():
         # What timm's scripts pass for an architecture without a config of its own: it says nothing about the base.
         cfg = None
     described = {**(cfg if isinstance(cfg, dict) else {}), **(pretrained_cfg_overlay or {})}
-    weights = None
-    if pretrained and any(described.get(source) for source in _WEIGHT_SOURCES):
-        weights = _read_weights(described, cache_dir)
+    read = None
+    if pretrained and any(described.get(source) for source in WEIGHT_SOURCES):
+        saved = partial(saved_tensors, plan, cfg, pretrained_model_args or {}) if is_from_config(cfg) else None
+        read = partial(_read_weights, described, cache_dir, saved)
 
     if (plan.base or '').startswith(TORCHVISION):
-        return _pruned_torchvision(plan, described, pretrained, weights, kwargs)
+        return _pruned_torchvision(plan, described, pretrained, read, kwargs)
 
     described.setdefault('architecture', ARCHITECTURE)
-    overlay = {**(pretrained_cfg_overlay or {}), 'architecture': described['architecture']}
-    if weights is not None:
-        # timm adapts dense weights to classes, channels and image size by rules of each base. It is given dense
-        # weights, with zeros in the entries that the plan then cuts.
-        overlay.update(state_dict=inflate_checkpoint(weights, plan), source=None)
-    feature_args: Dict[str, Any] = {}
-    if kwargs.pop('features_only', False):
-        kwargs, feature_args = _feature_args(plan, kwargs)
-    model = build_base(
-        plan.base,
-        {**plan.base_args, **kwargs},
+    return _pruned_timm(
+        plan,
+        described,
+        read,
+        kwargs,
         pretrained=pretrained,
         pretrained_cfg=cfg,
-        pretrained_cfg_overlay=overlay,
+        pretrained_cfg_overlay={**(pretrained_cfg_overlay or {}), 'architecture': described['architecture']},
         pretrained_model_args={k: v for k, v in (pretrained_model_args or {}).items() if k != 'plan'},
         cache_dir=cache_dir,
-        **feature_args,
     )
-    if weights is not None:
-        model.pretrained_cfg.pop('state_dict')
-        model.pretrained_cfg.update({k: described[k] for k in ('source', 'state_dict') if described.get(k)})
-    if not feature_args:
-        apply_plan(model, plan).pruning_plan = plan
-    return model
 
 
 def describe_torchvision(model: nn.Module, plan: Plan, cfg: Optional[Mapping[str, Any]] = None) -> nn.Module:
@@ -117,7 +101,12 @@ def describe_torchvision(model: nn.Module, plan: Plan, cfg: Optional[Mapping[str
     return model
 
 
-def _as_plan(plan: Optional[Union[Plan, Mapping[str, Any], str, Path]]) -> Plan:
+def as_plan(plan: Optional[Union[Plan, Mapping[str, Any], str, Path]]) -> Plan:
+    """A plan from itself, its dict, or the path of its JSON.
+
+    Raises:
+        PruningError: It is none of these, or can't be read.
+    """
     if isinstance(plan, Plan):
         return plan
     if isinstance(plan, Mapping):
@@ -127,28 +116,91 @@ def _as_plan(plan: Optional[Union[Plan, Mapping[str, Any], str, Path]]) -> Plan:
     raise PruningError(f'{ARCHITECTURE} needs a plan, found {plan!r:.40}; pass plan=<path of a plan.json>')
 
 
+def _pruned_timm(
+        plan: Plan,
+        cfg: Mapping[str, Any],
+        read: Optional[Read],
+        kwargs: Dict[str, Any],
+        **create_args: Any,
+) -> nn.Module:
+    """Build and cut, and load weights.
+
+    Args:
+        plan: What stays.
+        cfg: Description of the weights, overlay included.
+        read: Reads weights of the pruned model; None for none, or for the base's own.
+        kwargs: The user's arguments of the base.
+        **create_args: Further arguments of ``timm.create_model``.
+    """
+    with DeferredInit() as deferred:
+        kwargs, features = feature_args(plan, kwargs, deferred)
+
+        def build(**more: Any) -> nn.Module:
+            model = build_base(plan.base, {**plan.base_args, **kwargs}, **{**create_args, **more}, **features)
+            return model if features else apply_plan(model, plan, deferred)
+
+        if read is None:
+            model = build()
+        else:
+            model = None if features else build(pretrained=False)
+            weights = read(None if features else model.state_dict())
+            if features or not _load_as_it_is(model, weights):
+                # timm adapts dense weights to classes, channels and image size by rules of each base. It is given dense
+                # weights, with zeros in the entries that the plan then cuts.
+                dense = {'state_dict': inflate_checkpoint(weights, plan), 'source': None}
+                model = build(pretrained_cfg_overlay={**create_args['pretrained_cfg_overlay'], **dense})
+                model.pretrained_cfg.pop('state_dict')
+                model.pretrained_cfg.update({k: cfg[k] for k in ('source', 'state_dict') if cfg.get(k)})
+    if not features:
+        model.pruning_plan = plan
+    return model
+
+
 def _pruned_torchvision(
         plan: Plan,
         cfg: Mapping[str, Any],
         pretrained: bool,
-        weights: Optional[Mapping[str, Tensor]],
+        read: Optional[Read],
         kwargs: Mapping[str, Any],
 ) -> nn.Module:
-    if pretrained and weights is None:
+    if pretrained and read is None:
         raise PruningError(f'no weights are known for {plan.base} cut to a plan; use pretrained=False and load them')
-    model = apply_plan(build_base(plan.base, {**plan.base_args, **kwargs}), plan)
-    if weights is not None:
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as e:
-            reason = str(e).splitlines()[1].strip()
-            raise PruningError(f'the weights do not fit {plan.base} with {dict(kwargs)}: {reason[:200]}') from e
+    with DeferredInit() as deferred:
+        model = apply_plan(build_base(plan.base, {**plan.base_args, **kwargs}), plan, deferred)
+        if read is not None:
+            weights = read(model.state_dict())
+            try:
+                model.load_state_dict(weights)
+            except RuntimeError as e:
+                reason = str(e).splitlines()[1].strip()
+                raise PruningError(f'the weights do not fit {plan.base} with {dict(kwargs)}: {reason[:200]}') from e
     model.pruning_plan = plan
     return describe_torchvision(model, plan, cfg)
 
 
-def _read_weights(cfg: Mapping[str, Any], cache_dir: Optional[Union[str, Path]]) -> Dict[str, Tensor]:
-    """Read weights from where a pretrained_cfg says, in timm's order of precedence, safetensors only."""
+def _load_as_it_is(model: nn.Module, weights: Mapping[str, Tensor]) -> bool:
+    """Load weights that are the model's own in every name and shape, and say whether they are."""
+    own = model.state_dict()
+    if own.keys() != weights.keys() or any(own[name].shape != weights[name].shape for name in own):
+        return False
+    model.load_state_dict(weights)
+    return True
+
+
+def _read_weights(
+        cfg: Mapping[str, Any],
+        cache_dir: Optional[Union[str, Path]],
+        saved: Optional[Callable[[], Mapping[str, Tensor]]],
+        own: Optional[Mapping[str, Tensor]],
+) -> Mapping[str, Tensor]:
+    """Read weights from where a pretrained_cfg says, in timm's order of precedence, safetensors only.
+
+    Args:
+        cfg: Description of the weights.
+        cache_dir: Where downloads go.
+        saved: Makes the tensors that a config.json tells of; None where there is none.
+        own: The tensors of the model that is being made. Weights like these need no config.json to tell of them.
+    """
     if cfg.get('source') == 'local-dir':
         path = Path(cfg['file']) / HF_SAFE_WEIGHTS_NAME
     elif cfg.get('source') == 'hf-hub':
@@ -164,37 +216,7 @@ def _read_weights(cfg: Mapping[str, Any], cache_dir: Optional[Union[str, Path]])
     if not name.endswith('.safetensors'):
         raise PruningError(f'weights in {name} are not read, only safetensors are; convert them')
     if path is None:
-        return load_state_dict_from_hf(cfg['hf_hub_id'], name, cache_dir=cache_dir)
-    if cfg.get('url') and not cfg.get('file'):
+        path = download_from_hf(cfg['hf_hub_id'], name, cache_dir=cache_dir)
+    elif cfg.get('url') and not cfg.get('file'):
         path = download_cached_file(cfg['url'], cache_dir=cache_dir)
-    try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError) as e:
-        raise PruningError(f'weights not read from {path}: {e}') from e
-
-
-def _feature_args(plan: Plan, kwargs: Dict[str, Any]) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Split off the arguments of feature extraction, and have its wrapper cut the model that it is about to wrap."""
-    kwargs = dict(kwargs)
-    args = {'features_only': True, **{k: kwargs.pop(k) for k in ('out_indices',) if k in kwargs}}
-    feature_cls = kwargs.pop('feature_cls', None)
-    if feature_cls is None:
-        feature_cls = type(build_base(plan.base, {**plan.base_args, **kwargs}, torch.device('meta'), **args))
-        if not issubclass(feature_cls, tuple(_FEATURE_CLASSES.values())):
-            # Model classes of features alone (EfficientNetFeatures, …) lack tensors that the plan names.
-            feature_cls = FeatureGetterNet
-    elif isinstance(feature_cls, str):
-        if feature_cls not in _FEATURE_CLASSES:
-            raise PruningError(f'feature_cls={feature_cls!r} is unknown; one of {", ".join(_FEATURE_CLASSES)}')
-        feature_cls = _FEATURE_CLASSES[feature_cls]
-    return kwargs, {**args, 'feature_cls': _cut_then_wrap(feature_cls, plan)}
-
-
-def _cut_then_wrap(feature_cls: Type[nn.Module], plan: Plan) -> Type[nn.Module]:
-    class CutThenWrap(feature_cls):
-        """Stands in for ``feature_cls`` in timm's builder, which asks for its base classes and then calls it."""
-
-        def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-            return feature_cls(apply_plan(model, plan), *args, **kwargs)
-
-    return CutThenWrap
+    return read_weights(path, saved and own, saved)

@@ -6,7 +6,7 @@ a layer, a convolution group, a residual block. A
 structure found on one copy of a model is good for any other copy, on any device, in any process.
 """
 from dataclasses import dataclass
-from typing import Mapping, Tuple
+from typing import Mapping, Optional, Tuple
 
 import numpy as np
 
@@ -25,11 +25,13 @@ class Member:
         role: ``'out'`` a layer's output dim, ``'in'`` a layer's input dim (contracted with the activation, so that a
             zero there silences the unit for that layer), ``'per'`` one value a unit (norms, biases, scales).
         index: Entries of the dim by unit, shape (units, k), int64. Row ``u`` goes when unit ``u`` goes.
+        length: Length of the dim, where some of its entries can't go with any unit; None where all can.
     """
     tensor: str
     dim: int
     role: str
     index: np.ndarray
+    length: Optional[int] = None
 
 
 @dataclass(frozen=True, eq=False)

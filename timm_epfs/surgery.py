@@ -1,8 +1,11 @@
 """Apply a plan: the only room that changes the shapes of tensors and the attributes of modules."""
 import difflib
 import inspect
+import reprlib
 from collections import OrderedDict
 from contextlib import contextmanager
+from functools import reduce
+from math import inf
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -14,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from .deferred import DeferredInit
 from .errors import PruningError
+from .limits import MAX_ELEMENTS, MAX_PARTS, RESERVED_ARGS, TooLarge, is_usual, limited
 from .plan import Plan
 
 __all__ = [
@@ -22,13 +27,6 @@ __all__ = [
 ]
 
 TORCHVISION = 'torchvision/'
-
-# A plan may come from anyone: its base_args describe an architecture, and must not reach what loads or places weights.
-_RESERVED_ARGS = (
-    'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'pretrained_strict',
-    'checkpoint_path', 'cache_dir', 'weights', 'weights_backbone', 'plan', 'pruned', 'features_only', 'feature_cls',
-    'scriptable', 'exportable', 'no_jit',
-)
 
 # What a module says about its own shapes, read off its tensors after a cut. What can't be read off a shape (groups,
 # num_heads, splits, …) is listed in the plan.
@@ -43,7 +41,7 @@ _SHAPE_ATTRIBUTES: Tuple[Tuple[type, Callable[[nn.Module], Dict[str, Any]]], ...
 )
 
 
-def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Plan, deferred: Optional[DeferredInit] = None) -> nn.Module:
     """Cut a model in place. The model is the caller's own copy; on any error it is as it was.
 
     Tied tensors are cut once and stay tied. Tensors of a layer that was replaced by ``nn.Identity`` (a classifier at
@@ -52,12 +50,14 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     Args:
         model: The plan's base, on any device, the meta device included.
         plan: What stays.
+        deferred: Where the model was built; what is not initialised yet is then made anew in its cut shape.
 
     Raises:
         PruningError: The model is not the base that the plan was made for.
     """
     tensors = _named_tensors(model)
     problems = _tensor_misfits(plan, tensors, absent=lambda name: _is_identity(model, name))
+    problems = problems or _emptied(plan, tensors)
     problems += _attribute_misfits(model, plan.attributes)
     modules = {name for name, _ in model.named_modules()}
     blocks = plan.removed_blocks()
@@ -66,11 +66,14 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     if problems:
         raise PruningError(f'{_misfit_message(plan, problems)}; cut the model that the plan was made for')
 
-    changed = _cut_tensors(model, tensors, plan)
+    changed = _cut_tensors(model, tensors, plan, deferred)
     for path, value in plan.attributes.items():
         _replaced(model, path.split('.'), value)
-    for name in {name.rpartition('.')[0] for name in changed}:
-        _refresh_shape_attributes(model.get_submodule(name))
+    for name, dense in changed.items():
+        module = model.get_submodule(name)
+        _refresh_shape_attributes(module)
+        if deferred is not None:
+            deferred.refit(module, dense)
     for name, children in blocks.items():
         model.set_submodule(name, _shortcut(model.get_submodule(name), children))
     _drop_caches(model)
@@ -131,12 +134,11 @@ def inflate_checkpoint(state_dict: Mapping[str, Tensor], plan: Plan) -> Dict[str
     Raises:
         PruningError: The checkpoint is not of this plan's model.
     """
-    dense = dict(state_dict)
+    dense, lengths = dict(state_dict), _dense_lengths(plan)
     for name, dims in plan.removed().items():
         for dim, gone in dims.items() if name in dense else ():
-            part = dense[name]
-            length = part.shape[dim] + len(gone) if dim < part.ndim else 0
-            if gone[-1] >= length:
+            part, length = dense[name], lengths[name, dim]
+            if dim >= part.ndim or part.shape[dim] + len(gone) != length:
                 raise PruningError(
                     f'{name} of shape {tuple(state_dict[name].shape)} is not what the plan leaves of {plan.base}; '
                     'give the weights that were saved with the plan'
@@ -170,9 +172,12 @@ def build_base(
     if base is None:
         raise PruningError("the plan names no base, it was made on a module of the user's own; pass base= when pruning")
     base_args = dict(base_args or {})
-    reserved = [name for name in base_args if name in _RESERVED_ARGS]
+    reserved = [name for name in base_args if name in RESERVED_ARGS]
     if reserved:
         raise PruningError(f'base_args of {base} hold {reserved[0]!r}, which is not for a plan to set; remove it')
+    cfg = create_args.get('pretrained_cfg')
+    if not is_usual(base_args, cfg):
+        _check_growth(base, base_args, {'pretrained_cfg': cfg})
     try:
         return _build_on(device or torch.get_default_device(), base, base_args, create_args)
     except PruningError as e:
@@ -180,6 +185,24 @@ def build_base(
         if not isinstance(e.__cause__, NotImplementedError) or torch.device(device or 'cpu').type != 'meta':
             raise
         return _build_on('cpu', base, base_args, create_args).to(device)
+
+
+def _check_growth(base: str, base_args: Dict[str, Any], create_args: Dict[str, Any]) -> None:
+    """Raise ``PruningError`` where arguments make a base far larger than it is without, before it is allocated."""
+    try:
+        with limited(MAX_PARTS, MAX_ELEMENTS):
+            _build_on('meta', base, base_args, create_args)
+    except TooLarge:
+        with limited(inf, inf) as dense:
+            _build_on('meta', base, {}, {})
+        parts, elements = dense
+        if 2 * parts <= MAX_PARTS and 2 * elements <= MAX_ELEMENTS:
+            raise
+        with limited(max(MAX_PARTS, 2 * parts), max(MAX_ELEMENTS, 2 * elements)):
+            _build_on('meta', base, base_args, create_args)
+    except PruningError as e:
+        if not isinstance(e.__cause__, NotImplementedError):
+            raise
 
 
 def _build_on(
@@ -193,7 +216,7 @@ def _build_on(
             return _build_torchvision(base, base_args)
         if '/' in base or ':' in base or not timm.is_model(base.partition('.')[0]):
             raise _unknown_base(base, timm.list_models())
-        with one_line(f'{base} can\'t be built with {base_args}'):
+        with one_line(f'{base} can\'t be built with {reprlib.repr(base_args)}'):
             return timm.create_model(base, **{**create_args, **base_args})
 
 
@@ -203,7 +226,8 @@ def rebuild(plan: Plan, device: Optional[Union[str, torch.device]] = None) -> nn
     Raises:
         PruningError: The base can't be built, or is not the one that the plan was made for.
     """
-    model = apply_plan(build_base(plan.base, plan.base_args, device), plan)
+    with DeferredInit() as deferred:
+        model = apply_plan(build_base(plan.base, plan.base_args, device), plan, deferred)
     model.pruning_plan = plan
     return model
 
@@ -216,14 +240,19 @@ def _named_tensors(model: nn.Module) -> Dict[str, Tensor]:
     }
 
 
-def _cut_tensors(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> List[str]:
-    """Cut every tensor of the plan; returns the names of those that changed."""
+def _cut_tensors(
+        model: nn.Module,
+        tensors: Mapping[str, Tensor],
+        plan: Plan,
+        deferred: Optional[DeferredInit],
+) -> Dict[str, Dict[str, Tuple[int, ...]]]:
+    """Cut every tensor of the plan; returns the dense shapes of those that changed, by module and name within it."""
     removed = plan.removed()
     aliases: Dict[int, List[str]] = {}
     for name, tensor in tensors.items():
         aliases.setdefault(id(tensor), []).append(name)
 
-    changed = []
+    changed: Dict[str, Dict[str, Tuple[int, ...]]] = {}
     for names in aliases.values():
         dims: Dict[int, np.ndarray] = {}
         for name in names:
@@ -232,13 +261,16 @@ def _cut_tensors(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) ->
         if not dims:
             continue
         dense = tensors[names[0]]
-        cut = _cut_tensor(dense, dims)
+        shape = [length - len(dims.get(dim, ())) for dim, length in enumerate(dense.shape)]
+        cut = deferred.resized(dense, shape) if deferred is not None else None
+        if cut is None:
+            cut = _cut_tensor(dense, dims)
         if isinstance(dense, nn.Parameter):
             cut = nn.Parameter(cut, requires_grad=dense.requires_grad)
         for name in names:
             owner, _, leaf = name.rpartition('.')
             setattr(model.get_submodule(owner), leaf, cut)
-        changed += names
+            changed.setdefault(owner, {})[leaf] = tuple(dense.shape)
     return changed
 
 
@@ -261,33 +293,41 @@ def _tensor_misfits(plan: Plan, tensors: Mapping[str, Tensor], absent: Callable[
         absent: Whether a tensor of the plan may be missing.
     """
     problems = []
-    for member in (member for cut in plan.cuts for member in cut.structure.members):
-        tensor = tensors.get(member.tensor)
+    for (name, dim), length in _dense_lengths(plan).items():
+        tensor = tensors.get(name)
         if tensor is None:
-            if not absent(member.tensor):
-                problems.append(f'{member.tensor} is missing')
-        elif member.dim >= tensor.ndim or member.index.max() >= tensor.shape[member.dim]:
-            problems.append(
-                f'{member.tensor} has shape {tuple(tensor.shape)} where dim {member.dim} needs '
-                f'{member.index.max() + 1} or more'
-            )
+            if not absent(name):
+                problems.append(f'{name} is missing')
+        elif dim >= tensor.ndim or tensor.shape[dim] != length:
+            problems.append(f'{name} has shape {tuple(tensor.shape)} where dim {dim} should have {length}')
     return list(dict.fromkeys(problems))
+
+
+def _emptied(plan: Plan, tensors: Mapping[str, Tensor]) -> List[str]:
+    return [
+        f'nothing would be left of {name}' for name, dims in plan.removed().items()
+        if name in tensors and any(len(gone) == tensors[name].shape[dim] for dim, gone in dims.items())
+    ]
+
+
+def _dense_lengths(plan: Plan) -> Dict[Tuple[str, int], int]:
+    """Lengths of the dense model's dims, by tensor and dim. Where a member doesn't say, structures own all of a dim."""
+    lengths: Dict[Tuple[str, int], int] = {}
+    for member in (member for cut in plan.cuts for member in cut.structure.members):
+        key = member.tensor, member.dim
+        lengths[key] = max(lengths.get(key, 0), member.length or int(member.index.max()) + 1)
+    return lengths
 
 
 def _attribute_misfits(model: nn.Module, attributes: Mapping[str, int]) -> List[str]:
     problems = []
     for path, value in attributes.items():
         try:
-            *parents, last = path.split('.')
-            owner = model
-            for part in parents:
-                owner = _entry(owner, part)
-            present = _entry(owner, last)
+            present = reduce(_entry, path.split('.'), model)
         except (AttributeError, IndexError, KeyError, ValueError):
             problems.append(f'attribute {path} is missing')
             continue
-        fixed = isinstance(getattr(type(owner), last, None), property) and getattr(type(owner), last).fset is None
-        if not isinstance(present, int) or isinstance(present, bool) or fixed:
+        if type(present) is not int:
             problems.append(f'attribute {path} is no integer that can be set')
         elif not 0 <= value <= present:
             problems.append(f'attribute {path} is {present} and the plan says {value}')
@@ -313,14 +353,19 @@ def _is_identity(model: nn.Module, name: str) -> bool:
 
 
 def _entry(owner: Any, part: str) -> Any:
-    """One step of an attribute path."""
-    if part.startswith('__'):
-        raise AttributeError(part)
-    if isinstance(owner, FeatureInfo) and part.isdigit():
-        return owner.info[int(part)]
-    if isinstance(owner, (list, tuple)):
+    """One step of an attribute path: to a module, to what it holds itself, or to an entry of that.
+
+    A plan goes no other way: not to methods, classes or tensors, nor to anything that modules keep for torch.
+    """
+    if isinstance(owner, FeatureInfo):
+        owner = owner.info
+    if isinstance(owner, (list, tuple)) and part.isdecimal():
         return owner[int(part)]
-    return owner[part] if isinstance(owner, dict) else getattr(owner, part)
+    if isinstance(owner, dict):
+        return owner[part]
+    if not isinstance(owner, nn.Module) or part.startswith('_'):
+        raise KeyError(part)
+    return owner._modules[part] if part in owner._modules else inspect.getattr_static(owner, part)
 
 
 def _replaced(owner: Any, path: Sequence[str], value: int) -> Any:
@@ -333,7 +378,7 @@ def _replaced(owner: Any, path: Sequence[str], value: int) -> Any:
     entry = _replaced(present, rest, value) if rest else value
     if entry is present:
         return owner
-    if isinstance(owner, FeatureInfo) and part.isdigit():
+    if isinstance(owner, FeatureInfo):
         owner.info = _replaced(owner.info, path, value)
         return owner
     if isinstance(owner, (list, tuple)):
@@ -361,7 +406,7 @@ def _build_torchvision(base: str, args: Mapping[str, Any]) -> nn.Module:
     accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
     # Detection and segmentation models fetch a backbone unless told not to.
     no_weights = {arg: None for arg in ('weights', 'weights_backbone') if arg in accepted}
-    with one_line(f'{base} can\'t be built with {args}'):
+    with one_line(f'{base} can\'t be built with {reprlib.repr(args)}'):
         return torchvision.models.get_model(name, **no_weights, **args)
 
 

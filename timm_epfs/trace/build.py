@@ -127,10 +127,11 @@ def _members(
         owner = np.where(dim.unit >= 0, group[dim.unit], -1)
         order = np.lexsort((rank[dim.unit], owner))
         numbers, starts = np.unique(owner[order], return_index=True)
+        length = len(owner) if (owner < 0).any() else None
         for number, at in zip(numbers.tolist(), np.split(order, starts[1:])):
             if number >= 0:
                 index = at.reshape(len(groups[number]), -1)
-                members[number].append(Member(dim.tensor, dim.dim, _role(rec, dim, inputs), index))
+                members[number].append(Member(dim.tensor, dim.dim, _role(rec, dim, inputs), index, length))
     return [tuple(found) for found in members]
 
 

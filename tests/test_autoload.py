@@ -1,0 +1,118 @@
+"""Autoload: on, off, and what programs of an environment notice, each in a Python of its own."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from timm_epfs.autoload import autoload_path, is_on, switch_off, switch_on
+from timm_epfs.cli import main
+from timm_epfs.errors import PruningError
+
+ROOT = Path(__file__).parents[1]
+TIMM = 'names = []'
+OURS = "import timm; timm.names.append('slim')"
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A site-packages folder with the hook in it."""
+    folder = tmp_path / 'site'
+    folder.mkdir()
+    switch_on(folder)
+    return folder
+
+
+def run(site, program, **packages):
+    """Run a program at whose start-up the folder is read, in an environment of nothing but the given packages."""
+    for name, text in packages.items():
+        (site.parent / name).mkdir()
+        (site.parent / name / '__init__.py').write_text(text)
+    start = f'import sys, site; before = set(sys.modules); site.addsitedir({str(site)!r})\n'
+    env = {**os.environ, 'PYTHONPATH': str(site.parent)}
+    command = [sys.executable, '-S', '-c', start + program]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=site)
+
+
+@pytest.mark.parametrize('program', [
+    'import timm',
+    'from timm import names',
+    'import timm_epfs',  # which imports timm before it is there itself
+    'import importlib.util; importlib.util.find_spec("timm"); import timm',
+    'import timm; import importlib; importlib.reload(sys.modules["timm_epfs"])',
+])
+def test_importing_timm_brings_our_names(site, program):
+    done = run(site, f'{program}\nprint(sys.modules["timm"].names[0], "timm_epfs" in sys.modules)', timm=TIMM,
+               timm_epfs=OURS)
+    assert (done.stdout, done.stderr) == ('slim True\n', '')
+
+
+def test_programs_without_timm_pay_nothing(site):
+    """A quarter of a millisecond when it was measured; here only that it isn't a hundred."""
+    timed = f'import time; t = time.perf_counter(); site.addsitedir({str(site)!r}); t = time.perf_counter() - t'
+    done = run(site, f'print(before ^ set(sys.modules)); {timed}; import json; print("timm" in sys.modules, t < 0.1)')
+    assert (done.stdout, done.stderr) == ('set()\nFalse True\n', '')
+
+
+@pytest.mark.parametrize('broken, notice', [
+    ('raise RuntimeError("torn")', 'not loaded with timm: RuntimeError: torn\n'),
+    ('import gone', "not loaded with timm: ModuleNotFoundError: No module named 'gone'\n"),
+    ('1 +', 'not loaded with timm: SyntaxError: '),
+])
+def test_a_broken_install_breaks_no_program(site, broken, notice):
+    done = run(site, 'import timm; print(timm.names)', timm=TIMM, timm_epfs=broken)
+    assert (done.stdout, done.returncode) == ('[]\n', 0)
+    assert done.stderr.startswith(notice) and done.stderr.count('\n') == 1
+
+
+def test_after_uninstalling_what_is_left_is_silent(site):
+    done = run(site, 'import timm; print(timm.names)', timm=TIMM)
+    assert (done.stdout, done.stderr) == ('[]\n', '')
+
+
+def test_without_timm_and_with_a_broken_one_the_error_is_theirs(site):
+    assert "No module named 'timm'" in run(site, 'import timm').stderr.splitlines()[-1]
+    assert 'ValueError: theirs' in run(site, 'import timm', timm='raise ValueError("theirs")').stderr.splitlines()[-1]
+
+
+def test_the_real_timm_knows_a_variant(site):
+    (site.parent / 'sitecustomize.py').write_text(f'import site; site.addsitedir({str(site)!r})')
+    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(site.parent), str(ROOT)])}
+    program = 'import timm; print(type(timm.create_model("resnet18_epfs55")).__name__)'
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=env, cwd=site)
+    assert (done.stdout, done.stderr) == ('ResNet\n', '')
+
+
+def test_on_and_off_leave_nothing_behind(tmp_path):
+    assert not is_on(tmp_path) and not switch_off(tmp_path)
+    assert switch_on(tmp_path) == switch_on(tmp_path) == autoload_path(tmp_path)
+    assert is_on(tmp_path) and [path.suffix for path in tmp_path.iterdir()] == ['.pth']
+    assert switch_off(tmp_path) and not is_on(tmp_path) and not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('step', ['write_text', 'replace'])
+def test_site_packages_that_can_not_be_written(tmp_path, monkeypatch, step):
+    def fail(*args, **kwargs):
+        raise PermissionError(13, 'Permission denied')
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, step, fail)
+        with pytest.raises(PruningError, match=r'timm_epfs_autoload.pth can.t be written \(Permission denied\)'):
+            switch_on(tmp_path)
+    assert not any(tmp_path.iterdir())
+    switch_on(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, 'unlink', fail)
+        with pytest.raises(PruningError, match='Permission denied'):
+            switch_off(tmp_path)
+    assert is_on(tmp_path)
+
+
+def test_the_shell_switches_the_environment_it_runs_in(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr('sysconfig.get_path', lambda name: {'purelib': str(tmp_path)}[name])
+    said = []
+    for state in ('status', 'on', 'on', 'status', 'off', 'off', 'status'):
+        assert main(['autoload', state]) == 0
+        said.append(capsys.readouterr().out.split()[2])
+    assert said == ['off:', 'on', 'on', 'on', 'off:', 'off:', 'off:'] and not any(tmp_path.iterdir())
