@@ -10,11 +10,13 @@ import torch
 from hand_plans import VIT, VIT_ARGS, channels, identity, resnet_plan, vit_plan
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from timm_epfs.errors import PruningError
 from timm_epfs.notation import Ranges, Strided
 from timm_epfs.plan import FORMAT, Cut, Plan
 from timm_epfs.structure import Member, Structure
+from timm_epfs.surgery import apply_plan
 
 
 @pytest.fixture(scope='module')
@@ -256,3 +258,18 @@ def test_a_plan_that_asks_for_gigabytes_is_refused_before_they_are_allocated(pla
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000
+
+
+def test_a_dim_that_is_owned_in_part_says_how_long_it_is():
+    member = Member('conv.weight', 0, 'out', np.arange(4)[:, None], length=6)
+    plan = Plan(None, {}, (Cut(Structure('conv', 'channels', 4, (member,)), np.arange(2)),))
+    assert plan.to_dict()['cuts'][0]['members'] == ['conv.weight dim 0 of 6 out']
+    again = Plan.from_json(plan.to_json())
+    assert again.to_json() == plan.to_json() and again.cuts[0].structure.members[0].length == 6
+
+    layer = nn.ModuleDict({'conv': nn.Conv2d(1, 6, 1, bias=False)})
+    assert apply_plan(layer, again).conv.weight.shape[0] == 4
+    with pytest.raises(PruningError, match='conv.weight has shape .7, 1, 1, 1. where dim 0 should have 6'):
+        apply_plan(nn.ModuleDict({'conv': nn.Conv2d(1, 7, 1, bias=False)}), again)
+    with pytest.raises(PruningError, match='expected a dim longer than 3'):
+        Plan.from_json(plan.to_json().replace('of 6', 'of 3'))
