@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import timm_epfs
 from timm_epfs.allocate import SCOPES, Budget, allocate, budget_from
 from timm_epfs.cost import CostModel
 from timm_epfs.errors import PruningError
@@ -428,3 +429,8 @@ def test_structures_and_cost_model_of_different_models():
     structures, cost = conv_chain([16, 32])
     with pytest.raises(PruningError, match='one trace'):
         allocate(structures[:1], random_scores(structures), cost, Budget('macs', 10))
+
+
+def test_numpy_numbers_are_numbers():
+    plan = timm_epfs.prune('test_resnet', macs=np.float64(0.5)).pruning_plan
+    assert plan.recipe['macs'] == 0.5 and timm_epfs.Plan.from_json(plan.to_json()).recipe == plan.recipe

@@ -307,7 +307,8 @@ def _nothing(traced: Trace) -> str:
 
 def _recipe(**values: Any) -> Dict[str, Any]:
     """What was asked and by which versions; what was left at its default of nothing is left out."""
-    given = {key: value for key, value in values.items() if value not in (None, [], {})}
+    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
+    given = {key: value for key, value in plain.items() if value not in (None, [], {})}
     return {**given, 'timm_epfs': __version__, 'timm': timm.__version__, 'torch': torch.__version__.split('+')[0]}
 
 
