@@ -237,6 +237,9 @@ def test_what_can_not_be_saved(tmp_path):
     model.pruning_plan = Plan(None, {}, ())
     with pytest.raises(PruningError, match='give base='):
         save_pretrained(model, tmp_path / 'out')
+    model.pruning_plan = Plan('resnet18', {'num_classes': 10 ** 6}, ())  # what loading refuses isn't saved
+    with pytest.raises(PruningError, match='expected numbers up to 262144'):
+        save_pretrained(model, tmp_path / 'out')
     assert not any(tmp_path.iterdir())
 
 

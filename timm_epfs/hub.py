@@ -12,6 +12,7 @@ from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
 from torch import Tensor, nn
 
 from .errors import PruningError
+from .limits import check_arguments
 from .plan import Plan
 from .registry import ARCHITECTURE, describe_torchvision
 from .surgery import TORCHVISION
@@ -43,6 +44,7 @@ def save_pretrained(model: nn.Module, folder: Union[str, Path], overwrite: bool 
         raise PruningError(f'save: this {type(model).__name__} has no pruning_plan; save what prune() returned')
     if plan.base is None:
         raise PruningError("save: the plan names no base to rebuild the model from; give base= when pruning")
+    check_arguments(plan.base_args, 'save: base_args')  # what is saved can be loaded
 
     folder = Path(folder).resolve()
     check_free(folder, overwrite)
