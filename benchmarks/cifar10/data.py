@@ -11,11 +11,12 @@ from timm.data import create_dataset
 from torch import Tensor
 from tqdm import tqdm
 
-__all__ = ['Images', 'load', 'name_of']
+__all__ = ['TAGS', 'Images', 'load', 'name_of']
 
 PADDING = 4
 # By the fingerprint of the test images: only runs on the same images are compared.
 KNOWN = {'2fb7dfcd': 'CIFAR-10 as JPEG of quality 75'}
+TAGS = {'CIFAR-10 as JPEG of quality 75': 'cifar10_jpeg75'}  # of weights that were trained on them
 
 
 def load(data_dir: Path, cache: Path) -> Dict[str, Tensor]:
