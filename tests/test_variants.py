@@ -112,12 +112,12 @@ def test_plans_are_short():
 
 
 def test_a_plan_is_made_again_by_its_command(tmp_path):
-    command = Plan.load(variants.plan_path('resnet20_cifar_epfs50')).recipe['command'].split()
+    command = Plan.load(variants.plan_path('resnet32_cifar_epfs50')).recipe['command'].split()
     env = {**os.environ, 'PYTHONPATH': str(ROOT)}
     subprocess.run(
         [sys.executable, *command[1:], '--output', tmp_path], check=True, capture_output=True, cwd=ROOT, env=env,
     )
-    again, shipped = (json.loads((folder / 'resnet20_cifar_epfs50.json').read_text())
+    again, shipped = (json.loads((folder / 'resnet32_cifar_epfs50.json').read_text())
                       for folder in (tmp_path, variants.FOLDER))
     assert again['cuts'] == shipped['cuts'] and again['cost'] == shipped['cost']
 

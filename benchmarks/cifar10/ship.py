@@ -46,7 +46,8 @@ def ship(result: Dict[str, Any], weights: Path) -> str:
     tag = TAGS[result['images']]
     plan = Plan.from_dict(result['plan'])
     told = {
-        'data': result['images'], 'date': result['machine']['date'], 'epochs': result['epochs'], 'seed': result['seed'],
+        'criterion': plan.recipe.get('criterion', 'learned masks'), 'data': result['images'],
+        'date': result['machine']['date'], 'epochs': result['epochs'], 'seed': result['seed'],
         'command': f'python benchmarks/cifar10/run.py {base}/{experiment.rpartition("-")[0]}',
     }
     replace(plan, base_args={}, recipe={**plan.recipe, **told}).save(plan_path(name))
