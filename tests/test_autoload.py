@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,29 @@ def test_importing_timm_brings_our_names(site, program):
     done = run(site, f'{program}\nprint(sys.modules["timm"].names[0], "timm_epfs" in sys.modules)', timm=TIMM,
                timm_epfs=OURS)
     assert (done.stdout, done.stderr) == ('slim True\n', '')
+
+
+def test_a_hook_that_is_read_twice_works_once(site):
+    """As in virtual environments, whose site-packages Python reads twice, and where two folders have a hook."""
+    again = f'site.addsitedir({str(site)!r})'
+    done = run(site, f'{again}; import timm; print(timm.names, len([f for f in sys.meta_path if "Timm" in repr(f)]))',
+               timm=TIMM, timm_epfs=OURS)
+    assert (done.stdout, done.stderr) == ("['slim'] 1\n", '')
+
+
+def test_a_virtual_environment_of_its_own(tmp_path):
+    """The real thing: a new environment, and the names in any of its programs."""
+    venv.create(tmp_path / 'env', symlinks=True)
+    python = tmp_path / 'env' / 'bin' / 'python'
+    command = [python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))']
+    packages = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    switch_on(packages)
+    for name, text in {'timm': TIMM, 'timm_epfs': OURS}.items():
+        (packages / f'{name}.py').write_text(text)
+    env = {name: value for name, value in os.environ.items() if name != 'PYTHONPATH'}
+    command = [python, '-c', 'import timm; print(timm.names)']
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("['slim']\n", '')
 
 
 def test_programs_without_timm_pay_nothing(site):

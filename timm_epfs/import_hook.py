@@ -5,13 +5,17 @@ It runs before every program of the environment: it imports nothing but ``sys``,
 import sys
 
 
+def is_ours(finder):
+    return getattr(finder, '__name__', None) == 'ImportTimmEpfsAfterTimm'
+
+
 class ImportTimmEpfsAfterTimm:
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         if name != 'timm':
             return None
         for finder in list(sys.meta_path):
-            search = None if finder is cls else getattr(finder, 'find_spec', None)
+            search = None if is_ours(finder) else getattr(finder, 'find_spec', None)
             spec = search(name, path, target) if search else None
             if spec is not None:
                 cls.follow(spec.loader)
@@ -36,4 +40,5 @@ class ImportTimmEpfsAfterTimm:
             pass
 
 
-sys.meta_path.insert(0, ImportTimmEpfsAfterTimm)
+if not any(map(is_ours, sys.meta_path)):  # Python reads a virtual environment's .pth files twice
+    sys.meta_path.insert(0, ImportTimmEpfsAfterTimm)
