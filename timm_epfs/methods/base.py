@@ -307,10 +307,10 @@ class Learner:
         """How many units of a structure stay, where no budget says so."""
         return int((scores > 0).sum())
 
-    def _allocate(self, scores: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
-        return allocate(
-            self.traced.structures, scores, self.traced.cost, self.budget,
-            round_to=self.round_to, floor=self.floor, fixed=self.fixed)
+    def _allocate(self, scores: Dict[str, np.ndarray], **options: Any) -> Dict[str, np.ndarray]:
+        """Units that stay; ``options`` differ from the learner's own where they are given."""
+        given = {'budget': self.budget, 'round_to': self.round_to, 'floor': self.floor, **options}
+        return allocate(self.traced.structures, scores, self.traced.cost, fixed=self.fixed, **given)
 
     def _macs(self, left: Mapping[str, float]) -> float:
         return self.traced.cost('macs', np.array([left[name] for name in self.traced.cost.names], dtype=np.float64))

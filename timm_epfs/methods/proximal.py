@@ -1,10 +1,12 @@
 """What EPFS and SSS share: masks moved by proximal steps, and λ, given or steered."""
+import warnings
 from typing import Any, Dict, Mapping, Optional, Union
 
 import numpy as np
 import torch
 
 from ..budget import Controller
+from ..cost import Budget
 from ..errors import PruningError
 from ..proximal import Apg, Fista
 from .base import Learner
@@ -24,6 +26,8 @@ class ProximalLearner(Learner):
         steps: As in ``Learner``.
         l1: λ₁, fixed.
         lr: η, the step size of the masks; may be set at any time (``learner.lr = …``). None: ``step_size``'s rule.
+        keep_pace: Where λ is steered, whether the smallest masks become zero as soon as more is alive than the schedule
+            wants, or only in the end.
         weigh: ``'macs'``: λ₁ times the unit's share of the model's MACs, with a mean of one; None: λ₁ for all.
         **options: As in ``Learner``.
     """
@@ -39,12 +43,13 @@ class ProximalLearner(Learner):
             l1: Optional[float] = None,
             lr: Optional[float] = None,
             weigh: Optional[str] = 'macs',
+            keep_pace: bool = True,
             **options: Any,
     ):
         _check(macs, steps, l1, lr, weigh)
         super().__init__(model, macs, steps, **options)
-        self.l1, self.lr, self.weigh = l1, lr, weigh
-        self._recipe.update(l1=l1, weigh=weigh)
+        self.l1, self.lr, self.weigh, self.keep_pace = l1, lr, weigh, keep_pace
+        self._recipe.update(l1=l1, weigh=weigh, keep_pace=keep_pace)
         self.weights = torch.ones(self.masks.units, dtype=torch.float64)
         if weigh == 'macs':
             self.weights = self._unit_macs()
@@ -108,7 +113,23 @@ class ProximalLearner(Learner):
         before = self.solver.x
         self._move(grad)
         self._hold_floors(before)
+        if self.keep_pace and self.controller is not None and self.controller.due(step):
+            self._catch_up(self.controller.wanted(step))
         self.masks.set(self.solver.y, self.solver.x)
+
+    def _catch_up(self, wanted: float) -> None:
+        """Where λ leaves more alive than there should be by now, the smallest masks become zero, as in the end.
+
+        Masks that a norm follows may all shrink together at no cost in the loss: then λ alone selects too late, and
+        the last cut takes what the network relies on. A mask that is set to zero comes back where the loss asks for it.
+        """
+        if self._share((self.solver.x > 0).numpy()) <= wanted:
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # how near the budget is counts in the end
+            keep = self._allocate(self.values(), budget=Budget('macs', wanted * self._dense), round_to=1)
+        gone = [np.isin(np.arange(s.units), keep[s.name], invert=True) for s in self.structures]
+        self.solver.hold(torch.from_numpy(np.concatenate(gone)), torch.zeros_like(self.solver.x))
 
     def _clearly_alive(self, masks: torch.Tensor) -> np.ndarray:
         return (masks > _FAINT * self.solver.x.mean()).numpy()

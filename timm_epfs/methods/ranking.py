@@ -5,7 +5,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..allocate import allocate
 from ..criteria import CRITERIA, score
 from ..errors import PruningError
 from ..surgery import rebuild
@@ -44,10 +43,8 @@ class RankingLearner(Learner):
     def _advance(self, grad: torch.Tensor) -> None:
         """Nothing moves."""
 
-    def _allocate(self, scores: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
-        return allocate(
-            self.traced.structures, scores, self.traced.cost, self.budget,
-            scope=self.scope, round_to=self.round_to, floor=self.floor, fixed=self.fixed)
+    def _allocate(self, scores: Dict[str, np.ndarray], **options: Any) -> Dict[str, np.ndarray]:
+        return super()._allocate(scores, scope=self.scope, **options)
 
     def _selected(self) -> torch.Tensor:
         return self._mask
