@@ -448,6 +448,26 @@ def test_lambda_is_steered_to_the_budget():
     assert learner.plan().cost['macs'][1] / learner.plan().cost['macs'][0] == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize('method, options', [('epfs', {'l2': None}), ('sss', {'structures': ('neurons',)})])
+def test_what_is_alive_keeps_pace_with_the_schedule(method, options):
+    def ahead(keep_pace):
+        """How much more than wanted is alive, by step."""
+        model = build()
+        learner = METHODS[method](model, macs=0.4, steps=40, keep_pace=keep_pace, **options)
+        found = []
+        for step in range(1, 40):
+            train(model, learner, sgd(model, 0.001), 1, first=step)
+            left = {s.name: s.units for s in learner.traced.structures}
+            left.update((name, int((values > 0).sum())) for name, values in learner.values().items())
+            cost = learner.traced.cost
+            share = cost('macs', cost.counts(left)) / learner.budget.target * 0.4
+            found.append(share - learner.controller.wanted(step))
+        return np.array(found)
+
+    assert ahead(True).max() < 0.02
+    assert method == 'sss' or ahead(False).max() > 0.02  # λ alone is late here
+
+
 def test_a_fixed_lambda_leaves_what_it_leaves():
     model = build()
     learner = timm_epfs.EPFS(model, l1=0.3, lr=1.0, weigh=None, l2='elastic', steps=4)
