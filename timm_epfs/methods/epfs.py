@@ -11,6 +11,8 @@ from .proximal import ProximalLearner
 
 __all__ = ['EPFS']
 
+_L2_RATIOS = {'norm': 20.0, 'elastic': 2.0, None: 0.0}
+
 
 class EPFS(ProximalLearner):
     """EPFS (Xu et al., Neural Computing and Applications 33, 2021; blocks: DICTA 2019).
@@ -22,7 +24,9 @@ class EPFS(ProximalLearner):
     - R₂ by name. ``'norm'``: per structure, (λ₂/2)·(‖m‖ − √C)², which keeps a norm behind the masks from letting all of
       them shrink at no cost. ``'elastic'``: (λ₂/2)·‖m‖². Both by their exact proximal maps; blocks have none.
     - λ₂ is ``l2_ratio`` times the structure's λ₁·w, so that it follows a λ₁ that is steered. Under ``'norm'`` and λ₁
-      alone equal masks come to rest at 1 − 1/``l2_ratio``, from where those fall that the loss needs least.
+      alone equal masks come to rest at 1 − 1/``l2_ratio``, from where those fall that the loss needs least. Far below
+      one they do harm: the cut folds them into weights before a norm, and a learning rate that suited the weights is
+      too high for what is left of them.
     - FISTA takes the gradient at the extrapolated point, which the network is trained with, restarts by O'Donoghue and
       Candès' gradient scheme, and its momentum is capped because gradients are noisy.
     - A unit that costs w times the mean has w times the λ₁ and 1/w of the step (where w > 1): a λ₁ of all the same
@@ -34,7 +38,7 @@ class EPFS(ProximalLearner):
         steps: Length of the sparse phase in optimizer steps.
         l1: λ₁, fixed.
         l2: ``'norm'``, ``'elastic'`` or None.
-        l2_ratio: λ₂/λ₁.
+        l2_ratio: λ₂/λ₁. None: 20 for ``'norm'``, 2 for ``'elastic'``.
         center: λ_c; 0 switches Center Loss off. Wen et al.'s value.
         center_alpha: α, the step of the centres.
         structures: As in ``Learner``.
@@ -56,7 +60,7 @@ class EPFS(ProximalLearner):
             *,
             l1: Optional[float] = None,
             l2: Optional[str] = 'norm',
-            l2_ratio: float = 2.0,
+            l2_ratio: Optional[float] = None,
             center: float = 0.003,
             center_alpha: float = 0.5,
             structures: Sequence[str] = ('filters', 'heads', 'groups'),
@@ -66,8 +70,9 @@ class EPFS(ProximalLearner):
             restart: bool = True,
             **options: Any,
     ):
-        if l2 not in ('norm', 'elastic', None):
+        if l2 not in _L2_RATIOS:
             raise PruningError(f"l2={l2!r} was asked; choose 'norm', 'elastic' or None")
+        l2_ratio = _L2_RATIOS[l2] if l2_ratio is None else l2_ratio
         super().__init__(model, macs, steps, l1=l1, lr=lr, weigh=weigh, structures=structures, **options)
         self._recipe.update(l2=l2, l2_ratio=l2_ratio, center=center, momentum=momentum, restart=restart)
         self.l2, self.l2_ratio, self.center = l2, l2_ratio, center

@@ -127,7 +127,7 @@ class ProximalLearner(Learner):
             return
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # how near the budget is counts in the end
-            keep = self._allocate(self.values(), budget=Budget('macs', wanted * self._dense), round_to=1)
+            keep = self._allocate(self._scores(), budget=Budget('macs', wanted * self._dense), round_to=1)
         gone = [np.isin(np.arange(s.units), keep[s.name], invert=True) for s in self.structures]
         self.solver.hold(torch.from_numpy(np.concatenate(gone)), torch.zeros_like(self.solver.x))
 
