@@ -6,7 +6,7 @@ from typing import List, Mapping, Union
 from timm.models import load_checkpoint
 from torch import Tensor, nn
 
-from .errors import PruningError
+from .errors import PruningError, first_few
 from .surgery import one_line
 
 __all__ = ['check_readable', 'load_weights']
@@ -40,8 +40,7 @@ def load_weights(model: nn.Module, path: Union[str, Path]) -> None:
         state_dict = module_filter(state_dict, model) if module_filter else state_dict
         problems = _misfits(model.state_dict(), state_dict)
         if problems:
-            more = f' and {len(problems) - 3} more' if len(problems) > 3 else ''
-            raise PruningError(f'checkpoint {path} does not fit: {"; ".join(problems[:3])}{more}')
+            raise PruningError(f'checkpoint {path} does not fit: {first_few(problems)}')
         return state_dict
 
     with one_line(f'checkpoint {path} not read'):

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from .deferred import DeferredInit
-from .errors import PruningError
+from .errors import PruningError, first_few
 from .limits import MAX_ELEMENTS, MAX_PARTS, RESERVED_ARGS, TooLarge, is_usual, limited
 from .plan import Plan
 
@@ -335,9 +335,8 @@ def _attribute_misfits(model: nn.Module, attributes: Mapping[str, int]) -> List[
 
 
 def _misfit_message(plan: Plan, problems: Sequence[str]) -> str:
-    more = f' and {len(problems) - 3} more' if len(problems) > 3 else ''
     base = f' (base {plan.base})' if plan.base else ''
-    return f'a plan for another base{base}: {"; ".join(problems[:3])}{more}'
+    return f'a plan for another base{base}: {first_few(problems)}'
 
 
 def _is_identity(model: nn.Module, name: str) -> bool:

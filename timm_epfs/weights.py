@@ -6,7 +6,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from .errors import PruningError
+from .errors import PruningError, first_few
 
 __all__ = ['read_weights']
 
@@ -44,9 +44,13 @@ def read_weights(
         _check_start(Path(path))
         with safetensors.safe_open(path, framework='pt') as file:
             found = {name: _described(file.get_slice(name)) for name in file.keys()}
-            if otherwise is not None and (expected is None or _misfits(found, expected)):
-                expected = otherwise()
-            _check_tensors(path, found, expected)
+            problems = [] if expected is None else _misfits(found, expected)
+            if otherwise is not None and (expected is None or problems):
+                problems = _misfits(found, otherwise())
+            if not found:
+                raise PruningError(f'weights not read from {path}: it holds no tensors')
+            if problems:
+                raise PruningError(f'weights in {path} are of another model: {first_few(problems)}')
             return {name: file.get_tensor(name) for name in found}
     except (OSError, safetensors.SafetensorError) as e:
         reason = ' '.join(str(getattr(e, 'strerror', None) or e).split())
@@ -66,19 +70,6 @@ def _check_start(path: Path) -> None:
 
 def _described(part: Any) -> Tuple[str, Tuple[int, ...]]:
     return part.get_dtype(), tuple(part.get_shape())
-
-
-def _check_tensors(
-        path: Union[str, Path],
-        found: Mapping[str, Tuple[str, Tuple[int, ...]]],
-        expected: Optional[Mapping[str, Tensor]],
-) -> None:
-    if not found:
-        raise PruningError(f'weights not read from {path}: it holds no tensors')
-    problems = [] if expected is None else _misfits(found, expected)
-    if problems:
-        more = f' and {len(problems) - 3} more' if len(problems) > 3 else ''
-        raise PruningError(f'weights in {path} are of another model: {"; ".join(problems[:3])}{more}')
 
 
 def _misfits(found: Mapping[str, Tuple[str, Tuple[int, ...]]], expected: Mapping[str, Tensor]) -> List[str]:

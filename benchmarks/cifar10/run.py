@@ -126,7 +126,6 @@ def _flags(options: Dict[str, Any]) -> List[str]:
 def _with_images(runner: type, images: Dict[str, torch.Tensor]) -> type:
     class InMemory(runner):
         """A run on images in memory, whose history says how long each epoch took."""
-        _since = time.perf_counter()
 
         def _open_batches(self) -> Batches:
             self._since = time.perf_counter()

@@ -272,9 +272,7 @@ class Learner:
     # How it's done.
 
     def _finish(self) -> None:
-        keep = self._rank()
-        stays = np.concatenate([np.isin(np.arange(s.units), keep[s.name]) for s in self.structures])
-        self._stays = torch.from_numpy(stays)
+        self._stays = self._flags(self._rank())
         self._settle(self._selected() * self._stays)
 
     def _unmasked(self, model: Optional[nn.Module] = None) -> nn.Module:
@@ -285,6 +283,10 @@ class Learner:
         slim = self.masks.fold(copy.deepcopy(source))
         drop_hooks(slim)
         return slim
+
+    def _flags(self, keep: Mapping[str, np.ndarray]) -> torch.Tensor:
+        """Whether each unit is among those that stay, shape (units,), bool."""
+        return torch.from_numpy(np.concatenate([np.isin(np.arange(s.units), keep[s.name]) for s in self.structures]))
 
     def _keep(self) -> Dict[str, np.ndarray]:
         """Units that stay: the selection, or what it would be now."""

@@ -128,8 +128,7 @@ class ProximalLearner(Learner):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # how near the budget is counts in the end
             keep = self._allocate(self._scores(), budget=Budget('macs', wanted * self._dense), round_to=1)
-        gone = [np.isin(np.arange(s.units), keep[s.name], invert=True) for s in self.structures]
-        self.solver.hold(torch.from_numpy(np.concatenate(gone)), torch.zeros_like(self.solver.x))
+        self.solver.hold(~self._flags(keep), torch.zeros_like(self.solver.x))
 
     def _clearly_alive(self, masks: torch.Tensor) -> np.ndarray:
         return (masks > _FAINT * self.solver.x.mean()).numpy()

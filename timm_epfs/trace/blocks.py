@@ -60,7 +60,7 @@ class Residuals:
         self._entered: List[Tuple[Optional[Key], int]] = []     # of each module of the stack: its input, terms so far
         self._calls: Dict[str, List[_Call]] = {}                # of each module: those of its children
         self._found: Dict[str, Optional[Block]] = {}
-        self._weights: Dict[str, int] = {}                      # number of parameters, by module
+        self._model = model
         self._names = {id(p): name for name, p in model.named_parameters() if p.ndim}
         self._count = 0
         self._of: Dict[int, int] = {}                       # term of a tensor, by id
@@ -73,7 +73,6 @@ class Residuals:
                 module.register_forward_pre_hook(
                     lambda _, args, kwargs, name=name: self._enter(name, args, kwargs), with_kwargs=True)
                 module.register_forward_hook(lambda _, args, out, name=name: self._leave(name, out))
-                self._weights[name] = sum(1 for _ in module.parameters())
 
     def blocks(self) -> List[Block]:
         """Innermost blocks, each run once. Those that their input goes through unchanged come before any other."""
@@ -81,8 +80,8 @@ class Residuals:
         plain = _innermost([block for block in found if not block.projects])
         others = _innermost([block for block in found if block.projects])
         apart = [block for block in others if not any(_nested(block.module, other.module) for other in plain)]
-        order = list(self._found)
-        return sorted([*plain, *apart], key=lambda block: order.index(block.module))
+        kept = {block.module for block in (*plain, *apart)}
+        return [block for block in found if block.module in kept]
 
     def see(self, name: str, args: Sequence[Any], out: Any) -> None:
         """One operation."""
@@ -171,7 +170,8 @@ class Residuals:
         if any(parts.values()) or len(parts) < 2:
             return
         chains = [(part, chain) for part in parts if (chain := self._chain(name, source, part))]
-        costs = [sum(self._weights[f'{name}.{child}'] for child in chain) for _, chain in chains]
+        block = self._model.get_submodule(name)
+        costs = [sum(len([*block.get_submodule(child).parameters()]) for child in chain) for _, chain in chains]
         if not chains or costs.count(min(costs)) > 1:
             return  # none, or branches that are all alike
         part, chain = chains[costs.index(min(costs))]
