@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 import timm_epfs
-from timm_epfs import cli, measure
+from timm_epfs import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -98,20 +98,10 @@ def run_console(block, where, capsys):
         check_shown(shown, out + ''.join(re.findall(r'^timm-epfs: error:.*\n', err, flags=re.M)), f'{where}: {line}')
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
-    """Latency is measured, but not for long; what is written goes to a folder of its own."""
-    def latencies(models, images):
-        return measure.latencies(models, images, seconds=0.02)
-
-    monkeypatch.setattr(cli, 'latencies', latencies)
-    monkeypatch.setattr('timm_epfs.training.run.latencies', latencies)
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
-def test_snippets_run(page, capsys):
+def test_snippets_run(page, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     found, space, printed = blocks(page), {'__name__': '__main__'}, ''
     for before, block in zip([None, *found], found):
         where = f'{page.name}, line {block.line}'
