@@ -1,5 +1,5 @@
 """Pictures show the numbers they are made of."""
-import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -196,12 +196,9 @@ class TestFronts:
         assert len({(style['color'], style['marker']) for style in styles.values()}) == len(styles) >= 20
 
     def test_committed_results_give_small_pictures(self, pictures, tmp_path, monkeypatch):
-        for path in sorted((ROOT / 'benchmarks/cifar10/results').glob('*/*.json')):
-            (tmp_path / path.parent.name).mkdir(exist_ok=True)
-            run = json.loads(path.read_text())
-            run.pop('plan')
-            (tmp_path / path.parent.name / path.name).write_text(json.dumps(run))
+        shutil.copytree(ROOT / 'benchmarks/cifar10/results', tmp_path, dirs_exist_ok=True,
+                        ignore=shutil.ignore_patterns('*.png'))
         monkeypatch.setattr(sys, 'argv', ['pictures.py', '--results', str(tmp_path)])
         pictures.main()
         drawn = list(tmp_path.glob('*.png'))
-        assert drawn and all(path.stat().st_size < 100_000 for path in drawn)
+        assert len(drawn) >= 3 and all(path.stat().st_size < 100_000 for path in drawn)

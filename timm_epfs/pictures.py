@@ -50,9 +50,14 @@ def plot(model: Union[nn.Module, Plan, Mapping[str, Any], str, Path]) -> 'Figure
     return figure
 
 
-def draw_layers(path: Path, plan: Plan) -> bool:
-    """Write the picture of ``plot``. Arguments and return value are those of ``draw``."""
-    return draw(path, _size(plan), lambda figure: _layers(figure, plan))
+def draw_layers(path: Path, plan: Plan, title: str = '') -> bool:
+    """Write the picture of ``plot``, with a title where one is given. Path and return value are those of ``draw``."""
+    def paint(figure: 'Figure') -> None:
+        _layers(figure, plan)
+        if title:
+            figure.suptitle(title, fontsize='medium')
+
+    return draw(path, _size(plan), paint)
 
 
 def draw(path: Path, size: Tuple[float, float], paint: Callable[['Figure'], None]) -> bool:

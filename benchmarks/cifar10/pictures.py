@@ -1,7 +1,8 @@
 """The pictures of ``run.py``'s results: ``python benchmarks/cifar10/pictures.py``.
 
 Writes, for each model and set of images, results/<model>.png (top-1 against MACs and against latency, one point an
-experiment, bars: standard deviation over its seeds) and results/<model>-masks.png (what is alive, and λ, over epochs).
+experiment, bars: standard deviation over its seeds), results/<model>-masks.png (what is alive, and λ, over epochs) and
+results/<model>-layers.png (what the best run left of each layer).
 """
 import argparse
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any, Dict, Iterator, List, Mapping, Tuple
 
 from table import RESULTS, Runs, by_experiment, by_images, read
 
-from timm_epfs.pictures import draw
+from timm_epfs.pictures import draw, draw_layers
+from timm_epfs.plan import Plan
 from timm_epfs.training.pictures import masks_over_time
 
 MARKERS = 'osD^vP'
@@ -20,17 +22,24 @@ COLOURS = ['#1f4e8c', '#c0562b', '#2e7d5b', '#6a4c93', '#b8860b', '#00838f', '#a
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results, and of the pictures')
-    args = parser.parse_args()
-    for model, runs in read(args.results):
+    results = parser.parse_args().results
+    for model, runs in read(results):
         for number, (images, found) in enumerate(by_images(runs).items(), 1):
-            stem = model if number == 1 else f'{model}-{number}'
             dense, experiments = by_experiment(found)
-            styles = _styles(experiments)
-            if styles and draw(args.results / f'{stem}.png', (12, 4.5), _fronts(images, dense, experiments, styles)):
-                print(args.results / f'{stem}.png')
-            learned = {name: runs for name, runs in experiments.items() if any(_sparse(run) for run in runs)}
-            if learned and draw(args.results / f'{stem}-masks.png', (12, 4), _masks(learned, styles)):
-                print(args.results / f'{stem}-masks.png')
+            if experiments:
+                _draw(results, model if number == 1 else f'{model}-{number}', images, dense, experiments)
+
+
+def _draw(results: Path, stem: str, images: str, dense: float, experiments: Mapping[str, Runs]) -> None:
+    styles = _styles(experiments)
+    draw(results / f'{stem}.png', (12, 4.5), _fronts(images, dense, experiments, styles))
+    learned = {name: runs for name, runs in experiments.items() if any(_sparse(run) for run in runs)}
+    if learned:
+        draw(results / f'{stem}-masks.png', (12, 4), _masks(learned, styles))
+    best = max((run for runs in experiments.values() for run in runs), key=lambda run: run['top1']['finetuned'])
+    share, top1 = _macs(best), best['top1']['finetuned']
+    title = f'{best["name"]}: {100 * share:.0f} % of the MACs, top-1 {top1:.2f} % (dense {dense:.2f} %)'
+    draw_layers(results / f'{stem}-layers.png', Plan.from_dict(best['plan']), title)
 
 
 def _styles(experiments: Mapping[str, Runs]) -> Dict[str, Dict[str, Any]]:
