@@ -144,6 +144,13 @@ def test_fences_are_of_kinds_that_are_looked_at():
         assert languages[1::2] == [''] * (len(languages) // 2) and '' not in languages[::2], page.name
 
 
+def test_headlines_are_those_of_the_committed_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / 'benchmarks'))
+    readme = importlib.import_module('readme')
+    told = re.search(r'<!-- headlines -->\n(.*)\n<!-- /headlines -->', PAGES[0].read_text(encoding='utf-8'), re.S)
+    assert told[1].splitlines() == readme.headlines()
+
+
 @pytest.mark.parametrize('code, message', [
     ('import timm_epfs\ntimm_epfs.prone("resnet18")', 'timm_epfs.prone does not exist'),
     ('from timm_epfs.plan import Plane', 'has no Plane'),
