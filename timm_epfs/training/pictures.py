@@ -81,6 +81,7 @@ def masks_over_time(axis: Any, strength: Optional[Any], history: Sequence[Mappin
     if strength is not None:
         strength.plot(epochs, [row['lambda'] for row in rows], **style)
         strength.set(xlabel='sparse epoch', ylabel='λ', yscale='log')
+        strength.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _masks(figure: Any, history: Sequence[Mapping[str, Any]], masks: Sequence[Mapping[str, Any]]) -> None:
