@@ -1,6 +1,5 @@
 """Pictures show the numbers they are made of."""
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from statistics import mean, stdev
@@ -123,14 +122,6 @@ def test_without_matplotlib_one_line_says_what_to_install(slim, monkeypatch):
     with pytest.raises(PruningError, match=r"pip install 'timm-epfs\[plot\]'") as e:
         timm_epfs.plot(slim)
     assert '\n' not in str(e.value)
-
-
-def test_matplotlib_is_imported_when_something_is_drawn():
-    code = (
-        'import sys, timm_epfs; timm_epfs.plot; timm_epfs.prune\n'
-        'print([name for name in sys.modules if name.partition(".")[0] == "matplotlib"])'
-    )
-    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == '[]\n'
 
 
 def test_masks_over_time_are_those_of_the_sparse_phase():
