@@ -113,6 +113,7 @@ class EPFS(ProximalLearner):
             self._center_loss.update()
 
     def log(self) -> Dict[str, float]:
+        """Center Loss before its weight, and how often FISTA's momentum was dropped."""
         return {**super().log(), 'center': float(self._last_center), 'restarts': float(self.solver.restarts)}
 
     def remove(self) -> None:

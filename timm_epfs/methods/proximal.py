@@ -73,6 +73,7 @@ class ProximalLearner(Learner):
         return self._share(self._clearly_alive(self.solver.x))
 
     def log(self) -> Dict[str, float]:
+        """λ, the penalty that it puts on the masks, the share of the units that are not zero, and η."""
         x = self._selected()
         return {
             **super().log(), 'lambda': float(self.strength), 'l1': float(self.strength * (self.weights * x).sum()),
