@@ -466,7 +466,7 @@ def test_what_is_alive_keeps_pace_with_the_schedule(method, options):
             found.append(share - learner.controller.wanted(step))
         return np.array(found)
 
-    assert ahead(True).max() < 0.02
+    assert ahead(True).max() < 0.02 and ahead(True).min() > -0.05  # one unit of the small model costs up to 4 %
     assert method == 'sss' or ahead(False).max() > 0.02  # λ alone is late here
 
 

@@ -29,8 +29,8 @@ class ProximalLearner(Learner):
         steps: As in ``Learner``.
         l1: λ₁, fixed.
         lr: η, the step size of the masks; may be set at any time (``learner.lr = …``). None: ``step_size``'s rule.
-        keep_pace: Where λ is steered, whether the smallest masks become zero as soon as more is alive than the schedule
-            wants, or only in the end.
+        keep_pace: Where λ is steered, whether what is alive follows the schedule closely: the smallest masks become
+            zero as soon as more is alive than it wants, and those that would leave less stay. False: only in the end.
         weigh: What λ₁ is multiplied by, with a mean of one. ``'macs'``: the unit's share of the model's MACs.
             ``'fisher'``: that over the root mean square of the mask's gradient so far. None: λ₁ for all.
         **options: As in ``Learner``.
@@ -124,9 +124,24 @@ class ProximalLearner(Learner):
         before = self.solver.x
         self._move(grad)
         self._hold_floors(before)
-        if self.keep_pace and self.controller is not None and self.controller.due(step):
-            self._catch_up(self.controller.wanted(step))
+        if self.keep_pace and self.controller is not None:
+            wanted = self.controller.wanted(step)
+            self._hold_back(before, wanted)
+            if self.controller.due(step):
+                self._catch_up(wanted)
         self.masks.set(self.solver.y, self.solver.x)
+
+    def _hold_back(self, before: torch.Tensor, wanted: float) -> None:
+        """Where λ leaves less alive than there should be yet, the largest of the masks that fell stay as they were."""
+        alive = (self.solver.x > 0).numpy()
+        fell = np.flatnonzero((before > 0).numpy() & ~alive)
+        held = np.zeros_like(alive)
+        for unit in fell[np.argsort(-before[fell].numpy(), kind='stable')]:
+            if self._share(alive | held) >= wanted:
+                break
+            held[unit] = True
+        if held.any():
+            self.solver.hold(torch.from_numpy(held), before)
 
     def _catch_up(self, wanted: float) -> None:
         """Where λ leaves more alive than there should be by now, the smallest masks become zero, as in the end.
