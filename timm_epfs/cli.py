@@ -19,11 +19,13 @@ from .allocate import SCOPES
 from .api import create_base, prune
 from .arguments import KeyValues, add_model_arguments, model_args, positive
 from .autoload import autoload_path, is_on, switch_off, switch_on
+from .benchmark import add_benchmark_arguments
 from .calibrate import recalibrate_bn
 from .checkpoint import check_readable, load_weights
 from .clock import latencies
 from .criteria import CRITERIA
 from .errors import PruningError
+from .export import add_export_arguments
 from .hub import check_free, save_pretrained
 from .measure import Rows, compare, image_loader, image_splits, random_images, top1
 from .progress import progress, step
@@ -99,6 +101,12 @@ def _parser() -> argparse.ArgumentParser:
     add_model_arguments(learn)
     add_train_arguments(learn)
     learn.set_defaults(run=_train)
+
+    race = commands.add_parser('benchmark', help='time pruned models against dense ones')
+    add_benchmark_arguments(race)
+
+    write = commands.add_parser('export', help='write a model as ONNX or as an archive of torch.export')
+    add_export_arguments(write)
 
     share = commands.add_parser('push', help='push a saved model to the Hub, with a model card')
     _add_push_arguments(share)
