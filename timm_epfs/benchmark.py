@@ -111,6 +111,9 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse before any work what would be refused after it."""
     if args.onnx and (args.device != 'cpu' or args.amp or args.channels_last):
         raise PruningError('--onnx is timed on the CPU, in float32; drop --device, --amp and --channels-last')
+    for name in args.models:
+        if not (timm.is_model(name) or Path(name).is_dir() or '/' in name or ':' in name):
+            load_model(name)  # says what is wrong with it
     if args.json:
         check_place(args.json, '--json')
     if args.plot:

@@ -1,5 +1,6 @@
 """What a forward takes, measured: time, and memory at its peak."""
-import logging
+import os
+import sys
 import time
 from contextlib import contextmanager
 from itertools import accumulate
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Callable, Iterator, List, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 
 from .calibrate import eval_mode
 
@@ -30,7 +31,7 @@ def in_turns(forwards: Sequence[Forward], seconds: float, least: int = 1) -> 'Li
         seconds: How long to measure.
         least: So many turns are taken, however long that lasts.
     """
-    with _without_cuda_warning():
+    with _silent():  # it warns where CUDA is there without a GPU
         from torch.utils.benchmark import Measurement, Timer
     threads = torch.get_num_threads()
     timers = [Timer('forward()', globals={'forward': forward}, num_threads=threads) for forward in forwards]
@@ -76,19 +77,24 @@ def peak_memory(forward: Forward, device: torch.device) -> int:
         forward()
         torch.accelerator.synchronize(device)
         return torch.accelerator.max_memory_allocated(device) - before
-    with profile(use_kineto=False, profile_memory=True) as profiled:  # Kineto writes to stderr
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         forward()
-    changes = [event for event in profiled.kineto_results.events() if event.name() == '[memory]']
-    return max(accumulate((event.nbytes() for event in sorted(changes, key=lambda e: e.start_ns())), initial=0))
+    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == '[memory]']
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0))
 
 
 @contextmanager
-def _without_cuda_warning() -> Iterator[None]:
-    """Importing torch.utils.benchmark looks for a C++ compiler, and warns where CUDA is there without a GPU."""
-    logger = logging.getLogger('torch.utils.cpp_extension')
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _silent() -> Iterator[None]:
+    """Nothing reaches stderr from inside the block, from C++ neither, where no log level keeps torch quiet."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
+        os.dup2(nowhere, 2)
         yield
+        sys.stderr.flush()
     finally:
-        logger.setLevel(level)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(nowhere)
