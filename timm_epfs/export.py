@@ -22,7 +22,7 @@ from .progress import step
 from .report import format_count
 from .surgery import one_line
 
-__all__ = ['add_export_arguments', 'export_model', 'load_model', 'onnx_forward', 'trace_program', 'write_onnx']
+__all__ = ['Run', 'add_export_arguments', 'export_model', 'load_model', 'onnx_forward', 'trace_program', 'write_onnx']
 
 # Largest difference that is put down to another order of sums, relative to the largest output.
 TOLERANCE = 1e-3
