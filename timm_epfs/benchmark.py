@@ -150,8 +150,9 @@ def _against_each_other(models: Dict[str, nn.Module], batch_size: int, args: arg
         images = images.contiguous(memory_format=torch.channels_last)
     forwards = [_forward(model, images, args) for model in models.values()]
     with torch.inference_mode(), torch.autocast(images.device.type, getattr(torch, args.amp_dtype), enabled=args.amp):
-        for forward in forwards:  # what is compiled or chosen once isn't timed
-            forward()
+        for name, forward in zip(models, forwards):  # what is compiled or chosen once isn't timed
+            with one_line(f'{name} can\'t be run on images of {tuple(images.shape)}'):
+                forward()
         measured = in_turns(forwards, args.seconds, LEAST)
         peaks = [None if args.onnx else peak_memory(forward, images.device) for forward in forwards]
 

@@ -1,8 +1,7 @@
 """What a forward takes, measured: time, and memory at its peak."""
 import os
-import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from itertools import accumulate
 from typing import TYPE_CHECKING, Callable, Iterator, List, Sequence
 
@@ -87,14 +86,11 @@ def peak_memory(forward: Forward, device: torch.device) -> int:
 @contextmanager
 def _silent() -> Iterator[None]:
     """Nothing reaches stderr from inside the block, from C++ neither, where no log level keeps torch quiet."""
-    sys.stderr.flush()
     stderr = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
-        yield
-        sys.stderr.flush()
+        with open(os.devnull, 'w') as nowhere, redirect_stderr(nowhere):
+            os.dup2(nowhere.fileno(), 2)
+            yield
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-        os.close(nowhere)
