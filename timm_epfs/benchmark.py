@@ -102,9 +102,11 @@ def benchmark(args: argparse.Namespace) -> None:
           'beside them'.format(**conditions))
     if args.json:
         text = json.dumps({'conditions': conditions, 'rows': [asdict(row) for row in rows]}, indent=1) + '\n'
-        write_whole(args.json, lambda part: part.write_text(text, encoding='utf-8'))
+        with one_line(f'--json: {args.json} not written'):
+            write_whole(args.json, lambda part: part.write_text(text, encoding='utf-8'))
     if args.plot:
-        draw(args.plot, (9, 1.5 + 0.5 * len(rows)), lambda figure: _paint(figure, rows))
+        with one_line(f'--plot: {args.plot} not written'):
+            draw(args.plot, (9, 1.5 + 0.5 * len(rows)), partial(_paint, rows=rows))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -148,6 +150,7 @@ def _against_each_other(models: Dict[str, nn.Module], batch_size: int, args: arg
     images = random_images(next(iter(models.values())), args.img_size, batch_size).to(args.device)
     if args.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
+    torch.compiler.reset()  # after some models of one class, it would run the next ones eagerly
     forwards = [_forward(model, images, args) for model in models.values()]
     with torch.inference_mode(), torch.autocast(images.device.type, getattr(torch, args.amp_dtype), enabled=args.amp):
         for name, forward in zip(models, forwards):  # what is compiled or chosen once isn't timed
