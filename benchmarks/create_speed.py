@@ -68,6 +68,7 @@ def compare(name: str, repeats: int) -> Dict[str, float]:
 
 
 def medians(makers: Dict[str, Callable], repeats: int) -> Dict[str, float]:
+    """Median seconds of each maker. They take turns."""
     seconds: Dict[str, list] = {key: [] for key in makers}
     for turn in range(repeats + 1):
         for key, make in list(makers.items())[::1 if turn % 2 else -1]:

@@ -191,6 +191,7 @@ def _output(model: nn.Module, inputs) -> torch.Tensor:
 
 
 def summary(table: Table) -> Dict[str, Any]:
+    """Figures over all rows, and how many structures are not exact for which reason."""
     rows = list(table.rows.values())
     measured = sorted((r for r in rows if r['error']), key=lambda r: -_error(r))
     reasons: Counter = Counter()

@@ -44,6 +44,7 @@ def main() -> None:
 
 
 def measure(name: str, repeats: int, threads: int) -> Dict[str, float]:
+    """Seconds of a plain step and of one with EPFS, turn by turn, and the peak memory of a process of each."""
     steps = {kind: stepper(name, kind) for kind in ('plain', 'epfs')}
     seconds: Dict[str, list] = {kind: [] for kind in steps}
     for repeat in range(repeats + 1):

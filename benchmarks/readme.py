@@ -1,10 +1,13 @@
-"""Put the tables of results/ between their markers in the README."""
+"""Put the tables of results/ between their markers in benchmarks/README.md, and the headlines into the README."""
+import json
 import re
 from pathlib import Path
+from typing import Any, Dict, List
 
-from common import RESULTS
+from common import RESULTS, write_atomic
 
-README = Path(__file__).parents[1] / 'README.md'
+HERE = Path(__file__).parent
+README = HERE.parent / 'README.md'
 TABLES = {
     'zoo': 'zoo.md',
     'one_shot': 'one_shot_resnet56_cifar.md',
@@ -12,22 +15,27 @@ TABLES = {
     'prune_speed': 'prune_speed.md',
     'create_speed': 'create_speed.md',
     'overhead': 'overhead.md',
+    'int8': 'int8_resnet20_cifar.md',
 }
 LONG = 30  # rows; a longer table is folded
 
 
 def main() -> None:
-    text = README.read_text()
-    for name, file in TABLES.items():
-        if not (RESULTS / file).exists():
-            continue
-        body = table((RESULTS / file).read_text())
+    tables = {name: table((RESULTS / file).read_text()) for name, file in TABLES.items() if (RESULTS / file).exists()}
+    fill(HERE / 'README.md', {**tables, **cifar10()})
+    fill(README, {'headlines': '\n'.join(headlines())})
+
+
+def fill(page: Path, sections: Dict[str, str]) -> None:
+    """Put each text between its markers."""
+    text = page.read_text()
+    for name, body in sections.items():
         text = re.sub(
             rf'<!-- {name} -->.*<!-- /{name} -->',
             lambda _, name=name, body=body: f'<!-- {name} -->\n{body}\n<!-- /{name} -->',
             text, flags=re.DOTALL,
         )
-    README.write_text(text)
+    write_atomic(page, text)
 
 
 def table(markdown: str) -> str:
@@ -38,6 +46,38 @@ def table(markdown: str) -> str:
     if len(lines) - at > LONG:
         lines = [*lines[:at], '<details><summary>All of it</summary>', '', *lines[at:], '', '</details>']
     return '\n'.join(lines).strip()
+
+
+def cifar10() -> Dict[str, str]:
+    """Tables and pictures that cifar10/table.py and cifar10/pictures.py made."""
+    parts: List[str] = []
+    for path in sorted((HERE / 'cifar10' / 'results').glob('*.md')):
+        parts += [f'### {path.stem}', '', table(path.read_text()), '']
+        for picture in sorted(path.parent.glob(f'{path.stem}*.png'), key=lambda picture: picture.stem):
+            parts += [f'![{picture.stem}](cifar10/results/{picture.name})', '']
+    return {'cifar10': '\n'.join(parts).strip()} if parts else {}
+
+
+def headlines() -> List[str]:
+    """One line for each thing that a new user asks."""
+    zoo, exact, speed, added = (load(name) for name in ('zoo', 'exactness', 'prune_speed', 'overhead'))
+    seconds = [row['ours_whole'] for row in speed['models'].values()]
+    steps = [100 * (row['time'] - 1) for row in added['models'].values()]
+    return [
+        f'- {zoo["timm"]["ok"]:,} of timm\'s {zoo["timm"]["names"]:,} models and {zoo["torchvision"]["ok"]} of '
+        f'torchvision\'s {zoo["torchvision"]["names"]} are cut to half their',
+        '  MACs, run, and are rebuilt from their plans: residual streams, depthwise and grouped convolutions, SE, '
+        'attention heads.',
+        f'- Masked and cut give the same outputs in {exact["ok"]} of {exact["names"]} models: '
+        f'median error {exact["median_error"]:.1e}, worst {max(exact["worst"].values()):.1e}, '
+        f'{len(exact["float64_needed"])} judged in float64.',
+        f'- Pruning takes {min(seconds):.1f} to {max(seconds):.1f} s, `resnet18` to `vit_large_patch16_224`, on '
+        f'{speed["threads"]} threads; EPFS adds {min(steps):.0f} to {max(steps):.0f} % to a training step.',
+    ]
+
+
+def load(name: str) -> Dict[str, Any]:
+    return json.loads((RESULTS / f'{name}.json').read_text())
 
 
 if __name__ == '__main__':

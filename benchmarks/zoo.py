@@ -69,10 +69,12 @@ def select(patterns: Sequence[str]) -> List[str]:
 
 
 def is_due(row: Dict[str, str], redo: bool, redo_failed: bool) -> bool:
+    """Whether a name is to be measured, given its row of an earlier run."""
     return row is None or redo or (redo_failed and row['status'] != 'ok')
 
 
 def fill(table: Table, work, names: List[str], args: argparse.Namespace) -> None:
+    """Measure names in processes of their own, so that none takes the others with it."""
     failed = 0
     try:
         with tqdm(total=len(names), unit='name', smoothing=0.05) as bar:

@@ -155,6 +155,7 @@ def _differentiable(out: Any) -> bool:
 
 @torch.no_grad()
 def count_macs(model: nn.Module, args, kwargs) -> float:
+    """MACs of one forward by torch's own counter."""
     model.requires_grad_(False)  # the counter's hooks fail on views that need gradients
     with FlopCounterMode(display=False) as counter:
         model(*args, **kwargs)

@@ -135,9 +135,11 @@ def test_the_recipe_is_repeated_as_the_plan_has_it(slim):
 
 
 def test_the_papers_are_cited(slim):
-    card = make_card(slim, 'me/half')
-    assert '10.1007/s00521-021-05828-8' in card and 'rw2019timm' in card and 'huang2018sss' not in card
-    assert 'huang2018sss' in make_card(with_recipe(slim, {'method': 'sss'}), 'me/half')
+    keys = {'epfs': 'xu2021epfs', 'sss': 'huang2018sss', 'sfp': 'he2018sfp'}
+    for method in (*keys, 'one-shot'):
+        cited = section(make_card(with_recipe(slim, {'method': method}), 'me/half'), 'Citation')
+        assert 'rw2019timm' in cited
+        assert {name for name, key in keys.items() if key in cited} == {method} & set(keys)
 
 
 def test_the_picture_shows_what_is_left(slim, tmp_path, monkeypatch):

@@ -492,6 +492,24 @@ def test_the_floor_holds_and_says_so():
     assert all((values > 0).sum() >= max(1, 0.1 * len(values)) for values in learner.values().values())
 
 
+def test_units_that_the_loss_feels_less_weigh_more():
+    torch.manual_seed(0)
+    model = timm.create_model('resnet20_cifar', num_classes=10)
+    learner = timm_epfs.EPFS(model, macs=0.5, steps=100, structures=['filters'])
+    at = learner.masks.slices['layer1.0.conv1'].start
+    grads = torch.ones(learner.masks.units, dtype=torch.float64)
+    grads[at], grads[at + 1] = 0.1, 10.0
+    for step in range(1, 4):
+        learner._measure(grads * (-1) ** step, step)  # on average there's no gradient at all
+    weights = learner.weights[at:at + 3] / learner.weights[at + 2]
+    assert weights.tolist() == pytest.approx([10.0, 0.1, 1.0])
+    assert learner.weights.mean() == pytest.approx(1.0)
+    same = timm_epfs.EPFS(timm.create_model('resnet20_cifar', num_classes=10), macs=0.5, steps=100,
+                          structures=['filters'])
+    same.load_state_dict(learner.state_dict())
+    assert torch.equal(same.weights, learner.weights)
+
+
 def test_costly_units_weigh_more():
     model = build('resnet18')
     learner = timm_epfs.EPFS(model, l1=0.1, steps=5)

@@ -497,6 +497,15 @@ def test_a_file_as_it_should_be_is_read(tmp_path):
     assert read_weights(tmp_path / 'w.safetensors')['a'].tolist() == [0.0]
 
 
+@pytest.mark.parametrize('length', range(128, 1024, 256))
+def test_a_header_whose_length_starts_as_a_pickle_does_is_read(length, tmp_path):
+    safetensors.torch.save_file({'a': torch.ones(1)}, tmp_path / 'w.safetensors', {'pad': ''})
+    padding = length - int.from_bytes((tmp_path / 'w.safetensors').read_bytes()[:8], 'little')
+    safetensors.torch.save_file({'a': torch.ones(1)}, tmp_path / 'w.safetensors', {'pad': 'x' * padding})
+    assert (tmp_path / 'w.safetensors').read_bytes()[0] == 0x80
+    assert read_weights(tmp_path / 'w.safetensors')['a'].tolist() == [1.0]
+
+
 def test_a_long_header_is_refused_by_its_length(tmp_path):
     entries = {f't{i}': tensor(0, 0, (0,)) for i in range(MAX_HEADER // 50)}
     (tmp_path / 'w.safetensors').write_bytes(raw(entries))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .criteria import CRITERIA
     from .hub import save_pretrained
     from .methods import BNSFP, EPFS, SFP, SSS, OneShot, Scratch
+    from .pictures import plot
     from .plan import Plan
     from .push import push_to_hub
     from .report import inspect
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     'BNSFP', 'CRITERIA', 'EPFS', 'OneShot', 'Plan', 'PruningError', 'SFP', 'SSS', 'Scratch', '__version__', 'inspect',
-    'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn', 'register', 'save_pretrained', 'slice_checkpoint',
+    'plot', 'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn', 'register', 'save_pretrained', 'slice_checkpoint',
 ]
 
 _HOMES = {
@@ -35,6 +36,7 @@ _HOMES = {
     'SSS': 'methods',
     'Scratch': 'methods',
     'inspect': 'report',
+    'plot': 'pictures',
     'prune': 'api',
     'push_to_hub': 'push',
     'rebuild': 'surgery',

@@ -20,7 +20,7 @@ from .errors import PruningError
 from .export import load_model, onnx_forward, trace_program, write_onnx
 from .files import check_place, write_whole
 from .measure import random_images, size_on_disk
-from .pictures import draw
+from .pictures import draw, new_figure
 from .progress import step
 from .report import aligned, format_count
 from .surgery import build_base, one_line
@@ -122,10 +122,7 @@ def _check(args: argparse.Namespace) -> None:
         check_place(args.plot, '--plot')
         if args.plot.suffix != '.png':
             raise PruningError(f'--plot {args.plot}: only .png is drawn; name such a file')
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError as e:
-            raise PruningError('--plot needs matplotlib; pip install timm-epfs[train]') from e
+        new_figure((1, 1))  # matplotlib is there
 
 
 def _contestants(name: str, args: argparse.Namespace) -> Dict[str, nn.Module]:

@@ -53,6 +53,7 @@ class Controller:
         return self.target ** min(1.0, max(0.0, done))
 
     def due(self, step: int) -> bool:
+        """Whether λ is changed after this step."""
         return step % self.every == 0
 
     def lead(self, step: int) -> float:
@@ -83,9 +84,11 @@ class Controller:
         return self.value
 
     def state_dict(self) -> Dict[str, Any]:
+        """All that the next update depends on."""
         numbers = {'value': self.value, 'start': self.start, 'slow': self._slow}
         return {**numbers, 'last': self._last.clone(), 'speed': self._speed.clone()}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken."""
         self.value, self.start, self._slow = (float(state[key]) for key in ('value', 'start', 'slow'))
         self._last, self._speed = state['last'].clone(), state['speed'].clone()

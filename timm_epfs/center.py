@@ -77,9 +77,11 @@ class CenterLoss:
             self.centers, self._sums = self.centers.to(device), self._sums.to(device)
 
     def state_dict(self) -> Dict[str, torch.Tensor]:
+        """The centres, and what the next update has gathered so far."""
         return {'centers': self.centers.clone(), 'sums': self._sums.clone()}
 
     def load_state_dict(self, state: Dict[str, torch.Tensor]) -> None:
+        """Go on where ``state_dict`` was taken."""
         self.centers, self._sums = state['centers'].clone(), state['sums'].clone()
 
 
@@ -109,6 +111,7 @@ class FeatureHook:
         return value.flatten(1)
 
     def remove(self) -> None:
+        """Take the hook off the module."""
         self._handle.remove()
 
 

@@ -121,4 +121,5 @@ class CostModel:
 
 
 def is_number(value: object) -> bool:
+    """Whether this is a finite number, and no bool."""
     return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)

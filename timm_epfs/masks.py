@@ -80,6 +80,7 @@ class Masks:
         return self
 
     def values(self, training: bool) -> torch.Tensor:
+        """What the network runs with in this mode, shape (units + 2,)."""
         if not training:
             return self.selected
         return self.running if self._learn else self.running.detach()

@@ -58,14 +58,17 @@ class Ranges:
 
     @property
     def entries(self) -> int:
+        """Number of values."""
         return int((self.stops - self.starts + 1).sum())
 
     @property
     def top(self) -> int:
+        """The largest value."""
         return int(self.stops.max())
 
     @property
     def ascending(self) -> bool:
+        """Whether no value comes twice or out of order."""
         return bool((self.starts[1:] > self.stops[:-1]).all())
 
     def array(self) -> np.ndarray:
@@ -130,10 +133,12 @@ class Strided:
 
     @property
     def entries(self) -> int:
+        """Number of entries of all units."""
         return self.units * prod(count for count, _ in self.inner)
 
     @property
     def top(self) -> int:
+        """The largest entry."""
         return self.offset + (self.units - 1) * self.stride + sum((count - 1) * step for count, step in self.inner)
 
     def array(self) -> np.ndarray:

@@ -102,9 +102,11 @@ class Fista:
         self.y = torch.where(entries, value, self.y)
 
     def state_dict(self) -> Dict[str, Union[Tensor, float, int]]:
+        """Both points, and the momentum."""
         return {'x': self.x.clone(), 'y': self.y.clone(), 't': self.t, 'restarts': self.restarts}
 
     def load_state_dict(self, state: Dict[str, Union[Tensor, float, int]]) -> None:
+        """Go on where ``state_dict`` was taken."""
         self.x, self.y = state['x'].clone(), state['y'].clone()
         self.t, self.restarts = float(state['t']), int(state['restarts'])
 
@@ -126,6 +128,7 @@ class Apg:
 
     @property
     def y(self) -> Tensor:
+        """Where the gradient is taken: at the solution."""
         return self.x
 
     def step(self, grad: Tensor, step_size: float, threshold: Optional[Union[float, Tensor]]) -> None:
@@ -146,7 +149,9 @@ class Apg:
         self.v = torch.where(entries, torch.zeros_like(self.v), self.v)
 
     def state_dict(self) -> Dict[str, Tensor]:
+        """The solution, and the velocity."""
         return {'x': self.x.clone(), 'v': self.v.clone()}
 
     def load_state_dict(self, state: Dict[str, Tensor]) -> None:
+        """Go on where ``state_dict`` was taken."""
         self.x, self.v = state['x'].clone(), state['v'].clone()

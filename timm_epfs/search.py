@@ -31,9 +31,11 @@ class Search:
         self.worth = np.concatenate([np.append(0.0, np.cumsum(d))[grid] for d, grid in zip(descending, grids)])
 
     def price(self, counts: np.ndarray) -> float:
+        """Cost at these counts."""
         return self.cost(self.budget.quantity, counts) / self.dense
 
     def slope(self, at: np.ndarray) -> np.ndarray:
+        """Cost of one more unit in each structure, shape (structures,)."""
         return self.cost.gradient(self.budget.quantity, self.choices[at]) / self.dense
 
     def gap(self, at: np.ndarray) -> float:

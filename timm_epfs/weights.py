@@ -62,7 +62,7 @@ def _check_start(path: Path) -> None:
     with open(path, 'rb') as file:
         start = file.read(32)
     for magic, what in _MISTAKEN:
-        if start.startswith(magic):
+        if start.startswith(magic) and start[8:9] != b'{':  # a header's length may be any bytes; JSON comes after it
             raise PruningError(f'weights not read from {path}: this is {what}, only safetensors are read; convert it')
     if int.from_bytes(start[:8], 'little') > MAX_HEADER:
         raise PruningError(f'weights not read from {path}: this is no safetensors file, or its header is far too long')

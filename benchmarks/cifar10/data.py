@@ -29,13 +29,13 @@ def load(data_dir: Path, cache: Path) -> Dict[str, Tensor]:
     if not cache.exists():
         tensors: Dict[str, Tensor] = {}
         for split in ('train', 'test'):
-            tensors.update(_decode(_dataset(data_dir, split), split))
+            tensors.update(_decode(open_split(data_dir, split), split))
         cache.parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(tensors, cache)
     return safetensors.torch.load_file(cache)
 
 
-def _dataset(data_dir: Path, split: str) -> Any:
+def open_split(data_dir: Path, split: str) -> Any:
     for root in (data_dir / split, data_dir / f'{split}.tar'):
         if root.exists():
             return create_dataset('', root=str(root))
@@ -63,7 +63,7 @@ class Images:
     Args:
         pixels: Shape (images, 3, height, width), uint8.
         targets: Shape (images,), int64.
-        config: Mean and std, of pixel values between 0 and 1.
+        config: Mean and std, of pixel values between 0 and 1, and the input size, which images are resized to.
         batch_size: Images a batch.
         device: Where the images are kept.
         training: In a new order each time, cropped at random after padding and flipped; the last ones are left out
@@ -81,6 +81,7 @@ class Images:
     ):
         self.pixels, self.targets = pixels.to(device), targets.to(device)
         self.mean, self.std = (255 * torch.tensor(config[key], device=device).view(3, 1, 1) for key in ('mean', 'std'))
+        self.size = tuple(config['input_size'][1:])
         self.batch_size, self.training = batch_size, training
 
     def __len__(self) -> int:
@@ -93,7 +94,10 @@ class Images:
         for index in order.to(self.pixels.device).split(self.batch_size)[:len(self)]:
             pixels = self.pixels[index]
             pixels = self._augmented(pixels) if self.training else pixels
-            yield (pixels.float() - self.mean) / self.std, self.targets[index]
+            pixels = (pixels.float() - self.mean) / self.std
+            if self.size != pixels.shape[2:]:
+                pixels = F.interpolate(pixels, self.size, mode='bilinear', align_corners=False)
+            yield pixels, self.targets[index]
 
     def _augmented(self, pixels: Tensor) -> Tensor:
         count, _, height, width = pixels.shape

@@ -1,59 +1,107 @@
 """Make a run's pruned model a variant: ``python benchmarks/cifar10/ship.py resnet20_cifar/epfs_filters-50-0``.
 
-Writes the plan and the weights into timm_epfs/variants and what was measured into model_cards, for the card. A variant
-is named for the share of the MACs that its experiment asked to remove, its weights for the images.
+Writes the plan and the weights into timm_epfs/variants, what was measured and the card with its picture into
+model_cards, and what the tests compare with into tests/shipped.json. A variant is named for the share of the MACs that
+its experiment asked to remove, its weights for the images. Weights of more than 1.5 MB are stored in half precision;
+``--plan-only`` ships none.
 """
 import argparse
 import json
-import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict
+from typing import Any, Dict, Optional
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from common import write_json  # noqa: E402
-from data import TAGS  # noqa: E402
+from data import TAGS, Images, name_of  # noqa: E402
 
-from timm_epfs.cards import check_metrics  # noqa: E402
+from timm_epfs.cards import check_metrics, write_card  # noqa: E402
 from timm_epfs.plan import Plan  # noqa: E402
+from timm_epfs.surgery import rebuild  # noqa: E402
 from timm_epfs.variants import plan_path, weights_path  # noqa: E402
 
-CARDS = HERE.parents[1] / 'model_cards'
+ROOT = HERE.parents[1]
+CARDS, SHIPPED = ROOT / 'model_cards', ROOT / 'tests' / 'shipped.json'
+OWNER = 'timm-epfs'  # of the repos that the cards name; hub_upload.py makes them again for its own
 MOST = 1_500_000  # bytes that weights in the package may have
+SAMPLE = 1000  # first images of the test split that the tests count
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('names', nargs='+', metavar='RUN', help='as in results: model/experiment-seed')
-    parser.add_argument('--runs', type=Path, default=HERE / 'runs')
+    parser.add_argument('--plan-only', action='store_true', help='the plan without the weights')
+    parser.add_argument('--runs', type=Path, default=HERE / 'runs', help='with the decoded images')
     parser.add_argument('--results', type=Path, default=HERE / 'results')
     args = parser.parse_args()
+    images = safetensors.torch.load_file(args.runs / 'images.safetensors')
     for name in args.names:
         result = json.loads((args.results / f'{name}.json').read_text())
-        print(ship(result, args.runs / name / 'pruned' / 'model.safetensors'))
+        weights = safetensors.torch.load_file(args.runs / name / 'pruned' / 'model.safetensors')
+        print(ship(result, None if args.plan_only else weights, images))
 
 
-def ship(result: Dict[str, Any], weights: Path) -> str:
-    """Returns the variant's name, with the tag."""
-    size = weights.stat().st_size
-    if size > MOST:
-        raise SystemExit(f'{result["name"]}: the weights have {size} bytes, {MOST} may be shipped')
+def ship(result: Dict[str, Any], weights: Optional[Dict[str, Tensor]], images: Dict[str, Tensor]) -> str:
+    """Returns the variant's name, with the tag where it has weights."""
     base, _, experiment = result['name'].partition('/')
-    name = f'{base}_epfs{round(100 * (1 - result["experiment"]["options"]["macs"]))}'
-    tag = TAGS[result['images']]
-    plan = Plan.from_dict(result['plan'])
+    name = f'{base}_epfs{int(100 * (1 - result["experiment"]["options"]["macs"]) + 1e-6)}'
+    plan = _told(Plan.from_dict(result['plan']), result, f'{base}/{experiment.rpartition("-")[0]}')
+    plan.save(plan_path(name))
+    model, metrics = rebuild(plan), _metrics(result)
+    if weights is not None:
+        if name_of(images) != result['images']:
+            raise SystemExit(f'{result["name"]} was trained on {result["images"]}, the images here are others')
+        tag = TAGS[result['images']]
+        weights = _small(weights, result['name'])
+        safetensors.torch.save_file(weights, weights_path(name, tag), metadata={'format': 'pt'})
+        model.load_state_dict(weights)
+        name = f'{name}.{tag}'
+        metrics['pruned']['top1'] = _record(name, model.eval(), images)
+    write_json(CARDS / f'{name}.json', check_metrics(metrics))
+    (CARDS / name).mkdir(exist_ok=True)
+    write_card(CARDS / name, model, f'{OWNER}/{name}', metrics)
+    return name
+
+
+def _told(plan: Plan, result: Dict[str, Any], experiment: str) -> Plan:
+    """The plan for any number of classes, which says where it is from."""
     told = {
         'criterion': plan.recipe.get('criterion', 'learned masks'), 'data': result['images'],
         'date': result['machine']['date'], 'epochs': result['epochs'], 'seed': result['seed'],
-        'command': f'python benchmarks/cifar10/run.py {base}/{experiment.rpartition("-")[0]}',
+        'command': f'python benchmarks/cifar10/run.py {experiment}',
     }
-    replace(plan, base_args={}, recipe={**plan.recipe, **told}).save(plan_path(name))
-    shutil.copy(weights, weights_path(name, tag))
-    write_json(CARDS / f'{name}.{tag}.json', check_metrics(_metrics(result)))
-    return f'{name}.{tag}'
+    return replace(plan, base_args={}, recipe={**plan.recipe, **told})
+
+
+def _small(weights: Dict[str, Tensor], name: str) -> Dict[str, Tensor]:
+    """Weights that may be shipped: in half precision if they are too many."""
+    def size() -> int:
+        return sum(tensor.nbytes for tensor in weights.values())
+
+    if size() > MOST:
+        weights = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
+    if size() > MOST:
+        raise SystemExit(f'{name}: the weights have {size()} bytes in half precision, {MOST} may be shipped')
+    return weights
+
+
+@torch.inference_mode()
+def _record(name: str, model: nn.Module, images: Dict[str, Tensor]) -> float:
+    """Note what the tests compare with. Returns the top-1 in percent of what is shipped, on all test images."""
+    test = Images(images['test.pixels'], images['test.targets'], model.pretrained_cfg, 500, torch.device('cpu'), False)
+    right = torch.cat([model(batch).argmax(1) == target for batch, target in test])
+    known = json.loads(SHIPPED.read_text()) if SHIPPED.exists() else {}
+    pixels = torch.arange(3 * test.size[0] * test.size[1]).view(1, 3, *test.size)
+    known[name] = {'logits': model(torch.sin(pixels / 10))[0].tolist(), 'right': int(right[:SAMPLE].sum())}
+    write_json(SHIPPED, known)
+    return round(100 * float(right.double().mean()), 2)
 
 
 def _metrics(result: Dict[str, Any]) -> Dict[str, Any]:

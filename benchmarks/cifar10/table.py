@@ -7,7 +7,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -17,35 +17,54 @@ from common import header_line, write_atomic  # noqa: E402
 COLUMNS = ('experiment', 'seeds', 'MACs', 'parameters', 'top-1 when cut, %', 'fine-tuned, %', 'Δ to dense', 'epochs')
 
 
+Runs = List[Dict[str, Any]]
+RESULTS = HERE / 'results'
+
+
 def main() -> None:
-    results = HERE / 'results'
-    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        runs = [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
-        text = markdown(folder.name, runs)
-        write_atomic(results / f'{folder.name}.md', text)
+    for model, runs in read(RESULTS):
+        text = markdown(model, runs)
+        write_atomic(RESULTS / f'{model}.md', text)
         print(text)
 
 
-def markdown(model: str, runs: Sequence[Dict[str, Any]]) -> str:
-    by_images = defaultdict(list)
+def read(results: Path) -> Iterator[Tuple[str, Runs]]:
+    """Every model's name and results."""
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        yield folder.name, [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
+
+
+def by_images(runs: Sequence[Dict[str, Any]]) -> Dict[str, Runs]:
+    """Results that may be compared, by the images they were made with."""
+    groups = defaultdict(list)
     for run in runs:
-        by_images[run['images']].append(run)
+        groups[run['images']].append(run)
+    return groups
+
+
+def by_experiment(runs: Sequence[Dict[str, Any]]) -> Tuple[float, Dict[str, Runs]]:
+    """Top-1 of the dense baseline in percent, and the other results by experiment: one a seed."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run['name'].partition('/')[2].rpartition('-')[0]].append(run)
+    (dense,) = groups.pop('dense')
+    return dense['top1']['dense'], groups
+
+
+def markdown(model: str, runs: Sequence[Dict[str, Any]]) -> str:
     parts = [f'# {model}', '']
-    for images, found in by_images.items():
+    for images, found in by_images(runs).items():
         parts += [*_table(images, found), '']
     return '\n'.join(parts)
 
 
-def _table(images: str, runs: List[Dict[str, Any]]) -> List[str]:
-    by_name = defaultdict(list)
-    for run in runs:
-        by_name[run['name'].partition('/')[2].rpartition('-')[0]].append(run)
-    (dense,) = by_name.pop('dense')
-    rows = [_row(name, found, dense['top1']['dense']) for name, found in by_name.items()]
+def _table(images: str, runs: Runs) -> List[str]:
+    dense, experiments = by_experiment(runs)
+    rows = [_row(name, found, dense) for name, found in experiments.items()]
     rows.sort(key=lambda row: -row[-1])
     machines = sorted({header_line(run['machine']) for run in runs})
     return [
-        f'{images}. Dense: {dense["top1"]["dense"]:.2f} %. Where there are several seeds, mean ± standard deviation.',
+        f'{images}. Dense: {dense:.2f} %. Where there are several seeds, mean ± standard deviation.',
         *machines,
         '',
         f'| {" | ".join(COLUMNS)} |', '|' + '---|' * len(COLUMNS),
@@ -53,7 +72,7 @@ def _table(images: str, runs: List[Dict[str, Any]]) -> List[str]:
     ]
 
 
-def _row(name: str, runs: List[Dict[str, Any]], dense: float) -> List[Any]:
+def _row(name: str, runs: Runs, dense: float) -> List[Any]:
     tuned = [run['top1']['finetuned'] for run in runs]
     return [
         name.rpartition('-')[0] or name, str(len(runs)),

@@ -29,8 +29,10 @@ class EPFS(ProximalLearner):
       too high for what is left of them.
     - FISTA takes the gradient at the extrapolated point, which the network is trained with, restarts by O'Donoghue and
       Candès' gradient scheme, and its momentum is capped because gradients are noisy.
-    - A unit that costs w times the mean has w times the λ₁ and 1/w of the step (where w > 1): a λ₁ of all the same
-      speed, that compares gradients per MAC.
+    - w is the unit's share of the MACs, over the root mean square of its mask's gradient (``weigh='fisher'``): an
+      adaptive lasso (Zou, JASA 2006) by the diagonal of the Fisher information (Theis et al., 2018). The mean gradient
+      tells units apart badly where weights are trained along: it vanishes wherever they have settled.
+    - A unit that costs c times the mean has 1/c of the step (where c > 1), so that none falls faster than others.
 
     Args:
         model: As in ``Learner``.
@@ -42,7 +44,7 @@ class EPFS(ProximalLearner):
         center: λ_c; 0 switches Center Loss off. Wen et al.'s value.
         center_alpha: α, the step of the centres.
         structures: As in ``Learner``.
-        weigh: ``'macs'`` or None.
+        weigh: ``'fisher'``, ``'macs'`` or None.
         lr: η. None: from ``steps`` and λ₁.
         momentum: Cap on FISTA's momentum; 1 for none.
         restart: Whether FISTA restarts.
@@ -64,7 +66,7 @@ class EPFS(ProximalLearner):
             center: float = 0.003,
             center_alpha: float = 0.5,
             structures: Sequence[str] = ('filters', 'heads', 'groups'),
-            weigh: Optional[str] = 'macs',
+            weigh: Optional[str] = 'fisher',
             lr: Optional[float] = None,
             momentum: float = 0.9,
             restart: bool = True,
@@ -90,7 +92,7 @@ class EPFS(ProximalLearner):
         self._radius = units.sqrt()
         self._firsts = torch.from_numpy(self._starts)  # λ₁ and the step are the same for all units of a structure
         self._has_l2 = torch.tensor([float(s.kind != 'blocks') for s in self.structures], dtype=torch.float64)
-        self._scale = 1 / self.weights.clamp(min=1)
+        self._scale = 1 / self.costs.clamp(min=1)
         self.solver = Fista(torch.ones(self.masks.units, dtype=torch.float64), restart, momentum)
 
     def penalty(self, target: Any = None) -> torch.Tensor:
@@ -111,6 +113,7 @@ class EPFS(ProximalLearner):
             self._center_loss.update()
 
     def log(self) -> Dict[str, float]:
+        """Center Loss before its weight, and how often FISTA's momentum was dropped."""
         return {**super().log(), 'center': float(self._last_center), 'restarts': float(self.solver.restarts)}
 
     def remove(self) -> None:
@@ -123,7 +126,7 @@ class EPFS(ProximalLearner):
 
     def _prox(self, v: torch.Tensor, step_size: torch.Tensor) -> torch.Tensor:
         owner, l1 = self.masks.owner, step_size * self.strength * self.weights
-        l2 = self.l2_ratio * l1[self._firsts] * self._has_l2
+        l2 = self.l2_ratio * (step_size * self.strength * self.costs)[self._firsts] * self._has_l2
         if self.l2 == 'norm':
             held = prox_norm(v, l1, l2, owner, self._radius)
             return torch.where(self._has_l2[owner] > 0, held, prox_elastic(v, l1, 0.0))

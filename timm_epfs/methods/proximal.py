@@ -13,6 +13,9 @@ from .base import Learner
 
 __all__ = ['ProximalLearner']
 
+_WEIGHS = ('fisher', 'macs', None)
+_LISTEN = 0.02  # share of the steps that gradients' size is averaged over
+_REMEMBER = 0.5  # and that their squares are
 _FAINT = 0.05   # masks below this share of the mean hover about zero, and count as gone when λ is steered
 _GROWTH = 2     # how much larger gradients are bound to get, once masks leave one
 
@@ -28,7 +31,8 @@ class ProximalLearner(Learner):
         lr: η, the step size of the masks; may be set at any time (``learner.lr = …``). None: ``step_size``'s rule.
         keep_pace: Where λ is steered, whether the smallest masks become zero as soon as more is alive than the schedule
             wants, or only in the end.
-        weigh: ``'macs'``: λ₁ times the unit's share of the model's MACs, with a mean of one; None: λ₁ for all.
+        weigh: What λ₁ is multiplied by, with a mean of one. ``'macs'``: the unit's share of the model's MACs.
+            ``'fisher'``: that over the root mean square of the mask's gradient so far. None: λ₁ for all.
         **options: As in ``Learner``.
     """
 
@@ -50,9 +54,9 @@ class ProximalLearner(Learner):
         super().__init__(model, macs, steps, **options)
         self.l1, self.lr, self.weigh, self.keep_pace = l1, lr, weigh, keep_pace
         self._recipe.update(l1=l1, weigh=weigh, keep_pace=keep_pace)
-        self.weights = torch.ones(self.masks.units, dtype=torch.float64)
-        if weigh == 'macs':
-            self.weights = self._unit_macs()
+        self.costs = self._unit_macs() if weigh else torch.ones(self.masks.units, dtype=torch.float64)
+        self.weights = self.costs.clone()
+        self._squares = torch.zeros_like(self.costs)
         self.controller = Controller(self.budget.target / self._dense, steps) if l1 is None else None
         self._rms, self._largest = 0.0, 1e-8
 
@@ -69,6 +73,7 @@ class ProximalLearner(Learner):
         return self._share(self._clearly_alive(self.solver.x))
 
     def log(self) -> Dict[str, float]:
+        """λ, the penalty that it puts on the masks, the share of the units that are not zero, and η."""
         x = self._selected()
         return {
             **super().log(), 'lambda': float(self.strength), 'l1': float(self.strength * (self.weights * x).sum()),
@@ -77,10 +82,16 @@ class ProximalLearner(Learner):
 
     def _measure(self, grad: torch.Tensor, step: int) -> None:
         """Keep the largest gradient so far, root mean square over the units, on average over a few steps."""
-        rms = float((grad / self.weights).square().mean().sqrt())
-        share = max(1 / step, 1 / max(1.0, 0.02 * (self.steps or 1000)))
-        self._rms += share * (rms - self._rms)
+        rms = float((grad / self.costs).square().mean().sqrt())
+        self._rms += self._share_of_new(step, _LISTEN) * (rms - self._rms)
         self._largest = max(self._largest, self._rms)
+        if self.weigh == 'fisher':
+            self._squares += self._share_of_new(step, _REMEMBER) * (grad.square() - self._squares)
+            self.weights = _per_gradient(self.costs, self._squares)
+
+    def _share_of_new(self, step: int, window: float) -> float:
+        """What a step counts in an average over a window, a share of all steps."""
+        return max(1 / step, 1 / max(1.0, window * (self.steps or 1000)))
 
     @property
     def step_size(self) -> float:
@@ -160,7 +171,8 @@ class ProximalLearner(Learner):
             parts['controller'] = self.controller.state_dict()
         flat = {f'{part}.{key}': value for part, state in parts.items() for key, value in state.items()}
         held = ' '.join(str(i) for i in sorted(self._said))
-        return {**flat, 'lr': self.lr, 'rms': self._rms, 'largest': self._largest, 'held': held}
+        own = {'lr': self.lr, 'rms': self._rms, 'largest': self._largest, 'held': held}
+        return {**flat, **own, 'squares': self._squares.clone()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         for part in ('solver', 'controller'):
@@ -169,8 +181,17 @@ class ProximalLearner(Learner):
                 getattr(self, part).load_state_dict(
                     {key[at:]: value for key, value in state.items() if key.startswith(f'{part}.')})
         self.lr, self._rms, self._largest = state['lr'], float(state['rms']), float(state['largest'])
+        self._squares = state['squares'].clone()
+        if self.weigh == 'fisher' and self._squares.any():
+            self.weights = _per_gradient(self.costs, self._squares)
         self._said = {int(i) for i in state['held'].split()}
         self.masks.set(self.solver.x if self.finished else self.solver.y, self.solver.x)
+
+
+def _per_gradient(costs: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
+    """Costs over root mean square gradients, with a mean of one and gradients that vanish bounded."""
+    weights = costs / (squares / squares.mean().clamp(min=1e-30)).clamp(min=1e-4).sqrt()
+    return weights / weights.mean()
 
 
 def _check(macs: Optional[float], steps: Optional[int], l1: Optional[float], lr: Optional[float], weigh) -> None:
@@ -181,5 +202,5 @@ def _check(macs: Optional[float], steps: Optional[int], l1: Optional[float], lr:
     for name, value in (('l1', l1), ('lr', lr)):
         if value is not None and not value >= 0:
             raise PruningError(f'{name}={value!r} was asked; give a number from 0 on')
-    if weigh not in ('macs', None):
-        raise PruningError(f"weigh={weigh!r} was asked; choose 'macs' or None")
+    if weigh not in _WEIGHS:
+        raise PruningError(f"weigh={weigh!r} was asked; choose 'fisher', 'macs' or None")

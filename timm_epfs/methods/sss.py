@@ -25,7 +25,7 @@ class SSS(ProximalLearner):
         structures: As in ``Learner``.
         lr: η. None: 0.1 with a fixed γ, as the authors start, otherwise from ``steps`` and γ.
         momentum: μ.
-        weigh: ``'macs'`` or None, as in the paper.
+        weigh: ``'fisher'``, ``'macs'``, or None as in the paper.
         **options: As in ``Learner``.
     """
 

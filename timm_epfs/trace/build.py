@@ -39,6 +39,7 @@ class Blueprint:
 
 
 def build(rec: Recorder, solution: Solution) -> Blueprint:
+    """Put together what a trace recorded and what its ties came to."""
     dims = _parameter_dims(rec, solution)
     groups = _by_signature(dims, _activation_labels(rec), solution)
     members = _members(rec, dims, groups, solution)

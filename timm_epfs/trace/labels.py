@@ -92,6 +92,7 @@ class Labels:
             self._equal.append((a.ravel(), b.ravel()))
 
     def pin(self, label: Label) -> None:
+        """These atoms stay, whatever is cut."""
         if label is not None:
             self._pins.append(label.ravel())
 
@@ -111,6 +112,7 @@ class Labels:
             self._residual.append(label.ravel())
 
     def add_factor(self, factor: Factor) -> None:
+        """A dim was reshaped: the units left of it must form a box."""
         self._factors.append(factor)
 
     def split(self, entries: np.ndarray) -> List[Label]:

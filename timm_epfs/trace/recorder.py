@@ -36,6 +36,7 @@ def operation_name(func: Any) -> str:
 
 
 def same_name(name: str) -> str:
+    """One name for operations that differ in what they copy, not in what they do."""
     return 'view' if name in ('_unsafe_view', '_reshape_alias') else name
 
 
@@ -98,11 +99,13 @@ class Recorder(TorchDispatchMode):
     # -- what rules use ---------------------------------------------------------------------------------------------
 
     def tensors(self, args: Any) -> List[torch.Tensor]:
+        """The tensors among arguments, nested or not."""
         found: List[torch.Tensor] = []
         _collect(args, found)
         return found
 
     def labels_of(self, tensor: torch.Tensor) -> List[Label]:
+        """A label for each dim; ``None`` where nothing can be cut. A parameter's are made when it's first met."""
         known = self._infos.get(id(tensor))
         if known is None:
             name = self._names.get(id(tensor))
@@ -121,13 +124,16 @@ class Recorder(TorchDispatchMode):
         return id(tensor) in self._weights
 
     def constant(self, n: int) -> np.ndarray:
+        """``n`` entries that always stay."""
         return np.zeros(n, dtype=np.int64)
 
     def mark_input(self, label: Label) -> None:
+        """This dim is contracted: a zero there silences the unit."""
         if label is not None:
             self.inputs_of_products.append(label)
 
     def count_product(self, out: torch.Tensor, dims: List[Tuple[int, Label]], written: List[Label]) -> None:
+        """Add a product's lengths to the cost model."""
         if self._counting:
             self.products.append(Product(dims, list(zip(out.shape, written)), tuple(self._residuals.stack)))
 

@@ -1,13 +1,13 @@
 """Pictures of a run: accuracy and MACs over time, the masks while they were learned, what is left of each layer."""
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from ..pictures import draw, draw_layers
 from ..plan import Plan
 
-__all__ = ['draw_all', 'mask_histogram']
+__all__ = ['draw_all', 'mask_histogram', 'masks_over_time']
 
 BINS = 24
 _COLOURS = {'dense': '#dbe9f6', 'sparse': '#fde5cf', 'finetune': '#ddf0dd'}
@@ -41,7 +41,8 @@ def draw_all(
     """
     drawings = [('Accuracy and MACs over time', 'accuracy.png', (8, 4), lambda figure: _accuracy(figure, history))]
     if masks:
-        drawings.append(('Masks while they were learned', 'masks.png', (8, 3.5), lambda figure: _masks(figure, masks)))
+        drawings.append(
+            ('Masks while they were learned', 'masks.png', (10, 3.5), lambda figure: _masks(figure, history, masks)))
     drawn = [(title, name) for title, name, size, paint in drawings if draw(folder / name, size, paint)]
     return [*drawn, ('Units left', 'layers.png')] if draw_layers(folder / 'layers.png', plan) else drawn
 
@@ -64,12 +65,32 @@ def _accuracy(figure: Any, history: Sequence[Mapping[str, Any]]) -> None:
     axis.legend(lines, [line.get_label() for line in lines], loc='lower left', fontsize='small')
 
 
-def _masks(figure: Any, masks: Sequence[Mapping[str, Any]]) -> None:
-    axis = figure.add_subplot()
+def masks_over_time(axis: Any, strength: Optional[Any], history: Sequence[Mapping[str, Any]], **style: Any) -> None:
+    """Draw the share of the MACs that is alive, and λ, over the epochs in which masks are learned.
+
+    Args:
+        axis: Of the share; starts at the dense model.
+        strength: Of λ, logarithmic; None for methods that have none.
+        history: One row an epoch.
+        **style: Of both lines.
+    """
+    rows = [row for row in history if row['phase'] == 'sparse']
+    epochs = list(range(1, len(rows) + 1))
+    axis.plot([0, *epochs], [100, *(100 * row['alive'] for row in rows)], **style)
+    axis.set(xlabel='sparse epoch', ylabel='MACs alive, %', ylim=(0, 105))
+    if strength is not None:
+        strength.plot(epochs, [row['lambda'] for row in rows], **style)
+        strength.set(xlabel='sparse epoch', ylabel='λ', yscale='log')
+        strength.xaxis.get_major_locator().set_params(integer=True)
+
+
+def _masks(figure: Any, history: Sequence[Mapping[str, Any]], masks: Sequence[Mapping[str, Any]]) -> None:
+    steered = any('lambda' in row for row in history)
+    alive, *strength, spread = figure.subplots(1, 3 if steered else 2)
+    masks_over_time(alive, strength[0] if steered else None, history, marker='.', color='#c0392b')
     for at in sorted({0, len(masks) // 2, len(masks) - 1}):
         histogram = masks[at]
         edges = np.linspace(0, histogram['top'], BINS + 1)
-        label = f'sparse epoch {at + 1}: {histogram["zero"]} exactly zero'
-        axis.stairs(histogram['counts'], edges, label=label, linewidth=1.5)
-    axis.set(xlabel='mask, where not zero', ylabel='units')
-    axis.legend(fontsize='small')
+        spread.stairs(histogram['counts'], edges, label=f'epoch {at + 1}: {histogram["zero"]} exactly zero')
+    spread.set(xlabel='mask, where not zero', ylabel='units')
+    spread.legend(fontsize='x-small')

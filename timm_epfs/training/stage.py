@@ -85,6 +85,7 @@ class Stage:
         }
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken, at the learning rate that is asked for now."""
         self.task.load_checkpoint_state(state['state_dict'])
         if self.task.has_ema():
             self.task.load_checkpoint_state(state['state_dict_ema'], ema=True)

@@ -90,7 +90,7 @@ def write_report(
         '```',
         '',
         *(line for title, name in pictures for line in (f'## {title}', '', f'![{title}](pictures/{name})', '')),
-        *([] if pictures else ['Pictures need matplotlib: pip install timm-epfs[train], then run again with '
+        *([] if pictures else ['Pictures need matplotlib: pip install timm-epfs[plot], then run again with '
                                '--resume.', '']),
         '## What is left of each layer',
         '',

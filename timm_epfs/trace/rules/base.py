@@ -35,10 +35,12 @@ def rule(*names: str):
 
 
 def axis(dim: int, ndim: int) -> int:
+    """The dim counted from the front."""
     return dim % ndim if ndim else 0
 
 
 def axes(dim, ndim: int) -> List[int]:
+    """The dims counted from the front; all of them for none."""
     if dim is None or (isinstance(dim, (list, tuple)) and not dim):
         return list(range(ndim))
     return [axis(d, ndim) for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
