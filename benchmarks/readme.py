@@ -15,6 +15,7 @@ TABLES = {
     'prune_speed': 'prune_speed.md',
     'create_speed': 'create_speed.md',
     'overhead': 'overhead.md',
+    'int8': 'int8_resnet20_cifar.md',
 }
 LONG = 30  # rows; a longer table is folded
 

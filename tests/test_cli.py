@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from timm.data import resolve_data_config
 
-from timm_epfs import cli, measure
+from timm_epfs import cli, clock, measure
 from timm_epfs import progress as progress_module
 from timm_epfs.api import prune
 from timm_epfs.checkpoint import load_weights
@@ -31,7 +31,7 @@ SHARED = Path(__file__).parents[2] / 'shared'
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Latency is measured, but not for long."""
-    monkeypatch.setattr(cli, 'latencies', lambda models, images: measure.latencies(models, images, seconds=0.05))
+    monkeypatch.setattr(cli, 'latencies', lambda models, images: clock.latencies(models, images, seconds=0.05))
 
 
 @pytest.fixture(scope='module')
@@ -224,7 +224,7 @@ def test_top1_of_a_perfect_and_of_a_constant_model():
 def test_the_slower_model_takes_longer():
     small, large = (torch.nn.Linear(n, n) for n in (16, 16))
     large.register_forward_pre_hook(lambda module, x: time.sleep(0.005))
-    fast, slow = measure.latencies([small, large], torch.zeros(1, 16), seconds=0.1)
+    fast, slow = clock.latencies([small, large], torch.zeros(1, 16), seconds=0.1)
     assert 0 < fast < 5 <= slow < 50
 
 

@@ -157,7 +157,7 @@ def test_a_failed_save_leaves_the_old_file(plan, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr('timm_epfs.plan.os.replace', full)
+    monkeypatch.setattr('timm_epfs.files.os.replace', full)
     with pytest.raises(PruningError, match='No space left'):
         plan.save(tmp_path / 'plan.json')
     assert [path.read_text() for path in tmp_path.iterdir()] == ['old']

@@ -18,7 +18,7 @@ from PIL import Image
 from timm.task import ClassificationTask
 from torch import nn
 
-from timm_epfs import measure
+from timm_epfs import clock
 from timm_epfs.cli import main
 from timm_epfs.training import checkpoints
 from timm_epfs.training import run as run_module
@@ -34,7 +34,7 @@ ONE_SHOT = [*DIGITS, '--method', 'none', '--epochs', '2', '--dense-epochs', '1']
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Latency is measured, but not for long."""
-    monkeypatch.setattr(run_module, 'latencies', lambda models, image: measure.latencies(models, image, seconds=0.05))
+    monkeypatch.setattr(run_module, 'latencies', lambda models, image: clock.latencies(models, image, seconds=0.05))
 
 
 @pytest.fixture(scope='module')

@@ -13,24 +13,26 @@ from typing import Any, Dict, Iterable, Iterator, NoReturn, Optional, Sequence, 
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.models import resolve_model_input_args
-from timm.utils import ParseKwargs
-from torch import Tensor, nn
+from torch import nn
 
 from .allocate import SCOPES
-from .api import create_base, example_for, prune
+from .api import create_base, prune
+from .arguments import KeyValues, add_model_arguments, model_args, positive
 from .autoload import autoload_path, is_on, switch_off, switch_on
+from .benchmark import add_benchmark_arguments
 from .calibrate import recalibrate_bn
 from .checkpoint import check_readable, load_weights
+from .clock import latencies
 from .criteria import CRITERIA
 from .errors import PruningError
+from .export import add_export_arguments
 from .hub import check_free, save_pretrained
-from .measure import Rows, compare, image_loader, image_splits, latencies, top1
+from .measure import Rows, compare, image_loader, image_splits, random_images, top1
 from .progress import progress, step
 from .push import push_to_hub
-from .report import inspect
+from .report import aligned, inspect
 from .structure import KINDS
-from .surgery import TORCHVISION, one_line
+from .surgery import one_line
 from .training.options import add_train_arguments
 from .version import __version__
 
@@ -79,36 +81,32 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f'timm-epfs: error: {message} (see {self.prog} --help)\n')
 
 
-class _KeyValues(ParseKwargs):
-    """timm's key=value pairs, with an error for what isn't one."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        for value in values:
-            if '=' not in value:
-                parser.error(f'argument {option_string}: {value!r} is not key=value')
-        super().__call__(parser, namespace, values, option_string)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser('timm-epfs', description='Cut models of timm and torchvision to a budget.')
     parser.add_argument('--version', action='version', version=f'timm-epfs {__version__}')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
     show = commands.add_parser('inspect', help='show what can be cut of a model')
-    _add_model_arguments(show)
+    add_model_arguments(show)
     show.add_argument('--json', action='store_true', help='print JSON')
     show.set_defaults(run=_inspect)
 
     cut = commands.add_parser('prune', help='cut a model and save it')
-    _add_model_arguments(cut)
+    add_model_arguments(cut)
     _add_prune_arguments(cut)
     _add_data_arguments(cut)
     cut.set_defaults(run=_prune)
 
     learn = commands.add_parser('train', help='train a model, learn what to cut, cut it, fine-tune and save it')
-    _add_model_arguments(learn)
-    add_train_arguments(learn, _KeyValues)
+    add_model_arguments(learn)
+    add_train_arguments(learn)
     learn.set_defaults(run=_train)
+
+    race = commands.add_parser('benchmark', help='time pruned models against dense ones')
+    add_benchmark_arguments(race)
+
+    write = commands.add_parser('export', help='write a model as ONNX or as an archive of torch.export')
+    add_export_arguments(write)
 
     share = commands.add_parser('push', help='push a saved model to the Hub, with a model card')
     _add_push_arguments(share)
@@ -118,19 +116,6 @@ def _parser() -> argparse.ArgumentParser:
     auto.add_argument('state', choices=('on', 'off', 'status'), help='for the Python environment that this runs in')
     auto.set_defaults(run=_autoload)
     return parser
-
-
-def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group('model')
-    group.add_argument(
-        'model', metavar='NAME',
-        help='timm name, torchvision/<name>, or a saved model: local-dir:<folder>, hf-hub:<repo>')
-    group.add_argument('--num-classes', type=int, metavar='N', help="number of classes (the model's own by default)")
-    group.add_argument('--in-chans', type=int, metavar='N', help='image input channels (3 by default)')
-    group.add_argument('--img-size', type=int, metavar='N', help="image size in pixels (the model's own by default)")
-    group.add_argument(
-        '--model-kwargs', nargs='*', default={}, action=_KeyValues, metavar='KEY=VALUE',
-        help='further arguments of the model')
 
 
 def _add_prune_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,7 +131,7 @@ def _add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--exclude', nargs='+', metavar='PATTERN', help='layers whose outputs are not to be cut')
     group.add_argument('--only', nargs='+', metavar='PATTERN', help='the only layers whose outputs are to be cut')
     group.add_argument(
-        '--ratios', nargs='+', action=_KeyValues, metavar='PATTERN=SHARE', help='shares to remove, set beforehand')
+        '--ratios', nargs='+', action=KeyValues, metavar='PATTERN=SHARE', help='shares to remove, set beforehand')
     group.add_argument(
         '--kinds', nargs='+', metavar='KIND', help=f'{", ".join(KINDS)} (all but whole blocks by default)')
     group.add_argument(
@@ -171,9 +156,9 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--dataset', default='', metavar='NAME', help='dataset type, as in timm (folder or tar)')
     group.add_argument('--train-split', default='train', metavar='NAME', help='for criteria and recalibration (train)')
     group.add_argument('--val-split', default='validation', metavar='NAME', help='for top-1 (validation)')
-    group.add_argument('-b', '--batch-size', type=_positive, default=128, metavar='N', help='images a batch (128)')
+    group.add_argument('-b', '--batch-size', type=positive, default=128, metavar='N', help='images a batch (128)')
     group.add_argument(
-        '--num-batches', type=_positive, default=32, metavar='N',
+        '--num-batches', type=positive, default=32, metavar='N',
         help='batches of training images for the criterion and for recalibration (32)')
     group.add_argument(
         '-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N',
@@ -188,12 +173,6 @@ def _add_push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--revision', metavar='BRANCH', help='branch to push to, made where there is none')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request')
     parser.add_argument('--overwrite-card', action='store_true', help='replace a card that was written by hand')
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 on')
-    return int(text)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -213,7 +192,7 @@ def _prune(args: argparse.Namespace) -> None:
             load_weights(dense, args.checkpoint)
         with one_line(f'device {args.device!r} can\'t be used'):
             dense.to(args.device)
-    images = _images(args, dense)
+    images = random_images(dense, args.img_size, seed=args.seed)
     train, val = _loaders(args, dense, images) if args.data_dir else (None, None)
 
     options = {name: value for name in _PRUNE_OPTIONS if (value := getattr(args, name)) is not None}
@@ -284,26 +263,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _model_args(args: argparse.Namespace) -> Dict[str, Any]:
-    """Arguments of the model; an image size only where its structure depends on it."""
     given = {'num_classes': args.num_classes, 'in_chans': args.in_chans, **args.model_kwargs}
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.img_size is None or args.model.startswith(TORCHVISION):
-        return given
-    try:
-        resolved = resolve_model_input_args(args.model, {'img_size': args.img_size}, **given)
-    except Exception:  # whatever is wrong with the name is said better where the model is built
-        return given
-    return {name: value for name, value in resolved.items() if name == 'img_size' or name in given}
+    return model_args(args.model, args.img_size, given)
 
 
-def _images(args: argparse.Namespace, model: nn.Module) -> Tensor:
-    """One image of random values, as large as the model's MACs are counted for."""
-    (example,), _ = example_for(model)
-    size = tuple(example.shape[1:]) if args.img_size is None else (example.shape[1], args.img_size, args.img_size)
-    return torch.randn(1, *size, generator=torch.Generator().manual_seed(args.seed))
-
-
-def _loaders(args: argparse.Namespace, model: nn.Module, images: Tensor) -> Tuple[Any, Any]:
+def _loaders(args: argparse.Namespace, model: nn.Module, images: torch.Tensor) -> Tuple[Any, Any]:
     """Batches for calibration and for evaluation."""
     splits = (args.train_split, args.val_split)
     train, val = image_splits(args.data_dir, splits, args.dataset, getattr(model, 'num_classes', None))
@@ -335,9 +299,7 @@ def _print_table(rows: Rows) -> None:
     table = [('', 'dense', 'pruned', 'ratio')]
     for label, ((dense, pruned), show) in rows.items():
         table.append((label, show(dense), show(pruned), f'{pruned / dense:.3f}' if dense else '-'))
-    widths = [max(map(len, column)) for column in zip(*table)]
-    for label, *cells in table:
-        print('  '.join([label.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))]))
+    print(aligned(table))
 
 
 @contextmanager

@@ -1,7 +1,5 @@
 """What a user wants to know of a dense and a pruned model side by side: size, speed and accuracy."""
-import time
 from pathlib import Path
-from statistics import median
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
@@ -9,12 +7,13 @@ from timm.data import create_dataset, create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from .api import example_for
 from .calibrate import eval_mode
 from .errors import PruningError
 from .report import format_count
 from .surgery import one_line
 
-__all__ = ['Rows', 'compare', 'image_loader', 'image_splits', 'latencies', 'size_on_disk', 'top1']
+__all__ = ['Rows', 'compare', 'image_loader', 'image_splits', 'random_images', 'size_on_disk', 'top1']
 
 # By quantity: dense and pruned value, and how each is shown.
 Rows = Dict[str, Tuple[Tuple[float, float], Callable[[float], str]]]
@@ -53,34 +52,12 @@ def size_on_disk(model: nn.Module) -> int:
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
-@torch.inference_mode()
-def latencies(models: Sequence[nn.Module], images: Tensor, seconds: float = 1.5) -> List[float]:
-    """Median milliseconds of a forward of each model.
-
-    The models take turns, so that what else runs on the machine slows all of them alike. The first turn warms up; it
-    counts only where it leaves no time for another. Not by ``torch.utils.benchmark``: its import logs to stderr on
-    machines with half a CUDA, and each of its measurements runs the model three times.
-
-    Args:
-        models: Models on the device of the images.
-        images: A batch.
-        seconds: How long to measure.
-    """
-    times: List[List[float]] = [[] for _ in models]
-    start = _now(images)
-    while _now(images) - start < seconds:
-        for model, taken in zip(models, times):
-            with eval_mode(model):
-                begin = _now(images)
-                model(images)
-                taken.append(_now(images) - begin)
-    return [1000 * median(taken[1:] or taken) for taken in times]
-
-
-def _now(images: Tensor) -> float:
-    if images.device.type != 'cpu':
-        torch.accelerator.synchronize(images.device)
-    return time.perf_counter()
+def random_images(model: nn.Module, img_size: Optional[int] = None, batch_size: int = 1, seed: int = 0) -> Tensor:
+    """Images of random values, as large as the model's MACs are counted for, or of ``img_size`` pixels."""
+    (example,), _ = example_for(model)
+    _, channels, *size = example.shape
+    size = size if img_size is None else [img_size, img_size]
+    return torch.randn(batch_size, channels, *size, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.inference_mode()

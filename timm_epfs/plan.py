@@ -4,7 +4,6 @@ What a plan names, it names as the model does (tensors, modules), so that a plan
 other copy, rebuilds the pruned model from its dense base, and cuts any dense checkpoint of that base.
 """
 import json
-import os
 import re
 import reprlib
 from collections import Counter
@@ -18,6 +17,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 import numpy as np
 
 from .errors import PruningError
+from .files import write_whole
 from .limits import MAX_CHARACTERS, check_arguments, check_name, check_size, check_text
 from .notation import Ranges, Strided
 from .structure import KINDS, Member, Structure
@@ -224,15 +224,11 @@ class Plan:
             PruningError: The file can't be written.
         """
         path = Path(path)
-        part = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
         text = self.to_json()
         try:
-            part.write_text(text, encoding='utf-8', newline='\n')
-            os.replace(part, path)
+            write_whole(path, lambda part: part.write_text(text, encoding='utf-8', newline='\n'))
         except OSError as e:
             raise PruningError(f'plan not saved to {path}: {e.strerror or e}') from e
-        finally:
-            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Union[str, Path]) -> 'Plan':

@@ -11,7 +11,7 @@ from .cost import CostModel
 from .errors import PruningError
 from .structure import Structure
 
-__all__ = ['Report', 'Row', 'inspect', 'format_count']
+__all__ = ['Report', 'Row', 'aligned', 'format_count', 'inspect']
 
 _WIDTH = 120
 
@@ -194,3 +194,12 @@ def format_count(value: float) -> str:
         if value >= size:
             return f'{value / size:#.4g} {unit}'
     return f'{value:g}'
+
+
+def aligned(table: Sequence[Sequence[str]]) -> str:
+    """Lines of a table whose first column is text and whose others are numbers."""
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return '\n'.join(
+        '  '.join([label.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))])
+        for label, *cells in table
+    )

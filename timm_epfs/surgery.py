@@ -40,6 +40,12 @@ _SHAPE_ATTRIBUTES: Tuple[Tuple[type, Callable[[nn.Module], Dict[str, Any]]], ...
     (nn.PReLU, lambda m: dict(num_parameters=len(m.weight))),
 )
 
+# What timm's modules that can be reparameterised call the sizes of their convolutions.
+_REMEMBERED = {
+    'dim': 'in_channels', 'in_channels': 'in_channels', 'in_chs': 'in_channels', 'dim_out': 'out_channels',
+    'out_channels': 'out_channels', 'out_chs': 'out_channels', 'groups': 'groups',
+}
+
 
 def apply_plan(model: nn.Module, plan: Plan, deferred: Optional[DeferredInit] = None) -> nn.Module:
     """Cut a model in place. The model is the caller's own copy; on any error it is as it was.
@@ -66,6 +72,7 @@ def apply_plan(model: nn.Module, plan: Plan, deferred: Optional[DeferredInit] = 
     if problems:
         raise PruningError(f'{_misfit_message(plan, problems)}; cut the model that the plan was made for')
 
+    remembered = _remembered(model)
     changed = _cut_tensors(model, tensors, plan, deferred)
     for path, value in plan.attributes.items():
         _replaced(model, path.split('.'), value)
@@ -74,6 +81,8 @@ def apply_plan(model: nn.Module, plan: Plan, deferred: Optional[DeferredInit] = 
         _refresh_shape_attributes(module)
         if deferred is not None:
             deferred.refit(module, dense)
+    for module, name, layer, attribute in remembered:
+        setattr(module, name, getattr(layer, attribute))
     for name, children in blocks.items():
         model.set_submodule(name, _shortcut(model.get_submodule(name), children))
     _drop_caches(model)
@@ -396,6 +405,25 @@ def _refresh_shape_attributes(module: nn.Module) -> None:
             return
     if hasattr(module, 'normalized_shape') and getattr(module, 'weight', None) is not None:
         module.normalized_shape = tuple(module.weight.shape)
+
+
+def _remembered(model: nn.Module) -> List[Tuple[nn.Module, str, nn.Module, str]]:
+    """Attributes that ``reparameterize()`` reads and no forward does, each with the layer's that it repeats.
+
+    Of the parallel layers in a module, the one that agrees with most of what the module remembers is taken.
+    """
+    found = []
+    for module in model.modules():
+        own = {name: value for name, value in vars(module).items() if name in _REMEMBERED and type(value) is int}
+        if not own or not hasattr(module, 'reparameterize'):
+            continue
+        repeated = []
+        for layer in module.modules():
+            if isinstance(layer, (_ConvNd, _NormBase)):
+                theirs = {name: _REMEMBERED[name] if isinstance(layer, _ConvNd) else 'num_features' for name in own}
+                repeated.append([(module, n, layer, a) for n, a in theirs.items() if getattr(layer, a) == own[n]])
+        found += max(repeated, key=len, default=[])
+    return found
 
 
 def _build_torchvision(base: str, args: Mapping[str, Any]) -> nn.Module:

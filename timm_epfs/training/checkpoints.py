@@ -4,11 +4,9 @@ The JSON is written last and names its tensors' checksum, so that a checkpoint i
 """
 import hashlib
 import json
-import os
-import uuid
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 import numpy as np
 import safetensors.torch
@@ -16,8 +14,9 @@ import torch
 from torch import Tensor
 
 from ..errors import PruningError
+from ..files import write_whole
 
-__all__ = ['Checkpoints', 'write_tensors', 'write_whole']
+__all__ = ['Checkpoints', 'write_tensors']
 
 FORMAT = 1
 
@@ -101,18 +100,6 @@ def _read(path: Path) -> Any:
     if not weights.is_file() or _digest(weights) != body['tensors']:
         raise _Damaged(f'the checksum of {weights.name} is wrong')
     return _unflatten(body['state'], safetensors.torch.load_file(weights))
-
-
-def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let ``write`` write a file beside ``path``, which takes its name once it's on the disk."""
-    part = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp')
-    try:
-        write(part)
-        with open(part, 'rb') as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

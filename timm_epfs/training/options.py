@@ -2,8 +2,9 @@
 import argparse
 import os
 from pathlib import Path
-from typing import Any, Dict, Type
+from typing import Any, Dict
 
+from ..arguments import KeyValues, positive
 from ..checkpoint import check_readable
 from ..errors import PruningError
 from ..methods import METHODS
@@ -19,29 +20,24 @@ _FREE = (
 )
 
 
-def add_train_arguments(parser: argparse.ArgumentParser, key_values: Type[argparse.Action]) -> None:
-    """Add everything but the model.
-
-    Args:
-        parser: The subcommand's parser.
-        key_values: Action of options that take ``KEY=VALUE`` pairs.
-    """
-    _add_method_arguments(parser.add_argument_group('what to cut'), key_values)
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add everything but the model."""
+    _add_method_arguments(parser.add_argument_group('what to cut'))
     _add_phase_arguments(parser.add_argument_group('phases'))
     _add_data_arguments(parser.add_argument_group('data'))
     _add_augmentation_arguments(parser.add_argument_group('augmentation'))
-    _add_optimizer_arguments(parser.add_argument_group('optimizer and schedule'), key_values)
+    _add_optimizer_arguments(parser.add_argument_group('optimizer and schedule'))
     _add_machine_arguments(parser.add_argument_group('machine'))
     _add_output_arguments(parser.add_argument_group('weights and output'))
 
 
-def _add_method_arguments(group: argparse._ArgumentGroup, key_values: Type[argparse.Action]) -> None:
+def _add_method_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         '--method', default='epfs', choices=(*METHODS, 'none'), help='what learns the cut; none: rank once (epfs)')
     group.add_argument('--macs', type=float, required=True, metavar='BUDGET', help='MACs to keep: a share or a count')
     group.add_argument('--criterion', metavar='NAME', help='ranks the units for --method none (l2)')
     group.add_argument(
-        '--method-kwargs', nargs='*', default={}, action=key_values, metavar='KEY=VALUE',
+        '--method-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='further arguments of the method')
 
 
@@ -67,8 +63,8 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--dataset-download', action='store_true', help='let torchvision and others download it')
     group.add_argument('--train-split', default='train', metavar='NAME', help='(train)')
     group.add_argument('--val-split', default='validation', metavar='NAME', help='(validation)')
-    group.add_argument('-b', '--batch-size', type=_positive, default=64, metavar='N', help='images a process (64)')
-    group.add_argument('-vb', '--validation-batch-size', type=_positive, metavar='N', help='(as --batch-size)')
+    group.add_argument('-b', '--batch-size', type=positive, default=64, metavar='N', help='images a process (64)')
+    group.add_argument('-vb', '--validation-batch-size', type=positive, metavar='N', help='(as --batch-size)')
     group.add_argument(
         '-j', '--workers', type=_whole, metavar='N', help='processes that read images (up to 4; 0 for digits)')
 
@@ -90,11 +86,11 @@ def _add_augmentation_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--cutmix', type=float, default=0.0, metavar='ALPHA', help='cutmix (0: off)')
 
 
-def _add_optimizer_arguments(group: argparse._ArgumentGroup, key_values: Type[argparse.Action]) -> None:
+def _add_optimizer_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--opt', default='sgd', metavar='NAME', help="timm's name (sgd)")
     group.add_argument('--momentum', type=float, default=0.9, metavar='X', help='(0.9)')
     group.add_argument('--weight-decay', type=float, default=5e-4, metavar='X', help='(5e-4)')
-    group.add_argument('--opt-kwargs', nargs='*', default={}, action=key_values, metavar='KEY=VALUE')
+    group.add_argument('--opt-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE')
     group.add_argument('--lr', type=float, default=0.1, metavar='X', help='of the dense phase (0.1)')
     group.add_argument('--sparse-lr', type=float, metavar='X', help='(half of --lr)')
     group.add_argument('--finetune-lr', type=float, metavar='X', help='(half of --lr)')
@@ -106,7 +102,7 @@ def _add_optimizer_arguments(group: argparse._ArgumentGroup, key_values: Type[ar
     group.add_argument('--min-lr', type=float, default=0.0, metavar='X', help='(0)')
     group.add_argument('--clip-grad', type=float, metavar='X', help='clip gradients (off)')
     group.add_argument('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='(norm)')
-    group.add_argument('--grad-accum-steps', type=_positive, default=1, metavar='N', help='batches an update (1)')
+    group.add_argument('--grad-accum-steps', type=positive, default=1, metavar='N', help='batches an update (1)')
     group.add_argument('--model-ema', action='store_true', help='go on with averaged weights')
     group.add_argument('--model-ema-decay', type=float, default=0.9998, metavar='X', help='(0.9998)')
     group.add_argument('--model-ema-warmup', action='store_true', help='warm the decay up')
@@ -133,12 +129,6 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
 def _whole(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number')
-    return int(text)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 on')
     return int(text)
 
 

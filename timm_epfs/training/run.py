@@ -19,15 +19,17 @@ from torch import nn
 
 from ..api import create_base, prune
 from ..checkpoint import load_weights
+from ..clock import latencies
 from ..criteria import CRITERIA
 from ..errors import PruningError
+from ..files import write_whole
 from ..hub import save_pretrained
-from ..measure import Rows, compare, latencies, top1
+from ..measure import Rows, compare, top1
 from ..methods import METHODS
 from ..plan import Plan
 from ..progress import progress, step
 from ..surgery import one_line, rebuild
-from .checkpoints import Checkpoints, write_tensors, write_whole
+from .checkpoints import Checkpoints, write_tensors
 from .data import Batches, count_classes, describe, open_batches
 from .options import PHASES, check_options, phase_epochs, run_options
 from .pictures import mask_histogram

@@ -9,10 +9,10 @@ import timm
 import torch
 
 from ..errors import PruningError
+from ..files import write_whole
 from ..measure import Rows
 from ..plan import Plan
 from ..version import __version__
-from .checkpoints import write_whole
 from .pictures import draw_all
 
 __all__ = ['claim_folder', 'write_report', 'write_summary']

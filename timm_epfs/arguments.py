@@ -1,0 +1,57 @@
+"""Options that several commands share, and what they mean for a model."""
+import argparse
+from typing import Any, Dict, Mapping, Optional
+
+from timm.models import resolve_model_input_args
+from timm.utils import ParseKwargs
+
+from .surgery import TORCHVISION
+
+__all__ = ['KeyValues', 'add_model_arguments', 'model_args', 'positive']
+
+
+class KeyValues(ParseKwargs):
+    """timm's key=value pairs, with an error for what isn't one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for value in values:
+            if '=' not in value:
+                parser.error(f'argument {option_string}: {value!r} is not key=value')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 on')
+    return int(text)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group('model')
+    group.add_argument(
+        'model', metavar='NAME',
+        help='timm name, torchvision/<name>, or a saved model: local-dir:<folder>, hf-hub:<repo>')
+    group.add_argument('--num-classes', type=int, metavar='N', help="number of classes (the model's own by default)")
+    group.add_argument('--in-chans', type=int, metavar='N', help='image input channels (3 by default)')
+    group.add_argument('--img-size', type=int, metavar='N', help="image size in pixels (the model's own by default)")
+    group.add_argument(
+        '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+        help='further arguments of the model')
+
+
+def model_args(name: str, img_size: Optional[int], given: Mapping[str, Any]) -> Dict[str, Any]:
+    """Arguments of a model; an image size only where its structure depends on it.
+
+    Args:
+        name: As it was given on the command line.
+        img_size: Pixels, None for the model's own.
+        given: Its other arguments; those of None are left out.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if img_size is None or name.startswith(TORCHVISION):
+        return given
+    try:
+        resolved = resolve_model_input_args(name, {'img_size': img_size}, **given)
+    except Exception:  # whatever is wrong with the name is said better where the model is built
+        return given
+    return {name: value for name, value in resolved.items() if name == 'img_size' or name in given}

@@ -1,0 +1,96 @@
+"""What a forward takes, measured: time, and memory at its peak."""
+import os
+import time
+from contextlib import contextmanager, redirect_stderr
+from itertools import accumulate
+from typing import TYPE_CHECKING, Callable, Iterator, List, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from .calibrate import eval_mode
+
+if TYPE_CHECKING:
+    from torch.utils.benchmark import Measurement
+
+__all__ = ['in_turns', 'latencies', 'peak_memory']
+
+Forward = Callable[[], object]
+
+
+def in_turns(forwards: Sequence[Forward], seconds: float, least: int = 1) -> 'List[Measurement]':
+    """Time single forwards that take turns, so that what else runs on the machine slows all of them alike.
+
+    ``torch.utils.benchmark`` runs each twice before it looks at the clock: caches are as they are where a model runs
+    alone, whoever had the turn before.
+
+    Args:
+        forwards: What to run.
+        seconds: How long to measure.
+        least: So many turns are taken, however long that lasts.
+    """
+    with _silent():  # it warns where CUDA is there without a GPU
+        from torch.utils.benchmark import Measurement, Timer
+    threads = torch.get_num_threads()
+    timers = [Timer('forward()', globals={'forward': forward}, num_threads=threads) for forward in forwards]
+    turns: List[List[Measurement]] = []
+    start = time.perf_counter()
+    while len(turns) < least or time.perf_counter() - start < seconds:
+        turns.append([timer.timeit(1) for timer in timers])
+    return [Measurement.merge(taken)[0] for taken in zip(*turns)]
+
+
+def latencies(models: Sequence[nn.Module], images: Tensor, seconds: float = 1.5) -> List[float]:
+    """Median milliseconds of a forward of each model, in evaluation mode.
+
+    Args:
+        models: Models on the device of the images.
+        images: A batch.
+        seconds: How long to measure.
+    """
+    def forward(model: nn.Module) -> Forward:
+        def run() -> None:
+            with eval_mode(model):
+                model(images)
+        return run
+
+    with torch.inference_mode():
+        return [1000 * taken.median for taken in in_turns([forward(model) for model in models], seconds)]
+
+
+def peak_memory(forward: Forward, device: torch.device) -> int:
+    """Bytes that torch's allocator holds at the peak of a forward, over what it held before.
+
+    What a library such as oneDNN allocates by itself isn't seen. A process's resident set has it, and the holes that
+    earlier models left in the heap as well: measured by it, the same forward took half as much again after others.
+
+    Args:
+        forward: What to run; it has run before, so that nothing is set up in this one.
+        device: Where it runs.
+    """
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+        before = torch.accelerator.memory_allocated(device)
+        torch.accelerator.reset_peak_memory_stats(device)
+        forward()
+        torch.accelerator.synchronize(device)
+        return torch.accelerator.max_memory_allocated(device) - before
+    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        forward()
+    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == '[memory]']
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0))
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing reaches stderr from inside the block, from C++ neither, where no log level keeps torch quiet."""
+    stderr = os.dup(2)
+    try:
+        with open(os.devnull, 'w') as nowhere, redirect_stderr(nowhere):
+            os.dup2(nowhere.fileno(), 2)
+            yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
