@@ -10,11 +10,12 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -24,7 +25,7 @@ from data import TAGS, Images, name_of  # noqa: E402
 
 from timm_epfs.cards import check_metrics, write_card  # noqa: E402
 from timm_epfs.plan import Plan  # noqa: E402
-from timm_epfs.surgery import rebuild  # noqa: E402
+from timm_epfs.surgery import build_base, rebuild  # noqa: E402
 from timm_epfs.variants import plan_path, weights_path  # noqa: E402
 
 ROOT = HERE.parents[1]
@@ -71,13 +72,22 @@ def ship(result: Dict[str, Any], weights: Optional[Dict[str, Tensor]], images: D
 
 
 def _told(plan: Plan, result: Dict[str, Any], experiment: str) -> Plan:
-    """The plan for any number of classes, which says where it is from."""
+    """The plan for the base's own arguments and image size, which says where it is from."""
     told = {
         'criterion': plan.recipe.get('criterion', 'learned masks'), 'data': result['images'],
         'date': result['machine']['date'], 'epochs': result['epochs'], 'seed': result['seed'],
         'command': f'python benchmarks/cifar10/run.py {experiment}',
     }
-    return replace(plan, base_args={}, recipe={**plan.recipe, **told})
+    plan = replace(plan, base_args={}, recipe={**plan.recipe, **told})
+    pairs = zip(*(_cost(model.eval()) for model in (build_base(plan.base, {}, 'meta'), rebuild(plan, 'meta'))))
+    return replace(plan, cost=dict(zip(('macs', 'params'), pairs)))
+
+
+def _cost(model: nn.Module) -> Tuple[float, float]:
+    """MACs of one image of the model's own size, and parameters."""
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
+    return counter.get_total_flops() / 2, float(sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _small(weights: Dict[str, Tensor], name: str) -> Dict[str, Tensor]:
