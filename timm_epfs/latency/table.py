@@ -1,0 +1,138 @@
+"""Seconds that calls take on one device, measured once and remembered on disk."""
+import json
+import logging
+import os
+import platform
+import re
+import warnings
+from math import isfinite
+from pathlib import Path
+from typing import Any, Callable, Dict, Mapping, Optional
+
+import torch
+
+from ..errors import PruningError
+from .kernels import Kernel
+
+__all__ = ['Table', 'cache_folder', 'stopwatch']
+
+FORMAT = 1
+_SHORTEST = 0.01    # seconds that a call is repeated for, at least
+_REPEATS = 5        # and how often, at least
+
+
+class Table:
+    """Seconds by call. What isn't known is measured; ``save()`` keeps it for the next process.
+
+    Args:
+        device: Where calls run.
+        clock: ``clock(call, device)`` gives the seconds that a call takes; ``stopwatch`` by default.
+        folder: Folder of the file. None: ``cache_folder()``. What another clock says is not kept there.
+    """
+
+    def __init__(
+            self,
+            device: torch.device,
+            clock: Optional[Callable[[Callable[[], Any], torch.device], float]] = None,
+            folder: Optional[Path] = None,
+    ):
+        self.device, self.clock = torch.device(device), clock or stopwatch
+        self.machine = {
+            'device': device_name(self.device), 'threads': torch.get_num_threads(), 'torch': torch.__version__,
+        }
+        name = re.sub(r'[^\w.+-]+', '-', '-'.join(str(value) for value in self.machine.values()))
+        self.path = (folder or cache_folder()) / f'{name}.json' if folder or clock is None else None
+        self._seconds = self._read()
+        self._new: Dict[str, float] = {}
+
+    def __call__(self, kernel: Kernel, left: Mapping[str, int]) -> float:
+        """Seconds of a call at these numbers of units left.
+
+        Raises:
+            Exception: It can't run with these lengths.
+        """
+        signature = kernel.signature(left)
+        if signature not in self._seconds:
+            with torch.inference_mode():
+                self._seconds[signature] = self._new[signature] = self.clock(kernel.bind(left, self.device), self.device)
+        return self._seconds[signature]
+
+    def save(self) -> None:
+        """Add what was measured to the file, beside what others added to it since. It is always whole."""
+        if self.path is None or not self._new:
+            return
+        data = {'format': FORMAT, **self.machine, 'seconds': {**self._read(), **self._new}}
+        part = self.path.with_name(f'.{self.path.name}.{os.getpid()}.tmp')
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(data, indent=0), encoding='utf-8')
+            os.replace(part, self.path)
+            self._new = {}
+        except OSError as e:
+            warnings.warn(
+                f'latencies are not kept in {self.path.parent} ({e.strerror or e}), and measured again next time; set '
+                f'TIMM_EPFS_CACHE to a folder that can be written', stacklevel=2)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _read(self) -> Dict[str, float]:
+        """What the file says. One that is damaged, or of another format, says nothing."""
+        try:
+            data = json.loads(self.path.read_text(encoding='utf-8')) if self.path else {}
+        except (OSError, ValueError, RecursionError):
+            return {}
+        if not isinstance(data, dict) or data.get('format') != FORMAT or not isinstance(data.get('seconds'), dict):
+            return {}
+        return {
+            key: float(value) for key, value in data['seconds'].items()
+            if isinstance(value, (int, float)) and isfinite(value) and value > 0
+        }
+
+
+def stopwatch(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of a call, the least of some: what else runs on the machine makes it slower, never faster.
+
+    By ``torch.utils.benchmark``, which repeats short calls and waits for the device.
+    """
+    timer = _timer()('call()', globals={'call': call}, num_threads=torch.get_num_threads())
+    once = timer.timeit(1).mean
+    return min(timer.blocked_autorange(min_run_time=max(_SHORTEST, _REPEATS * once)).times)
+
+
+def _timer() -> Callable:
+    """torch's timer; its import looks for a CUDA toolkit, and logs where there is one without a device."""
+    log = logging.getLogger('torch.utils.cpp_extension')
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        from torch.utils.benchmark import Timer
+    finally:
+        log.setLevel(level)
+    return Timer
+
+
+def cache_folder() -> Path:
+    """Where tables are kept: ``TIMM_EPFS_CACHE``, or the user's cache folder."""
+    own = os.environ.get('TIMM_EPFS_CACHE')
+    base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
+    return Path(own) / 'latency' if own else Path(base) / 'timm_epfs' / 'latency'
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself.
+
+    Raises:
+        PruningError: There is no such device.
+    """
+    if device.type == 'cuda':
+        try:
+            return torch.cuda.get_device_name(device)
+        except (RuntimeError, AssertionError) as e:
+            raise PruningError(f'device {str(device)!r} can\'t be used: {str(e).splitlines()[0]}') from e
+    if device.type != 'cpu':
+        return f'{device.type} {platform.machine()}'
+    try:
+        found = re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.processor() or platform.machine()
