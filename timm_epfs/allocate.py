@@ -75,8 +75,9 @@ def allocate(
         scope: ``'global'`` ranks all units together, ``'local'`` cuts the same share of every structure,
             ``'isomorphic'`` ranks structures of one shape together and cuts the same share of every such set (Fang et
             al., Isomorphic Pruning for Vision Models, ECCV 2024).
-        round_to: Channel structures that are cut keep widths that are multiples of this. None: of 8 from 64 units on,
-            of 4 from 32, of 2 from 16, and any width in as few structures as possible where the budget needs it.
+        round_to: Channel structures that are cut keep widths that are multiples of this. None: of 16 from 64 units on,
+            of 8 from 32, of 4 from 16, of 2 from 8, and any width in as few structures as possible where the budget
+            needs it.
         floor: Share of its units that every structure but a block keeps, one unit at least.
         ratios: Shares of units to remove by name, module prefix or fnmatch pattern, the longest that matches. These are
             set first, the rest meets the budget.
@@ -131,7 +132,7 @@ def _step(structure: Structure, round_to: Optional[int]) -> int:
     if structure.kind not in ('channels', 'head_dims'):
         return 1
     if round_to is None:
-        round_to = next((width for width in (8, 4, 2) if structure.units >= 8 * width), 1)
+        round_to = next((width for width in (16, 8, 4, 2) if structure.units >= 4 * width), 1)
     entries = max(((m.role == 'out', m.index.shape[1]) for m in structure.members), default=(True, 1))[1]
     return round_to // gcd(round_to, entries)
 
