@@ -24,7 +24,8 @@ __all__ = ['Asked', 'Bench', 'race']
 _ROUNDS = 6             # cuts that are measured at most
 _ENOUGH, _PROMISED = 0.02, 0.05     # how far from what was asked ends the search, and needs a warning
 _TURNS, _SECONDS = 4, 1.0           # of a race, at least
-_WIDEST = 32            # the alignment that no device is known to want more than
+_WIDEST = 32            # no device is known to want multiples of more
+_NEARLY = 0.9           # of the time that a channel of the coarser step saves, for a finer one to be as good
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ class Bench:
         self._kernels = kernels(model, traced, args, kwargs, batch_size)
         self._units = {s.name: s.units for s in traced.structures}
         self._channels = {s.name for s in traced.structures if s.kind == 'channels'}
+        LatencyModel(traced.cost, traced.structures, self._kernels, self._table)  # which fills the table
+        self._table.settle()
         self.cost = LatencyModel(traced.cost, traced.structures, self._kernels, self._table)
-        self._table.save()
         self.dense = self.cost('latency', self.cost.counts(self._units))
 
     @property
@@ -149,24 +151,26 @@ class Bench:
     def alignment(self) -> int:
         """The multiple that channel counts should be of, in 1, 2, 4, … 32.
 
-        All wide layers are narrowed from a width that every device likes by a few channels. The least number that saves
-        half of the time that as many of a whole 32 save, pays.
+        All wide layers are narrowed, by 1 to 32 channels, from a width that every device likes. From the top down, a
+        step is as good as the next coarser one where it saves as much time a channel, or nearly.
         """
         base = {n: 2 * _WIDEST * max(1, u * 3 // (8 * _WIDEST)) for n, u in self._units.items() if n in self._channels}
         base = {name: width for name, width in base.items() if _WIDEST < width <= self._units[name]}
-        if not base:
-            return 1
+        concerned = [k for k in self._kernels if not base.keys().isdisjoint(k.names)]
 
         def seconds(less: int) -> float:
             left = {**self._units, **{name: width - less for name, width in base.items()}}
-            return sum(self._table(k, left) for k in self._kernels if any(
-                name in base for array in k.arrays for size in array.sizes for name, _ in size.coefs))
+            return sum(self._table(kernel, left) for kernel in concerned)
 
-        full = seconds(0)
-        whole = full - seconds(_WIDEST)
-        step = next((k for k in (1, 2, 4, 8, 16) if full - seconds(k) >= 0.5 * whole * k / _WIDEST), _WIDEST)
-        self._table.save()
-        return step
+        steps = [2 ** i for i in range(6)]
+        for less in (0, *steps):
+            seconds(less)
+        self._table.settle()
+        saved = {step: (seconds(0) - seconds(step)) / step for step in steps}
+        found = steps.pop()
+        while steps and saved[steps[-1]] >= _NEARLY * max(saved[step] for step in saved if step >= found):
+            found = steps.pop()
+        return found
 
     def _batch(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):

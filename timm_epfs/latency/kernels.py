@@ -1,7 +1,7 @@
 """What a model runs, with lengths that follow the numbers of units left, so that each call can be timed on its own."""
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Set, Tuple
 
 import torch
 from torch import nn
@@ -68,6 +68,11 @@ class Kernel:
     @property
     def arrays(self) -> List[Array]:
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Array)]
+
+    @property
+    def names(self) -> Set[str]:
+        """Names of the structures that it depends on."""
+        return {name for array in self.arrays for size in array.sizes for name, _ in size.coefs}
 
     def signature(self, left: Mapping[str, int]) -> str:
         """The call as text, by which its time is remembered.
