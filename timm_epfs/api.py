@@ -119,6 +119,7 @@ def prune(
     if asked or round_to == 'auto':
         bench = Bench(model, traced, *example_for(model, example_input), latency_batch_size)
         traced = replace(traced, cost=bench.cost)
+        scores = bench.lean(scores) if asked else scores
     step = bench.alignment() if round_to == 'auto' or (asked and round_to is None) else round_to
     recipe = _recipe(
         method='one-shot', criterion=criterion, scope=scope, floor=floor, macs=macs, params=params, latency=latency,

@@ -28,6 +28,9 @@ class LatencyModel:
         structures: What the counts are of.
         kernels: What the model runs.
         seconds: ``seconds(kernel, left)``: what one call takes where these numbers of units are left.
+
+    Attributes:
+        seconds: What was measured of each call, on the grid of its two axes, shape (calls, points, points).
     """
 
     def __init__(
@@ -43,7 +46,7 @@ class LatencyModel:
         width = max([2, *(len(points) for axes, _ in tables for _, points in axes)])
         self._grid = np.zeros((len(tables), 2, width))
         self._cells = np.zeros((len(tables), 2), dtype=np.int64)
-        self._seconds = np.zeros((len(tables), width, width))
+        self.seconds = np.zeros((len(tables), width, width))
         self._const = np.zeros((len(tables), 2))
         self._rows = np.zeros((len(tables), 2, len(self.names)))
         position = {name: i for i, name in enumerate(self.names)}
@@ -58,7 +61,7 @@ class LatencyModel:
             for axis in range(len(axes), 2):
                 self._grid[i, axis] = np.arange(width)
             values = values.reshape(values.shape + (1,) * (2 - values.ndim))
-            self._seconds[i] = np.pad(values, [(0, width - n) for n in values.shape], mode='edge')
+            self.seconds[i] = np.pad(values, [(0, width - n) for n in values.shape], mode='edge')
         self._gates = [tuple(position[name] for gate in kernel.gates for name, _ in gate.coefs) for kernel in kernels]
         self._gated = sorted({gate for gates in self._gates for gate in gates})
 
@@ -104,7 +107,7 @@ class LatencyModel:
         t, width = (x - low) / (high - low), high - low
         each = np.arange(len(x))
         (a, b), (c, d) = [
-            [self._seconds[each, cell[:, 0] + i, cell[:, 1] + j] for j in (0, 1)] for i in (0, 1)
+            [self.seconds[each, cell[:, 0] + i, cell[:, 1] + j] for j in (0, 1)] for i in (0, 1)
         ]
         left, right = a + (b - a) * t[:, 1], c + (d - c) * t[:, 1]
         across = (b - a) + (d - c - b + a) * t[:, 0]

@@ -5,12 +5,13 @@ import os
 import platform
 import re
 import warnings
-from math import isfinite
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import torch
 
+from ..cost import is_number
 from ..errors import PruningError
 from .kernels import Kernel
 
@@ -84,7 +85,8 @@ class Table:
                 f'latencies are not kept in {self.path.parent} ({e.strerror or e}), and measured again next time; set '
                 f'TIMM_EPFS_CACHE to a folder that can be written', stacklevel=2)
         finally:
-            part.unlink(missing_ok=True)
+            with suppress(OSError):
+                part.unlink()
 
     def _read(self) -> Dict[str, float]:
         """What the file says. One that is damaged, or of another format, says nothing."""
@@ -96,7 +98,7 @@ class Table:
             return {}
         return {
             key: float(value) for key, value in data['seconds'].items()
-            if isinstance(value, (int, float)) and isfinite(value) and value > 0
+            if is_number(value) and value > 0
         }
 
 
