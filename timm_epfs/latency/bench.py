@@ -15,7 +15,7 @@ from ..calibrate import eval_mode
 from ..cost import Budget
 from ..errors import PruningError
 from ..trace import Trace
-from .kernels import kernels
+from .kernels import Kernel, kernels
 from .model import LatencyModel
 from .table import Table
 
@@ -68,6 +68,11 @@ class Bench:
         args: Positional arguments of the forward that was traced, batch 1; taken for their shapes only.
         kwargs: Keyword arguments of it, likewise.
         batch_size: Images a batch.
+
+    Attributes:
+        cost: Prices cuts, as ``LatencyModel`` does.
+        dense: What it says of the dense model, in seconds.
+        units: Units of the dense model, by name.
     """
 
     def __init__(self, model: nn.Module, traced: Trace, args: Tuple, kwargs: Dict[str, Any], batch_size: int = 1):
@@ -81,18 +86,22 @@ class Bench:
         self._inputs = tree_map(self._batch, (args, kwargs))
         self._table = Table(self.device)
         self._kernels = kernels(model, traced, args, kwargs, batch_size)
-        self._units = {s.name: s.units for s in traced.structures}
+        self.units = {s.name: s.units for s in traced.structures}
         self._channels = {s.name for s in traced.structures if s.kind == 'channels'}
         LatencyModel(traced.cost, traced.structures, self._kernels, self._table)  # which fills the table
         self._table.settle()
         self.cost = LatencyModel(traced.cost, traced.structures, self._kernels, self._table)
-        self.dense = self.cost('latency', self.cost.counts(self._units))
+        self.dense = self.cost('latency', self.cost.counts(self.units))
 
     @property
     def place(self) -> str:
         """Where latencies are measured, for a plan's recipe."""
         machine = self._table.machine
         return f'{machine["device"]}, {machine["threads"]} threads, batch {self.batch_size}'
+
+    def calls(self, left: Mapping[str, int]) -> List[Tuple[Kernel, float]]:
+        """Every call and its seconds by the table, where these numbers of units are left."""
+        return list(zip(self._kernels, self.cost.seconds_of_calls(self.cost.counts(left)).tolist()))
 
     def budget(self, share: float) -> Budget:
         """The budget of the table that is a share of what the table says of the dense model."""
@@ -158,7 +167,7 @@ class Bench:
         Args:
             scores: Importance by structure name, shape (units,).
         """
-        dense = self.cost.counts(self._units)
+        dense = self.cost.counts(self.units)
         seconds, macs = (self.cost.gradient(q, dense) / self.cost(q, dense) for q in ('latency', 'macs'))
         dear = np.clip(np.log(np.maximum(seconds, 1e-12) / np.maximum(macs, 1e-12)), -1, 1)
         by_name = dict(zip(self.cost.names, dear))
@@ -170,12 +179,12 @@ class Bench:
         All wide layers are narrowed, by 1 to 32 channels, from a width that every device likes. From the top down, a
         step is as good as the next coarser one where it saves as much time a channel, or nearly.
         """
-        base = {n: 2 * _WIDEST * max(1, u * 3 // (8 * _WIDEST)) for n, u in self._units.items() if n in self._channels}
-        base = {name: width for name, width in base.items() if _WIDEST < width <= self._units[name]}
+        base = {n: 2 * _WIDEST * max(1, u * 3 // (8 * _WIDEST)) for n, u in self.units.items() if n in self._channels}
+        base = {name: width for name, width in base.items() if _WIDEST < width <= self.units[name]}
         concerned = [k for k in self._kernels if not base.keys().isdisjoint(k.names)]
 
         def seconds(less: int) -> float:
-            left = {**self._units, **{name: width - less for name, width in base.items()}}
+            left = {**self.units, **{name: width - less for name, width in base.items()}}
             return sum(self._table(kernel, left) for kernel in concerned)
 
         steps = [2 ** i for i in range(6)]

@@ -62,26 +62,29 @@ class LatencyModel:
                 self._grid[i, axis] = np.arange(width)
             values = values.reshape(values.shape + (1,) * (2 - values.ndim))
             self.seconds[i] = np.pad(values, [(0, width - n) for n in values.shape], mode='edge')
-        self._gates = [tuple(position[name] for gate in kernel.gates for name, _ in gate.coefs) for kernel in kernels]
-        self._gated = sorted({gate for gates in self._gates for gate in gates})
+        gates = [{name for gate in kernel.gates for name, _ in gate.coefs} for kernel in kernels]
+        self._gated = [position[name] for name in sorted(set().union(*gates))]
+        self._inside = np.array([[self.names[i] in own for i in self._gated] for own in gates]).reshape(len(gates), -1)
 
     def __call__(self, quantity: str, counts: np.ndarray) -> float:
         """Cost at the given numbers of units left, as of ``CostModel``; of ``'latency'`` in seconds."""
         if quantity != 'latency':
             return self._cost(quantity, counts)
-        return float(self._run(counts) @ self._at(counts)[0])
+        return float(self.seconds_of_calls(counts).sum())
+
+    def seconds_of_calls(self, counts: np.ndarray) -> np.ndarray:
+        """Seconds of each call at the given numbers of units left, shape (calls,)."""
+        return self._run(counts) * self._at(counts)[0]
 
     def gradient(self, quantity: str, counts: np.ndarray) -> np.ndarray:
         """Cost of one more unit in each structure, at the given counts, shape (len(names),)."""
         if quantity != 'latency':
             return self._cost.gradient(quantity, counts)
-        counts = np.asarray(counts, dtype=np.float64)
         seconds, slopes = self._at(counts)
-        run = self._run(counts)
-        out = np.einsum('i,ia,ias->s', run, slopes, self._rows)
-        for gate in self._gated:
-            others = [np.prod([counts[g] for g in gates if g != gate]) * (gate in gates) for gates in self._gates]
-            out[gate] += np.array(others) @ seconds
+        out = (self._run(counts)[:, None] * slopes).ravel() @ self._rows.reshape(-1, len(self.names))
+        gone = self._inside * (1 - counts[self._gated])
+        alone = gone.sum(1, keepdims=True) - gone == 0  # no other block around the call is gone
+        out[self._gated] += seconds @ (self._inside & alone)
         return out
 
     def share(self, quantity, names, counts) -> float:
@@ -94,9 +97,7 @@ class LatencyModel:
 
     def _run(self, counts: np.ndarray) -> np.ndarray:
         """1 for each call that runs, 0 for those in blocks that are gone, shape (calls,)."""
-        if not self._gated:
-            return np.ones(len(self._gates))
-        return np.array([np.prod([counts[g] for g in gates]) for gates in self._gates], dtype=np.float64)
+        return 1.0 - self._inside[:, np.asarray(counts)[self._gated] == 0].any(1)
 
     def _at(self, counts: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
         """Seconds of each call, shape (calls,), and how they grow along its axes, shape (calls, 2): bilinear."""

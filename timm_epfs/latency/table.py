@@ -19,7 +19,7 @@ __all__ = ['Table', 'cache_folder', 'stopwatch']
 
 FORMAT = 1
 _SHORTEST = 0.004   # seconds that a call is repeated for, at least
-_REPEATS = 5        # and how often, at least
+_REPEATS = 2        # and how often, at least, each of the two times that it's measured
 
 
 class Table:
