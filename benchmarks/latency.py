@@ -175,8 +175,11 @@ def markdown(results: Dict[str, Any]) -> str:
                     f'{cut["least_ms"]:.1f} | {1 / left:.2f} | {macs / left:.2f} |')
             elif 'error' in found:
                 lines.append(f'| {name} | {batch or 1} | {dense["least_ms"]:.1f} | {label} | fails | | | | |')
-    lines += ['', '## What binds', '', 'Share of the dense time by kind of call, and what `macs=0.5` leaves of each, by '
-              'the table of timed calls: what leaves more than 0.5 keeps the clock behind the MACs.', '']
+    lines += [
+        '', '## What binds', '',
+        'Share of the dense time by kind of call, and what `macs=0.5` leaves of each, by the table of timed calls: '
+        'what leaves more than 0.5 keeps the clock behind the MACs.', '',
+    ]
     for row, found in results['rows'].items():
         parts = ', '.join(f'{name} {share:.0%} → {left:.2f}' for name, (share, left) in found['binds'].items())
         lines.append(f'- {row}: {parts}')

@@ -1,4 +1,4 @@
-"""Latency as a budget: what each call takes on this device, looked up while searching, and measured whole in the end."""
+"""Latency as a budget: what each call takes on this device, looked up in a search, and the cut measured whole."""
 from .bench import Asked, Bench, race
 from .kernels import kernels
 from .model import LatencyModel

@@ -127,7 +127,7 @@ class LatencyModel:
         return axes, values if axes[1:] else values[:, 0]
 
     def _axis(self, sizes: Sequence[Size]) -> Axis:
-        """All structures that the sizes depend on lose the same share; where the call stands is the sum of the sizes."""
+        """All structures that the sizes depend on lose the same share; a call's place is the sum of the sizes."""
         names = sorted({name for size in sizes for name, _ in size.coefs})
         points = [{name: _aligned(share, self._units[name]) for name in names} for share in _SHARES]
         unique = [point for i, point in enumerate(points) if point not in points[:i]]

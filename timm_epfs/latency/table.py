@@ -19,6 +19,7 @@ __all__ = ['Table', 'cache_folder', 'stopwatch']
 
 FORMAT = 1
 _SHORTEST = 0.004   # seconds that a call is repeated for, at least
+_PORTION = 50       # calls after whose measurement the file is written
 _REPEATS = 2        # and how often, at least, each of the two times that it's measured
 
 
@@ -56,6 +57,8 @@ class Table:
         if signature not in self._seconds:
             self._seconds[signature] = self._measure(kernel, left)
             self._new[signature] = (kernel, dict(left))
+            if len(self._new) % _PORTION == 0:  # an interruption costs little
+                self.save()
         return self._seconds[signature]
 
     def settle(self) -> None:
@@ -63,6 +66,7 @@ class Table:
         for signature, (kernel, left) in self._new.items():
             self._seconds[signature] = min(self._seconds[signature], self._measure(kernel, left))
         self.save()
+        self._new = {}
 
     @torch.inference_mode()
     def _measure(self, kernel: Kernel, left: Mapping[str, int]) -> float:
@@ -79,7 +83,6 @@ class Table:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(data, indent=0), encoding='utf-8')
             os.replace(part, self.path)
-            self._new = {}
         except OSError as e:
             warnings.warn(
                 f'latencies are not kept in {self.path.parent} ({e.strerror or e}), and measured again next time; set '

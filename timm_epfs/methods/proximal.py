@@ -28,8 +28,8 @@ class ProximalLearner(Learner):
         lr: η, the step size of the masks; may be set at any time (``learner.lr = …``). None: ``step_size``'s rule.
         keep_pace: Where λ is steered, whether the smallest masks become zero as soon as more is alive than the schedule
             wants, or only in the end.
-        weigh: ``'macs'``: λ₁ times the unit's share of the model's MACs, or of its latency where that is the budget, with
-            a mean of one; None: λ₁ for all.
+        weigh: ``'macs'``: λ₁ times the unit's share of the model's MACs, or of its latency where that is the budget,
+            with a mean of one; None: λ₁ for all.
         **options: As in ``Learner``.
     """
 

@@ -1,7 +1,7 @@
 """Which torch functions a forward runs, as they are called: what there is to time.
 
-The recorder sees operations of the meta device, where fused ones (attention, say) fall apart. A call is written down one
-level above, where every device gets the same.
+The recorder sees operations of the meta device, where fused ones (attention, say) fall apart. A call is written down
+one level above, where every device gets the same.
 """
 from dataclasses import dataclass
 from typing import Any, Callable, List, Tuple
