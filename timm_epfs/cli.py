@@ -213,7 +213,7 @@ def _latency(text: str) -> Union[float, str]:
 
 
 def _round_to(text: str) -> Union[int, str]:
-    return text if text == 'auto' else int(text)
+    return text if text == 'auto' else _positive(text)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from .table import Table
 
 __all__ = ['Asked', 'Bench', 'race']
 
-_ROUNDS = 6             # cuts that are measured at most
+_ROUNDS = 8             # cuts that are measured at most
 _ENOUGH, _PROMISED = 0.02, 0.05     # how far from what was asked ends the search, and needs a warning
 _TURNS, _SECONDS = 4, 1.0           # of a race, at least
 _WIDEST = 32            # no device is known to want multiples of more
@@ -138,7 +138,8 @@ class Bench:
             except PruningError:
                 if len(known) == 1:
                     raise
-                break
+                aim = (aim + min(known)) / 2  # further than any cut goes
+                continue
             dense, fast = race([self.model, slim], *self._inputs)
             wanted, got = asked.share(dense), fast / dense
             off = abs(got / wanted - 1)
@@ -212,9 +213,9 @@ def _corrected(known: Dict[float, float], wanted: float) -> float:
                 key=lambda aim: known[aim])
     other = below if below is not None else min((aim for aim in known if aim > above), default=None)
     if other is None or known[other] == known[above]:
-        return above * wanted / known[above]
+        return min(0.99, above * wanted / known[above])
     slope = (other - above) / (known[other] - known[above])
-    return float(np.clip(above + slope * (wanted - known[above]), 0.01, 0.99))
+    return float(np.clip(above + slope * (wanted - known[above]), 0.5 * min(known), 0.99))
 
 
 @torch.inference_mode()

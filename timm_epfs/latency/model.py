@@ -13,9 +13,10 @@ from .kernels import Kernel
 
 __all__ = ['LatencyModel']
 
-_SHARES = (0.25, 0.5, 0.75, 1.0)    # of its units, at which a structure's calls are measured
-_STEPS = (16, 8, 4, 2)              # widths that are measured are multiples of one of these
-_LEAST = 1e-9                       # seconds of a call
+_LOWEST, _FINE = 2, 8       # eighths of its units, at which a structure's calls are measured: from here on, up to all
+_COARSE_BELOW = 128         # units, below which quarters do
+_STEPS = (16, 8, 4, 2)      # widths that are measured are multiples of one of these
+_LEAST = 1e-9               # seconds of a call
 
 Axis = Tuple[Size, List[Dict[str, int]]]
 
@@ -129,7 +130,9 @@ class LatencyModel:
     def _axis(self, sizes: Sequence[Size]) -> Axis:
         """All structures that the sizes depend on lose the same share; a call's place is the sum of the sizes."""
         names = sorted({name for size in sizes for name, _ in size.coefs})
-        points = [{name: _aligned(share, self._units[name]) for name in names} for share in _SHARES]
+        step = 1 if min(self._units[name] for name in names) >= _COARSE_BELOW else 2
+        shares = [eighths / _FINE for eighths in range(_LOWEST, _FINE + 1, step)]
+        points = [{name: _aligned(share, self._units[name]) for name in names} for share in shares]
         unique = [point for i, point in enumerate(points) if point not in points[:i]]
         total: Dict[str, int] = {}
         for name, coef in (pair for size in sizes for pair in size.coefs):
