@@ -187,7 +187,7 @@ def test_the_alignment_is_where_the_clock_has_steps(monkeypatch, step):
 
 def test_widths_are_what_the_clock_likes(fake_clock):
     slim = timm_epfs.prune('vgg16_bn_cifar', macs=0.5, round_to='auto')
-    assert slim.pruning_plan.recipe['round_to'] == 4
+    assert slim.pruning_plan.recipe['align'] == 4
     assert all(len(cut.keep) % 4 == 0 for cut in slim.pruning_plan.cuts)
 
 

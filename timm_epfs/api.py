@@ -73,7 +73,8 @@ def prune(
         criterion: How units are ranked, one of ``timm_epfs.CRITERIA``.
         scope: ``'global'``, ``'local'`` or ``'isomorphic'``: what is ranked against what.
         round_to: Widths that are cut stay multiples of this. None: 16 for wide layers, less for narrow ones; under
-            ``latency`` as ``'auto'``: what the model's layers are fastest at on the device, which is measured.
+            ``latency`` as ``'auto'``: as None, with what wide layers are fastest at on the device, as is measured, in
+            place of 16.
         floor: Share of its units that each structure keeps at least.
         exclude: Names, module prefixes or patterns of layers whose outputs are not to be cut.
         only: The same, of the only layers to cut.
@@ -120,10 +121,11 @@ def prune(
         bench = Bench(model, traced, *example_for(model, example_input), latency_batch_size)
         traced = replace(traced, cost=bench.cost)
         scores = bench.lean(scores) if asked else scores
-    step = bench.alignment() if round_to == 'auto' or (asked and round_to is None) else round_to
+    measured = round_to == 'auto' or (asked and round_to is None)
+    rounding = {'round_to': None, 'align': bench.alignment()} if measured else {'round_to': round_to}
     recipe = _recipe(
         method='one-shot', criterion=criterion, scope=scope, floor=floor, macs=macs, params=params, latency=latency,
-        round_to=step, exclude=list(exclude), only=list(only), ratios=dict(ratios or {}), streams=streams,
+        **rounding, exclude=list(exclude), only=list(only), ratios=dict(ratios or {}), streams=streams,
         kinds=list(kinds) if tuple(kinds) != DEFAULT_KINDS else None, seed=seed if criterion == 'random' else None,
         latency_on=bench.place if bench else None,
     )
@@ -132,7 +134,7 @@ def prune(
         def allocated(fixed):
             return allocate(
                 traced.structures, scores, traced.cost, budget,
-                scope=scope, round_to=step, floor=floor, ratios=ratios, fixed=fixed,
+                scope=scope, floor=floor, ratios=ratios, fixed=fixed, **rounding,
             )
 
         stream_names = {s.name for s in pool if s.stream}

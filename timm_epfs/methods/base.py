@@ -112,7 +112,7 @@ class Learner:
         self.model = unwrap_model(model)
         if is_masked(self.model):
             raise PruningError('the model has a learner already; call remove() on that one first')
-        self.steps, self.floor, self.round_to = steps, floor, round_to
+        self.steps, self.floor, self.round_to, self.align = steps, floor, round_to, 16
         self._base = (base, {}) if base is not None else base_of(self.model)
         self._earlier = getattr(self.model, 'pruning_plan', None)
         self._recipe = dict(macs=macs, steps=steps, structures=list(structures), floor=floor)
@@ -209,7 +209,8 @@ class Learner:
         }
         if self.quantity == 'latency':
             seconds = torch.from_numpy(self.traced.cost.seconds.copy())
-            state.update({'latency.seconds': seconds, 'latency.target': self.budget.target})
+            state.update({
+                'latency.seconds': seconds, 'latency.target': self.budget.target, 'latency.align': self.align})
         return state if self._stays is None else {**state, 'stays': self._stays.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -228,6 +229,7 @@ class Learner:
         if self.quantity == 'latency':
             self.traced.cost.seconds = state['latency.seconds'].numpy().copy()
             self.budget = Budget('latency', float(state['latency.target']))
+            self.align = int(state['latency.align'])
             self._dense = self._price({s.name: s.units for s in self.traced.structures})
         self._load(state)
 
@@ -328,7 +330,8 @@ class Learner:
 
     def _allocate(self, scores: Dict[str, np.ndarray], **options: Any) -> Dict[str, np.ndarray]:
         """Units that stay; ``options`` differ from the learner's own where they are given."""
-        given = {'budget': self.budget, 'round_to': self.round_to, 'floor': self.floor, **options}
+        given = {
+            'budget': self.budget, 'round_to': self.round_to, 'align': self.align, 'floor': self.floor, **options}
         return allocate(self.traced.structures, scores, self.traced.cost, fixed=self.fixed, **given)
 
     def _budget_latency(self, latency: Union[float, str], batch_size: int) -> None:
@@ -339,7 +342,7 @@ class Learner:
         bench = Bench(self.model, self.traced, *self._example, batch_size)
         self.traced = replace(self.traced, cost=bench.cost)
         if self.round_to is None:
-            self.round_to = bench.alignment()
+            self.align = bench.alignment()
         equal = {s.name: np.ones(s.units) for s in self.structures}
 
         def cut(budget: Budget) -> nn.Module:
@@ -350,11 +353,11 @@ class Learner:
         _, share, _ = bench.meet(asked, cut)
         # Processes that share a training must price alike: the first one's clock counts.
         seconds = torch.from_numpy(bench.cost.seconds)
-        told = torch.cat([torch.tensor([share * bench.dense, self.round_to], dtype=torch.float64), seconds.flatten()])
+        told = torch.cat([torch.tensor([share * bench.dense, self.align], dtype=torch.float64), seconds.flatten()])
         told = _of_the_first(told, bench.device)
         bench.cost.seconds = told[2:].reshape(seconds.shape).numpy()
-        self.budget, self.round_to = Budget('latency', float(told[0])), int(told[1])
-        self._recipe.update(latency=latency, latency_on=bench.place, round_to=self.round_to)
+        self.budget, self.align = Budget('latency', float(told[0])), int(told[1])
+        self._recipe.update(latency=latency, latency_on=bench.place, align=self.align)
 
     def _price(self, left: Mapping[str, float]) -> float:
         """What the budget counts, of what is left."""
