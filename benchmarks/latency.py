@@ -4,7 +4,7 @@ All models of a row take turns in one process, in bursts whose first forward doe
 what the table shows, since what else runs on a machine only adds to it (medians are in the JSON). Weights are random:
 the shapes matter. torch-pruning's one-shot ranks by L2, rounds widths to 8, and is asked again until its MACs are the
 same. ``python benchmarks/latency.py`` writes results/latency.json and .md; rows that are in the file already are left
-out, ``--redo`` measures them again.
+out, ``--redo`` measures them again. A ``note`` that was put in a row's JSON by hand is shown beside it.
 """
 import argparse
 import copy
@@ -182,7 +182,7 @@ def markdown(results: Dict[str, Any]) -> str:
     ]
     for row, found in results['rows'].items():
         parts = ', '.join(f'{name} {share:.0%} → {left:.2f}' for name, (share, left) in found['binds'].items())
-        lines.append(f'- {row}: {parts}')
+        lines.append(f'- {row}: {parts}' + (f' ({found["note"]})' if 'note' in found else ''))
     return '\n'.join(lines) + '\n'
 
 
