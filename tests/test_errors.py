@@ -266,7 +266,7 @@ SHELL_ERRORS = {
     'unknown command': ('prone test_resnet', "'prone'"),
     'unknown name': ('inspect resnet5o', 'nearest: resnet50'),
     'unknown name to prune': ('prune resnet5o --macs 0.5 -o OUT', 'nearest: resnet50'),
-    'no budget': ('prune test_resnet -o OUT', '--macs --params is required'),
+    'no budget': ('prune test_resnet -o OUT', '--macs --params --latency is required'),
     'two budgets': ('prune test_resnet --macs 0.5 --params 0.5 -o OUT', 'not allowed with'),
     'no output': ('prune test_resnet --macs 0.5', '-o/--output'),
     'target 0': ('prune test_resnet --macs 0 -o OUT', 'macs=0'),

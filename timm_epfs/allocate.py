@@ -52,6 +52,7 @@ def allocate(
         *,
         scope: str = 'global',
         round_to: Optional[int] = None,
+        align: int = 16,
         floor: float = 0.1,
         ratios: Optional[Mapping[str, float]] = None,
         fixed: Collection[str] = (),
@@ -75,8 +76,10 @@ def allocate(
         scope: ``'global'`` ranks all units together, ``'local'`` cuts the same share of every structure,
             ``'isomorphic'`` ranks structures of one shape together and cuts the same share of every such set (Fang et
             al., Isomorphic Pruning for Vision Models, ECCV 2024).
-        round_to: Channel structures that are cut keep widths that are multiples of this. None: of 8 from 64 units on,
-            of 4 from 32, of 2 from 16, and any width in as few structures as possible where the budget needs it.
+        round_to: Channel structures that are cut keep widths that are multiples of this. None: of ``align`` where
+            there are four times as many units, elsewhere of the largest power of two of which there are eight; and any
+            width in as few structures as possible where the budget needs it.
+        align: A power of two, what wide layers are to be multiples of: oneDNN computes channels in sixteens.
         floor: Share of its units that every structure but a block keeps, one unit at least.
         ratios: Shares of units to remove by name, module prefix or fnmatch pattern, the longest that matches. These are
             set first, the rest meets the budget.
@@ -100,7 +103,7 @@ def allocate(
     shares = _shares(cost.names, ratios or {}, fixed, floor)
     values = {s.name: _values(s, scores, shares.get(s.name)) for s in ordered}
 
-    grids = [_grid(s, _step(s, round_to), floor, shares.get(s.name)) for s in ordered]
+    grids = [_grid(s, _step(s, round_to, align), floor, shares.get(s.name)) for s in ordered]
     finest = [grid if s.name in shares else _grid(s, 1, floor) for s, grid in zip(ordered, grids)]
     search = Search(cost, budget, grids, [np.sort(values[s.name])[::-1] for s in ordered])
     _check_reach(search, finest, floor)
@@ -126,12 +129,13 @@ def _top(scores: np.ndarray, left: int) -> np.ndarray:
     return np.sort(np.append(above, ties[:left - len(above)])).astype(np.int64)
 
 
-def _step(structure: Structure, round_to: Optional[int]) -> int:
+def _step(structure: Structure, round_to: Optional[int], align: int) -> int:
     """How many units make the widths of the layer that a structure leaves multiples of ``round_to``."""
     if structure.kind not in ('channels', 'head_dims'):
         return 1
     if round_to is None:
-        round_to = next((width for width in (8, 4, 2) if structure.units >= 8 * width), 1)
+        eighth = max(1, structure.units // 8)
+        round_to = align if structure.units >= 4 * align else 1 << eighth.bit_length() - 1
     entries = max(((m.role == 'out', m.index.shape[1]) for m in structure.members), default=(True, 1))[1]
     return round_to // gcd(round_to, entries)
 

@@ -1,6 +1,7 @@
 """The main job, one call: from a name or a module and a budget to a smaller module of the same class."""
 import copy
 import warnings
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Union
 
@@ -11,9 +12,10 @@ from timm.models import get_model_args, get_model_input_config
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .allocate import allocate, budget_from
+from .allocate import Budget, allocate, budget_from
 from .criteria import score
 from .errors import PruningError
+from .latency import Asked, Bench
 from .plan import Cut, Plan
 from .structure import KINDS, Structure
 from .surgery import TORCHVISION, apply_plan, build_base, one_line
@@ -31,9 +33,12 @@ def prune(
         macs: Optional[float] = None,
         params: Optional[float] = None,
         *,
+        latency: Optional[Union[float, str]] = None,
+        latency_batch_size: int = 1,
+        device: Optional[Union[str, torch.device]] = None,
         criterion: str = 'l2',
         scope: str = 'global',
-        round_to: Optional[int] = None,
+        round_to: Optional[Union[int, str]] = None,
         floor: float = 0.05,
         exclude: Sequence[str] = (),
         only: Sequence[str] = (),
@@ -58,10 +63,18 @@ def prune(
     Args:
         model: timm name, ``'torchvision/<name>'``, or any module; a module is left as it is.
         macs: Budget of multiply-accumulates at batch 1: a share of the dense model, or a count from 1 on.
-        params: Budget of parameters, likewise. Exactly one of the two is given.
+        params: Budget of parameters, likewise.
+        latency: Budget of the time that a batch takes: a share of the dense model's (``0.5``), or milliseconds
+            (``'12ms'``). Exactly one of the three is given. Layers are timed on the model's device with torch's threads
+            as they are set, the first time for a minute or so; what is cut is then measured whole, and corrected until
+            it's within 5 %.
+        latency_batch_size: Images a batch, where time is measured.
+        device: Device of a model that is given by name; a module is cut and measured where it is.
         criterion: How units are ranked, one of ``timm_epfs.CRITERIA``.
         scope: ``'global'``, ``'local'`` or ``'isomorphic'``: what is ranked against what.
-        round_to: Widths that are cut stay multiples of this. None: 8 for wide layers, less for narrow ones.
+        round_to: Widths that are cut stay multiples of this. None: 16 for wide layers, less for narrow ones; under
+            ``latency`` as ``'auto'``: as None, with what wide layers are fastest at on the device, as is measured, in
+            place of 16.
         floor: Share of its units that each structure keeps at least.
         exclude: Names, module prefixes or patterns of layers whose outputs are not to be cut.
         only: The same, of the only layers to cut.
@@ -84,10 +97,17 @@ def prune(
 
     Raises:
         PruningError: What was asked can't be done; one line says why and what to do.
+
+    Warns:
+        UserWarning: The budget was missed: by more than 1 % of the dense cost, or by more than 5 % of a latency.
     """
+    asked = None if latency is None else Asked(latency)
+    if asked and (macs is not None or params is not None):
+        raise PruningError('latency= was given with macs= or params=; one budget is needed, leave the others out')
     model, own = _resolve(model, pretrained, model_args)
+    model = _on(model, own, device)
     traced = trace_model(model, example_input, whole_heads='heads' in kinds or 'head_dims' not in kinds)
-    budget = budget_from(traced.structures, traced.cost, macs=macs, params=params)
+    budget = None if asked else budget_from(traced.structures, traced.cost, macs=macs, params=params)
     earlier = getattr(model, 'pruning_plan', None)
     fixed = left_alone(traced.structures, exclude, only, kinds)
     if isinstance(earlier, Plan):
@@ -96,25 +116,43 @@ def prune(
     if not pool:
         raise PruningError(f'nothing is left to cut: {_nothing(traced)}')
     scores = score(model, pool, criterion, data=data, loss_fn=loss_fn, seed=seed)
-
-    def allocated(fixed):
-        return allocate(
-            traced.structures, scores, traced.cost, budget,
-            scope=scope, round_to=round_to, floor=floor, ratios=ratios, fixed=fixed,
-        )
-
-    stream_names = {s.name for s in pool if s.stream}
-    keep = _with_or_without(allocated, fixed, stream_names, streams, all_streams=len(stream_names) == len(pool))
+    bench = None
+    if asked or round_to == 'auto':
+        bench = Bench(model, traced, *example_for(model, example_input), latency_batch_size)
+        traced = replace(traced, cost=bench.cost)
+        scores = bench.lean(scores) if asked else scores
+    measured = round_to == 'auto' or (asked and round_to is None)
+    rounding = {'round_to': None, 'align': bench.alignment()} if measured else {'round_to': round_to}
     recipe = _recipe(
-        method='one-shot', criterion=criterion, scope=scope, floor=floor, macs=macs, params=params, round_to=round_to,
-        exclude=list(exclude), only=list(only), ratios=dict(ratios or {}), streams=streams,
+        method='one-shot', criterion=criterion, scope=scope, floor=floor, macs=macs, params=params, latency=latency,
+        **rounding, exclude=list(exclude), only=list(only), ratios=dict(ratios or {}), streams=streams,
         kinds=list(kinds) if tuple(kinds) != DEFAULT_KINDS else None, seed=seed if criterion == 'random' else None,
+        latency_on=bench.place if bench else None,
     )
-    plan = make_plan(traced, keep, recipe, *(base_of(model) if base is None else (base, {})))
-    slim = apply_plan(model if own else _shallow_copy(model), plan)
-    if not own:
-        _unshare(slim, model)
-    slim.pruning_plan = earlier.compose(plan) if isinstance(earlier, Plan) else plan
+
+    def cut(budget: Budget) -> nn.Module:
+        def allocated(fixed):
+            return allocate(
+                traced.structures, scores, traced.cost, budget,
+                scope=scope, floor=floor, ratios=ratios, fixed=fixed, **rounding,
+            )
+
+        stream_names = {s.name for s in pool if s.stream}
+        keep = _with_or_without(allocated, fixed, stream_names, streams, all_streams=len(stream_names) == len(pool))
+        plan = make_plan(traced, keep, recipe, *(base_of(model) if base is None else (base, {})))
+        ours = own and budget.quantity != 'latency'  # what is measured against must stay
+        slim = apply_plan(model if ours else _shallow_copy(model), plan)
+        if not ours:
+            _unshare(slim, model)
+        slim.pruning_plan = plan
+        return slim
+
+    if asked:
+        slim, _, recipe['latency_ms'] = bench.meet(asked, cut)
+    else:
+        slim = cut(budget)
+    if isinstance(earlier, Plan):
+        slim.pruning_plan = earlier.compose(slim.pruning_plan)
     return slim
 
 
@@ -241,6 +279,15 @@ def _resolve(model: Union[str, nn.Module], pretrained: bool, model_args: Dict[st
     if model_args:
         raise PruningError(f'{next(iter(model_args))}= goes with a model\'s name; build the module with it instead')
     return model, False
+
+
+def _on(model: nn.Module, own: bool, device: Optional[Union[str, torch.device]]) -> nn.Module:
+    if device is None:
+        return model
+    if own:
+        with one_line(f'device {str(device)!r} can\'t be used'):
+            return model.to(device)
+    raise PruningError(f'device={str(device)!r} goes with a model\'s name; move the module there instead')
 
 
 def matches(structure: Structure, pattern: str) -> bool:

@@ -8,7 +8,7 @@ import warnings
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, NoReturn, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -40,7 +40,8 @@ __all__ = ['main', 'parse_args']
 
 # Options of prune() that the shell passes on where they are given, so that their defaults stand in one place.
 _PRUNE_OPTIONS = (
-    'macs', 'params', 'criterion', 'scope', 'round_to', 'floor', 'exclude', 'only', 'ratios', 'kinds', 'streams',
+    'macs', 'params', 'latency', 'latency_batch_size', 'criterion', 'scope', 'round_to', 'floor', 'exclude', 'only',
+    'ratios', 'kinds', 'streams',
 )
 
 
@@ -124,9 +125,16 @@ def _add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument(
         '--macs', type=float, metavar='BUDGET', help='MACs to keep: a share (0.5) or a count (2e9)')
     budget.add_argument('--params', type=float, metavar='BUDGET', help='parameters to keep, likewise')
+    budget.add_argument(
+        '--latency', type=_latency, metavar='BUDGET',
+        help='time to keep, as measured on the device: a share (0.5) or milliseconds (12ms)')
+    group.add_argument(
+        '--latency-batch-size', type=positive, metavar='N', help='images a batch, where time is measured (1)')
     group.add_argument('--criterion', metavar='NAME', help=f'{", ".join(CRITERIA)} (l2 by default)')
     group.add_argument('--scope', metavar='NAME', help=f'what is ranked together: {", ".join(SCOPES)}')
-    group.add_argument('--round-to', type=int, metavar='N', help='widths that are cut stay multiples of this')
+    group.add_argument(
+        '--round-to', type=_round_to, metavar='N',
+        help='widths that are cut stay multiples of this; auto: of what is fastest on the device')
     group.add_argument('--floor', type=float, metavar='SHARE', help='share of its units that every structure keeps')
     group.add_argument('--exclude', nargs='+', metavar='PATTERN', help='layers whose outputs are not to be cut')
     group.add_argument('--only', nargs='+', metavar='PATTERN', help='the only layers whose outputs are to be cut')
@@ -173,6 +181,18 @@ def _add_push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--revision', metavar='BRANCH', help='branch to push to, made where there is none')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request')
     parser.add_argument('--overwrite-card', action='store_true', help='replace a card that was written by hand')
+
+
+def _latency(text: str) -> Union[float, str]:
+    """A share where it's a number; what is wrong with any other text, prune() says."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _round_to(text: str) -> Union[int, str]:
+    return text if text == 'auto' else positive(text)
 
 
 def _inspect(args: argparse.Namespace) -> None:

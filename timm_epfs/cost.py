@@ -17,14 +17,15 @@ __all__ = ['Budget', 'CostModel', 'QUANTITIES']
 
 QUANTITIES = ('macs', 'params', 'activations')
 
-LABELS = {'macs': 'MACs', 'params': 'parameters'}
+LABELS = {'macs': 'MACs', 'params': 'parameters', 'latency': 'latency'}
 
 Term = Tuple[str, float, Tuple[Size, ...]]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a model may cost: ``target`` (an absolute count) of ``quantity`` (``'macs'`` or ``'params'``).
+    """What a model may cost: ``target`` of ``quantity``: a count of ``'macs'`` or ``'params'``, or seconds of
+    ``'latency'``, which a ``latency.LatencyModel`` prices.
 
     Raises:
         PruningError: The quantity is unknown, or the target is not a positive finite number.

@@ -1,8 +1,9 @@
 """What every method shares: four calls around the user's own loop."""
 import copy
 import warnings
+from dataclasses import replace
 from math import ceil
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import timm
@@ -14,7 +15,9 @@ from torch.utils._pytree import tree_map
 from ..allocate import allocate, budget_from
 from ..api import Example, base_of, example_for, left_alone, make_plan, trace_model
 from ..center import drop_hooks
+from ..cost import Budget
 from ..errors import PruningError
+from ..latency import Asked, Bench
 from ..masks import Masks, is_maskable, is_masked
 from ..plan import Plan
 from ..surgery import apply_plan
@@ -64,6 +67,9 @@ class Learner:
         macs: Budget of multiply-accumulates: a share of the dense model, or a count from 1 on. None: what the masks
             leave.
         steps: Length of the sparse phase in optimizer steps.
+        latency: Budget of the time that a batch takes, in place of ``macs``, as in ``timm_epfs.prune``: measured where
+            the model is. Cuts are priced by a table of layers, corrected once by cuts measured whole.
+        latency_batch_size: Images a batch, where time is measured.
         structures: What may go: ``'filters'`` (or ``'neurons'``, ``'channels'``), ``'heads'``, ``'groups'``,
             ``'blocks'``.
         floor: Share of its units that each structure but a block keeps, at least one.
@@ -88,6 +94,8 @@ class Learner:
             macs: Optional[float] = None,
             steps: Optional[int] = None,
             *,
+            latency: Optional[Union[float, str]] = None,
+            latency_batch_size: int = 1,
             structures: Sequence[str] = ('filters', 'heads', 'groups'),
             floor: float = 0.05,
             round_to: Optional[int] = None,
@@ -104,7 +112,7 @@ class Learner:
         self.model = unwrap_model(model)
         if is_masked(self.model):
             raise PruningError('the model has a learner already; call remove() on that one first')
-        self.steps, self.floor, self.round_to = steps, floor, round_to
+        self.steps, self.floor, self.round_to, self.align = steps, floor, round_to, 16
         self._base = (base, {}) if base is not None else base_of(self.model)
         self._earlier = getattr(self.model, 'pruning_plan', None)
         self._recipe = dict(macs=macs, steps=steps, structures=list(structures), floor=floor)
@@ -124,13 +132,15 @@ class Learner:
             raise PruningError(
                 f'nothing to learn: this model has none of {", ".join(structures)} that can be cut, or exclude= and '
                 f'only= leave them out')
-        self._dense = self._macs({s.name: s.units for s in self.traced.structures})
-        self.budget = None
-        if macs is not None:
+        self.budget, self.quantity = None, 'macs' if latency is None else 'latency'
+        if latency is not None:
+            self._budget_latency(latency, latency_batch_size)
+        elif macs is not None:
             self.budget = budget_from(self.traced.structures, self.traced.cost, macs=macs)
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')  # how near it will be is said in the end
                 self._allocate({s.name: np.ones(s.units) for s in self.structures})
+        self._dense = self._price({s.name: s.units for s in self.traced.structures})
         self.masks = Masks(self.model, self.structures, self.learns_masks)
         self._floors = np.array([0 if s.kind == 'blocks' else max(1, ceil(floor * s.units - 1e-9))
                                  for s in self.structures])
@@ -197,6 +207,10 @@ class Learner:
             'method': self.method, 'structures': ' '.join(self.masks.slices),
             'count': self._count, 'skipped': self._skipped, 'overflows': self._overflows, **self._state(),
         }
+        if self.quantity == 'latency':
+            seconds = torch.from_numpy(self.traced.cost.seconds.copy())
+            state.update({
+                'latency.seconds': seconds, 'latency.target': self.budget.target, 'latency.align': self.align})
         return state if self._stays is None else {**state, 'stays': self._stays.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -212,6 +226,11 @@ class Learner:
         self._count, self._skipped = int(state['count']), int(state['skipped'])
         self._overflows = int(state['overflows'])
         self._stays = state['stays'].clone() if 'stays' in state else None
+        if self.quantity == 'latency':
+            self.traced.cost.seconds = state['latency.seconds'].numpy().copy()
+            self.budget = Budget('latency', float(state['latency.target']))
+            self.align = int(state['latency.align'])
+            self._dense = self._price({s.name: s.units for s in self.traced.structures})
         self._load(state)
 
     # What can be asked.
@@ -223,7 +242,7 @@ class Learner:
 
     @property
     def alive(self) -> float:
-        """Share of the dense MACs of what is alive now."""
+        """Share of the dense MACs, or latency where that is the budget, of what is alive now."""
         return self._share(self._selected().numpy() > 0)
 
     def log(self) -> Dict[str, float]:
@@ -311,17 +330,45 @@ class Learner:
 
     def _allocate(self, scores: Dict[str, np.ndarray], **options: Any) -> Dict[str, np.ndarray]:
         """Units that stay; ``options`` differ from the learner's own where they are given."""
-        given = {'budget': self.budget, 'round_to': self.round_to, 'floor': self.floor, **options}
+        given = {
+            'budget': self.budget, 'round_to': self.round_to, 'align': self.align, 'floor': self.floor, **options}
         return allocate(self.traced.structures, scores, self.traced.cost, fixed=self.fixed, **given)
 
-    def _macs(self, left: Mapping[str, float]) -> float:
-        return self.traced.cost('macs', np.array([left[name] for name in self.traced.cost.names], dtype=np.float64))
+    def _budget_latency(self, latency: Union[float, str], batch_size: int) -> None:
+        """The budget of the table by which a cut of equal shares everywhere meets the latency that is asked for."""
+        if self._recipe['macs'] is not None:
+            raise PruningError('latency= was given with macs=; one budget is needed, leave the other out')
+        asked = Asked(latency)
+        bench = Bench(self.model, self.traced, *self._example, batch_size)
+        self.traced = replace(self.traced, cost=bench.cost)
+        if self.round_to is None:
+            self.align = bench.alignment()
+        equal = {s.name: np.ones(s.units) for s in self.structures}
+
+        def cut(budget: Budget) -> nn.Module:
+            slim = copy.deepcopy(self.model)
+            apply_plan(slim, make_plan(self.traced, self._allocate(equal, budget=budget), {}))
+            return slim
+
+        _, share, _ = bench.meet(asked, cut)
+        # Processes that share a training must price alike: the first one's clock counts.
+        seconds = torch.from_numpy(bench.cost.seconds)
+        told = torch.cat([torch.tensor([share * bench.dense, self.align], dtype=torch.float64), seconds.flatten()])
+        told = _of_the_first(told, bench.device)
+        bench.cost.seconds = told[2:].reshape(seconds.shape).numpy()
+        self.budget, self.align = Budget('latency', float(told[0])), int(told[1])
+        self._recipe.update(latency=latency, latency_on=bench.place, align=self.align)
+
+    def _price(self, left: Mapping[str, float]) -> float:
+        """What the budget counts, of what is left."""
+        counts = np.array([left[name] for name in self.traced.cost.names], dtype=np.float64)
+        return self.traced.cost(self.quantity, counts)
 
     def _share(self, alive: np.ndarray) -> float:
-        """Share of the dense MACs if these units stay, shape (units,), bool."""
+        """Share of the dense MACs, or latency, if these units stay, shape (units,), bool."""
         left = {s.name: s.units for s in self.traced.structures}
         left.update(zip(self.masks.slices, np.add.reduceat(alive.astype(np.int64), self._starts)))
-        return self._macs(left) / self._dense
+        return self._price(left) / self._dense
 
     def _told(self) -> Dict[str, Any]:
         versions = {'timm_epfs': __version__, 'timm': timm.__version__, 'torch': torch.__version__.split('+')[0]}
@@ -344,6 +391,15 @@ class Learner:
 def _processes() -> int:
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _of_the_first(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What the first process has, in all of them."""
+    if _processes() == 1:
+        return values
+    shared = values.to(device)
+    torch.distributed.broadcast(shared, 0)
+    return shared.cpu()
 
 
 def _meta(value: Any) -> Any:

@@ -31,8 +31,9 @@ class ProximalLearner(Learner):
         lr: η, the step size of the masks; may be set at any time (``learner.lr = …``). None: ``step_size``'s rule.
         keep_pace: Where λ is steered, whether what is alive follows the schedule closely: the smallest masks become
             zero as soon as more is alive than it wants, and those that would leave less stay. False: only in the end.
-        weigh: What λ₁ is multiplied by, with a mean of one. ``'macs'``: the unit's share of the model's MACs.
-            ``'fisher'``: that over the root mean square of the mask's gradient so far. None: λ₁ for all.
+        weigh: What λ₁ is multiplied by, with a mean of one. ``'macs'``: the unit's share of the model's MACs, or of its
+            latency where that is the budget. ``'fisher'``: that over the root mean square of the mask's gradient so
+            far. None: λ₁ for all.
         **options: As in ``Learner``.
     """
 
@@ -50,11 +51,11 @@ class ProximalLearner(Learner):
             keep_pace: bool = True,
             **options: Any,
     ):
-        _check(macs, steps, l1, lr, weigh)
+        _check(macs if macs is not None else options.get('latency'), steps, l1, lr, weigh)
         super().__init__(model, macs, steps, **options)
         self.l1, self.lr, self.weigh, self.keep_pace = l1, lr, weigh, keep_pace
         self._recipe.update(l1=l1, weigh=weigh, keep_pace=keep_pace)
-        self.costs = self._unit_macs() if weigh else torch.ones(self.masks.units, dtype=torch.float64)
+        self.costs = self._unit_costs() if weigh else torch.ones(self.masks.units, dtype=torch.float64)
         self.weights = self.costs.clone()
         self._squares = torch.zeros_like(self.costs)
         self.controller = Controller(self.budget.target / self._dense, steps) if l1 is None else None
@@ -102,10 +103,10 @@ class ProximalLearner(Learner):
         """
         return self.lr if self.lr is not None else 1 / ((self.steps or 1000) * self._largest)
 
-    def _unit_macs(self) -> torch.Tensor:
-        """MACs of one unit of each structure in the dense model, over the mean, shape (units,)."""
+    def _unit_costs(self) -> torch.Tensor:
+        """MACs, or seconds where latency is the budget, of a unit in the dense model, over the mean, shape (units,)."""
         counts = self.traced.cost.counts({s.name: s.units for s in self.traced.structures})
-        by_name = dict(zip(self.traced.cost.names, self.traced.cost.gradient('macs', counts)))
+        by_name = dict(zip(self.traced.cost.names, self.traced.cost.gradient(self.quantity, counts)))
         flat = np.concatenate([np.full(s.units, by_name[s.name]) for s in self.structures])
         return torch.from_numpy(np.maximum(flat / flat.mean(), 1e-3))
 
@@ -153,7 +154,7 @@ class ProximalLearner(Learner):
             return
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # how near the budget is counts in the end
-            keep = self._allocate(self._scores(), budget=Budget('macs', wanted * self._dense), round_to=1)
+            keep = self._allocate(self._scores(), budget=Budget(self.quantity, wanted * self._dense), round_to=1)
         self.solver.hold(~self._flags(keep), torch.zeros_like(self.solver.x))
 
     def _clearly_alive(self, masks: torch.Tensor) -> np.ndarray:
@@ -211,9 +212,9 @@ def _per_gradient(costs: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
 
 def _check(macs: Optional[float], steps: Optional[int], l1: Optional[float], lr: Optional[float], weigh) -> None:
     if macs is None and l1 is None:
-        raise PruningError('neither macs= nor l1= was given; give a budget, or a fixed λ')
+        raise PruningError('neither macs= nor latency= nor l1= was given; give a budget, or a fixed λ')
     if l1 is None and steps is None:
-        raise PruningError('macs= without steps= was given; say how many optimizer steps there are to reach it')
+        raise PruningError('a budget without steps= was given; say how many optimizer steps there are to reach it')
     for name, value in (('l1', l1), ('lr', lr)):
         if value is not None and not value >= 0:
             raise PruningError(f'{name}={value!r} was asked; give a number from 0 on')

@@ -85,8 +85,8 @@ class OneShot(RankingLearner):
             seed: int = 0,
             **options: Any,
     ):
-        if macs is None:
-            raise PruningError(f'{type(self).__name__} needs macs=, the budget that its ranking is cut at')
+        if macs is None and options.get('latency') is None:
+            raise PruningError(f'{type(self).__name__} needs macs= or latency=, the budget that its ranking is cut at')
         ranks = [name for name, known in CRITERIA.items() if not known.needs_data]
         if criterion not in ranks:
             raise PruningError(f'criterion={criterion!r} was asked; choose one that needs no data: {", ".join(ranks)}')

@@ -47,8 +47,8 @@ class SFP(RankingLearner):
             structures: Sequence[str] = ('filters', 'heads', 'groups'),
             **options: Any,
     ):
-        if (macs is None) == (ratio is None):
-            raise PruningError('give either macs= or ratio=, the share of the filters that goes')
+        if (macs is None and options.get('latency') is None) == (ratio is None):
+            raise PruningError('give either a budget (macs=, latency=) or ratio=, the share of the filters that goes')
         if steps is None:
             raise PruningError('steps= is needed: the number of optimizer steps until the cut')
         if ratio is not None and not 0 < ratio < 1:
@@ -70,7 +70,7 @@ class SFP(RankingLearner):
             keep = self._rank()
             for s in self.structures:
                 self._silence(s, np.setdiff1d(np.arange(s.units), keep[s.name]))
-            self._soft = self._macs({name: len(units) for name, units in keep.items()}) / self._dense
+            self._soft = self._price({name: len(units) for name, units in keep.items()}) / self._dense
 
     @torch.no_grad()
     def _silence(self, structure: Structure, gone: np.ndarray) -> None:

@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ..cost import CostModel
 from ..errors import PruningError
 from ..structure import Size, Structure
-from .build import Blueprint, build
+from .build import Blueprint, build, calls
+from .calls import Call
 from .copies import meta_copy, quiet
 from .interface import watch_interface
 from .recorder import Recorder
@@ -39,12 +40,14 @@ class Trace:
         attributes: Integer attributes that follow a cut, by path.
         skipped: Where cutting was given up, and why.
         returns: Name of the type of what the forward gives back, ``'Tensor'`` for logits.
+        calls: What the forward calls, in order.
     """
     structures: Tuple[Structure, ...]
     cost: CostModel
     attributes: Dict[str, Size]
     skipped: Tuple[Skipped, ...] = ()
     returns: str = 'Tensor'
+    calls: Tuple[Call, ...] = ()
 
 
 def trace(
@@ -102,7 +105,10 @@ def trace(
             skipped.append(Skipped(where, e.why))
     else:
         raise PruningError(f'no cut of this model could be verified after {_MAX_ROUNDS} tries; the last: {skipped[-1]}')
-    return Trace(blueprint.structures, blueprint.cost, blueprint.attributes, tuple(skipped), returns)
+    return Trace(
+        blueprint.structures, blueprint.cost, blueprint.attributes, tuple(skipped), returns,
+        calls(rec, blueprint.sizer),
+    )
 
 
 def _runs_without_blocks(copy: nn.Module, blueprint: Blueprint, cut: Callable, args: Tuple, kwargs: Dict) -> bool:

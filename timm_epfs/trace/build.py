@@ -7,10 +7,11 @@ import numpy as np
 
 from ..cost import CostModel
 from ..structure import Member, Size, Structure
+from .calls import Call
 from .labels import Label, Solution
 from .recorder import Recorder
 
-__all__ = ['Blueprint', 'build']
+__all__ = ['Blueprint', 'build', 'calls']
 
 
 @dataclass
@@ -255,19 +256,38 @@ def _scaled(size: Size, scale: Fraction) -> Optional[Size]:
     return Size(int(numbers[0]), tuple((name, int(n)) for (name, _), n in zip(size.coefs, numbers[1:])))
 
 
+class _Gates:
+    """The blocks around a layer, by the modules that run it: it goes with any of them, unless it is its shortcut."""
+
+    def __init__(self, rec: Recorder):
+        self.sizes = {block.module: Size(0, ((block.module, 1),)) for block in rec.blocks}
+        self.stays = {block.module: [f'{block.module}.{child}' for child in block.shortcut] for block in rec.blocks}
+
+    def __call__(self, modules: Sequence[str]) -> Tuple[Size, ...]:
+        return tuple(
+            self.sizes[name] for name in modules if name in self.sizes and not set(self.stays[name]) & set(modules))
+
+
+def calls(rec: Recorder, sizer: Sizer) -> Tuple[Call, ...]:
+    """What the counted forward calls, with sizes in place of lengths."""
+    gates = _Gates(rec)
+    return tuple(
+        Call(function, tuple(tuple(sizer(n, label) for n, label in dims) for dims in tensors), gates(modules))
+        for function, tensors, modules in rec.calls
+    )
+
+
 def _cost(rec: Recorder, structures: Sequence[Structure], sizer: Sizer) -> CostModel:
     terms: List[Tuple[str, float, Tuple[Size, ...]]] = []
-    gates = {block.module: Size(0, ((block.module, 1),)) for block in rec.blocks}
-    stays = {block.module: [f'{block.module}.{child}' for child in block.shortcut] for block in rec.blocks}
+    gates = _Gates(rec)
     for product in rec.products:
-        gate = tuple(
-            gates[name] for name in product.modules if name in gates and not set(stays[name]) & set(product.modules))
+        gate = gates(product.modules)
         terms.append(('macs', 1.0, (*(sizer(n, label) for n, label in product.dims), *gate)))
         terms.append(('activations', 1.0, (*(sizer(n, label) for n, label in product.written), *gate)))
     for name, tensor in rec.parameters.items():
         labels: List[Label] = rec.params[name][1] if name in rec.params else [None] * tensor.ndim
         gate = tuple(
-            size for block, size in gates.items()
-            if name.startswith(f'{block}.') and not name.startswith(tuple(f'{child}.' for child in stays[block])))
+            size for block, size in gates.sizes.items()
+            if name.startswith(f'{block}.') and not name.startswith(tuple(f'{child}.' for child in gates.stays[block])))
         terms.append(('params', 1.0, (*(sizer(n, label) for n, label in zip(tensor.shape, labels)), *gate)))
     return CostModel([s.name for s in structures], terms)

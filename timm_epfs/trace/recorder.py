@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .blocks import Block, Residuals
+from .calls import Calls, tensors_in
 from .copies import call_site, quiet
 from .follow import Follower
 from .labels import Label, Labels
@@ -79,6 +80,7 @@ class Recorder(TorchDispatchMode):
         self.operations: List[Operation] = []
         self.main = 0                                                   # operations of the counted forward
         self.products: List[Product] = []
+        self.calls: List[Tuple[Callable, List[List[Tuple[int, Label]]], Tuple[str, ...]]] = []
         self.inputs_of_products: List[np.ndarray] = []
         self.parameters = dict(model.named_parameters())
         self.params: Dict[str, Tuple[torch.Tensor, List[Label]]] = {}   # parameters and buffers seen, with labels
@@ -228,8 +230,14 @@ class Recorder(TorchDispatchMode):
             stack.enter_context(quiet())
             stack.enter_context(tagged(self._model))
             stack.enter_context(Provenance(self.follower, self.labels_of))
+            if counting:
+                stack.enter_context(Calls(self._see_call))
             stack.enter_context(self)
             return call()
+
+    def _see_call(self, function: Callable, args: Any, kwargs: Any, out: Any) -> None:
+        dims = [list(zip(t.shape, self.labels_of(t))) for t in tensors_in((args, kwargs))]
+        self.calls.append((function, dims, tuple(self._residuals.stack)))
 
     def _pin(self, out: Any) -> None:
         for tensor in self.tensors(_leaves(out)):

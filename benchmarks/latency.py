@@ -1,0 +1,190 @@
+"""Does half of the MACs mean twice as fast? ``prune(macs=0.5)``, ``prune(latency=)`` at the same time, torch-pruning.
+
+All models of a row take turns in one process, in bursts whose first forward doesn't count; the least of all forwards is
+what the table shows, since what else runs on a machine only adds to it (medians are in the JSON). Weights are random:
+the shapes matter. torch-pruning's one-shot ranks by L2, rounds widths to 8, and is asked again until its MACs are the
+same. ``python benchmarks/latency.py`` writes results/latency.json and .md; rows that are in the file already are left
+out, ``--redo`` measures them again. A ``note`` that was put in a row's JSON by hand is shown beside it.
+"""
+import argparse
+import copy
+import json
+import statistics
+import time
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, Dict, List
+
+import numpy as np
+import timm
+import torch
+import torch_pruning as tp
+from common import RESULTS, header, header_line, one_line, write_atomic, write_json
+from torch import nn
+from torch_pruning_recipe import one_shot
+from tqdm import tqdm
+from zoo_checks import count_macs
+
+import timm_epfs
+from timm_epfs.api import example_for, trace_model
+from timm_epfs.latency import Bench, race
+
+ROWS = (
+    'resnet18', 'resnet18@32', 'mobilenetv2_100', 'efficientnet_b0', 'resnet50', 'deit_small_patch16_224',
+    'convnext_tiny', 'swin_tiny_patch4_window7_224', 'vgg16_bn',
+)
+NAMES = {'macs': 'macs=0.5', 'latency': 'latency=', 'torch-pruning': 'torch-pruning'}
+
+
+def main() -> None:
+    args = parse_args()
+    warnings.simplefilter('ignore')
+    torch.set_num_threads(args.threads)
+    path = args.results / 'latency.json'
+    results: Dict[str, Any] = json.loads(path.read_text()) if path.exists() and not args.redo else {'rows': {}}
+    results.update(machine=header(), threads=args.threads)
+    for row in tqdm([row for row in args.rows if row not in results['rows']], unit='row'):
+        name, _, batch = row.partition('@')
+        results['rows'][row] = compare(name, int(batch or 1), args.seconds)
+        write_json(path, results)
+    table = markdown(results)
+    write_atomic(path.with_suffix('.md'), table)
+    print(table)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('rows', nargs='*', default=list(ROWS), help='name, or name@batch')
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--seconds', type=float, default=15, help='how long the models of a row take turns')
+    parser.add_argument('--redo', action='store_true', help='measure everything again')
+    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
+    return parser.parse_args()
+
+
+def compare(name: str, batch: int, seconds: float) -> Dict[str, Any]:
+    """MACs, parameters and milliseconds of all models of a row, and what binds the one that ``macs=0.5`` gives."""
+    dense = build(name)
+    size = dense.pretrained_cfg['input_size']
+    images = torch.randn(batch, *size)
+    models = {'dense': dense, 'macs': timm_epfs.prune(dense, macs=0.5)}
+    before, after = race([dense, models['macs']], (images,), {})
+    models['latency'] = timm_epfs.prune(dense, latency=after / before, latency_batch_size=batch)
+    row: Dict[str, Any] = {}
+    try:
+        models['torch-pruning'] = at_equal_macs(name, macs_of(models['macs']))
+    except Exception as e:  # their recipe doesn't cut every architecture
+        row['error'] = one_line(e, 120)
+    times = turns(list(models.values()), images, seconds)
+    row.update({
+        key: {
+            'macs': macs_of(model), 'params': sum(p.numel() for p in model.parameters()),
+            'median_ms': 1000 * statistics.median(taken), 'least_ms': 1000 * min(taken), 'forwards': len(taken),
+        }
+        for (key, model), taken in zip(models.items(), times)
+    })
+    row['binds'] = binds(dense, models['macs'], batch)
+    return row
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name).eval()
+
+
+def macs_of(model: nn.Module) -> float:
+    example = torch.empty(1, *model.pretrained_cfg['input_size'], device='meta')
+    return count_macs(copy.deepcopy(model).to('meta').eval(), (example,), {})
+
+
+def at_equal_macs(name: str, wanted: float) -> nn.Module:
+    """torch-pruning's cut whose MACs come nearest, by bisection over its ratio."""
+    low, high, best = 0.1, 0.6, None
+    for _ in range(7):
+        ratio = (low + high) / 2
+        model = build(name)
+        example = torch.randn(1, *model.pretrained_cfg['input_size'])
+        model = one_shot(model, example, tp.importance.GroupMagnitudeImportance(p=2), ratio=ratio, round_to=8)
+        macs = macs_of(model)
+        if best is None or abs(macs - wanted) < abs(best[0] - wanted):
+            best = (macs, model)
+        low, high = (ratio, high) if macs > wanted else (low, ratio)
+    return best[1]
+
+
+@torch.inference_mode()
+def turns(models: List[nn.Module], images: torch.Tensor, seconds: float) -> List[List[float]]:
+    """Seconds of every forward of every model, in turns of one that doesn't count and two that do."""
+    times: List[List[float]] = [[] for _ in models]
+    start = time.perf_counter()
+    while time.perf_counter() - start < seconds or len(times[0]) < 8:
+        for model, taken in zip(models, times):
+            model(images)
+            for _ in range(2):
+                begin = time.perf_counter()
+                model(images)
+                taken.append(time.perf_counter() - begin)
+    return times
+
+
+def binds(dense: nn.Module, slim: nn.Module, batch: int) -> Dict[str, List[float]]:
+    """Share of the dense model's calls by kind, and what is left of each, by the table: [share, left]."""
+    traced = trace_model(dense)
+    bench = Bench(dense, traced, *example_for(dense), batch)
+    left = {cut.structure.name: len(cut.keep) for cut in slim.pruning_plan.cuts}
+    pairs = zip(bench.calls(bench.units), bench.calls(left))
+    kinds: Dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
+    for (kernel, before), (_, after) in pairs:
+        kinds[kind(kernel)] += before, after
+    total = sum(before for before, _ in kinds.values())
+    return {
+        name: [before / total, after / before]
+        for name, (before, after) in sorted(kinds.items(), key=lambda item: -item[1][0]) if before > 0.02 * total
+    }
+
+
+def kind(kernel) -> str:
+    name = kernel.name.rpartition('.')[2].rstrip('_')
+    if name.startswith('conv') and kernel.args[1].sizes[1].const == 1:
+        return 'depthwise convolution'
+    return {'conv2d': 'convolution', 'scaled_dot_product_attention': 'attention', 'clone': 'copies'}.get(name, name)
+
+
+def markdown(results: Dict[str, Any]) -> str:
+    lines = [
+        '# Latency: what half of the MACs is worth on the clock',
+        '',
+        f'{results["threads"]} thread, float32, contiguous; all models of a row in turns, the least of all forwards. '
+        '*of promise* is the speed-up over what the MACs promise (dense MACs / MACs): 1 where half the MACs take half '
+        'the time. `latency=` was asked for the time that `macs=0.5` had been measured at.',
+        header_line(results['machine']),
+        '',
+        '| model | batch | dense ms | cut by | MACs | parameters | ms | speed-up | of promise |',
+        '|---|---|---|---|---|---|---|---|---|',
+    ]
+    for row, found in results['rows'].items():
+        name, _, batch = row.partition('@')
+        dense = found['dense']
+        for key, label in NAMES.items():
+            if key in found:
+                cut = found[key]
+                macs, params, left = (cut[q] / dense[q] for q in ('macs', 'params', 'least_ms'))
+                lines.append(
+                    f'| {name} | {batch or 1} | {dense["least_ms"]:.1f} | {label} | {macs:.3f} | {params:.3f} | '
+                    f'{cut["least_ms"]:.1f} | {1 / left:.2f} | {macs / left:.2f} |')
+            elif 'error' in found:
+                lines.append(f'| {name} | {batch or 1} | {dense["least_ms"]:.1f} | {label} | fails | | | | |')
+    lines += [
+        '', '## What binds', '',
+        'Share of the dense time by kind of call, and what `macs=0.5` leaves of each, by the table of timed calls: '
+        'what leaves more than 0.5 keeps the clock behind the MACs.', '',
+    ]
+    for row, found in results['rows'].items():
+        parts = ', '.join(f'{name} {share:.0%} → {left:.2f}' for name, (share, left) in found['binds'].items())
+        lines.append(f'- {row}: {parts}' + (f' ({found["note"]})' if 'note' in found else ''))
+    return '\n'.join(lines) + '\n'
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,353 @@
+import json
+import math
+import warnings
+
+import numpy as np
+import pytest
+import timm
+import torch
+from helpers import MODELS
+from torch.overrides import resolve_name
+
+import timm_epfs
+from timm_epfs.api import example_for, trace_model
+from timm_epfs.errors import PruningError
+from timm_epfs.latency import Asked, Bench, LatencyModel, Table, kernels, race
+from timm_epfs.latency import bench as bench_room
+from timm_epfs.trace import meta_copy
+from timm_epfs.trace.calls import Calls, tensors_in
+
+ROWS = {row.name: row for row in MODELS}
+# A plain chain, groups, depthwise convolutions with gates, splits and concatenations, LayerNorm, attention.
+FAMILIES = (
+    'vgg16_bn_cifar', 'regnetx_002', 'mobilenetv3_small_050', 'torchvision/shufflenet_v2_x0_5', 'test_convnext',
+    'test_vit',
+)
+
+
+def seconds(kernel, left):
+    """A clock that any machine agrees on: 0.1 µs a call, and 1 ps a MAC, where channels come in fours."""
+    return seconds_of(kernel.name, [array.shape(left) for array in kernel.arrays])
+
+
+def seconds_of(name, shapes):
+    if 'conv' in name:
+        (batch, channels, *image), (out, inside, *window) = shapes[:2]
+        return 1e-7 + 1e-12 * batch * math.prod(image) * math.prod(window) * fours(out) * fours(inside)
+    return 1e-7 + 1e-12 * max(map(math.prod, shapes))
+
+
+def fours(n):
+    return 4 * math.ceil(n / 4)
+
+
+class FakeTable:
+    machine = {'device': 'abacus', 'threads': 1, 'torch': '2'}
+
+    def __init__(self, device):
+        pass
+
+    def __call__(self, kernel, left):
+        return seconds(kernel, left)
+
+    def settle(self):
+        pass
+
+
+def whole(model, args, kwargs):
+    """What the fake clock says of a whole model: a third more than its calls, and something that no cut changes."""
+    taken = []
+
+    def see(function, args, kwargs, out):
+        shapes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
+        taken.append(seconds_of(resolve_name(function), shapes))
+
+    copy = meta_copy(model).eval()
+    with torch.no_grad(), Calls(see):
+        copy(*(tensor.to('meta') for tensor in args))
+    return 4e-6 + 1.33 * sum(taken)
+
+
+@pytest.fixture
+def fake_clock(monkeypatch):
+    monkeypatch.setattr(bench_room, 'Table', FakeTable)
+    monkeypatch.setattr(bench_room, 'race', lambda models, args, kwargs: [whole(m, args, kwargs) for m in models])
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('TIMM_EPFS_CACHE', str(tmp_path))
+    return tmp_path
+
+
+def built(name):
+    row = ROWS[name]
+    model = row.build()
+    example = row.images(1)
+    return model, trace_model(model, example), example
+
+
+def left_of(slim):
+    return {cut.structure.name: len(cut.keep) for cut in slim.pruning_plan.cuts}
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_calls_of_a_cut_model_are_foretold(name):
+    model, traced, example = built(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        kinds = ('channels', 'groups')  # a reshape around a single head is a view, and no call
+        slim = timm_epfs.prune(model, macs=0.7, example_input=example, round_to=1, kinds=kinds)
+    foretold = [kernel.signature(left_of(slim)) for kernel in kernels(model, traced, (example,), {}, 3)]
+    cut = trace_model(slim, example)
+    units = {s.name: s.units for s in cut.structures}
+    assert foretold == [kernel.signature(units) for kernel in kernels(slim, cut, (example,), {}, 3)]
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_every_call_can_be_repeated_alone(name):
+    model, traced, example = built(name)
+    units = {s.name: s.units for s in traced.structures}
+    for kernel in kernels(model, traced, (example,), {}):
+        kernel.bind(units, torch.device('cpu'))()
+
+
+def test_a_model_costs_the_sum_of_its_calls_wherever_they_grow_linearly():
+    model, traced, example = built('resnet20_cifar')
+    found = kernels(model, traced, (example,), {})
+
+    def bilinear(kernel, left):
+        return 1e-5 + 1e-9 * sum(math.prod(array.shape(left)) for array in kernel.arrays)
+
+    latency = LatencyModel(traced.cost, traced.structures, found, bilinear)
+    rng = np.random.default_rng(0)
+    for _ in range(5):
+        left = {s.name: int(rng.integers(s.units // 4, s.units + 1)) if s.units > 1 else 1 for s in traced.structures}
+        expected = sum(bilinear(kernel, left) for kernel in found)
+        assert latency('latency', latency.counts(left)) == pytest.approx(expected, rel=1e-9)
+        assert latency('macs', latency.counts(left)) == traced.cost('macs', traced.cost.counts(left))
+
+
+def test_the_gradient_is_the_finite_difference():
+    model, traced, example = built('mobilenetv3_small_050')
+    latency = LatencyModel(traced.cost, traced.structures, kernels(model, traced, (example,), {}), seconds)
+    counts = np.array([s.units * (1 if s.kind == 'blocks' else 0.61) for s in traced.structures])
+    gradient, h = latency.gradient('latency', counts), 1e-3
+    for i in [i for i, s in enumerate(traced.structures) if s.kind != 'blocks'][::4]:
+        step = h * np.eye(len(counts))[i]
+        difference = (latency('latency', counts + step) - latency('latency', counts - step)) / (2 * h)
+        assert gradient[i] == pytest.approx(difference, rel=1e-4, abs=1e-12)
+
+
+def test_a_block_that_goes_takes_its_calls_with_it():
+    model, traced, example = built('resnet20_cifar')
+    found = kernels(model, traced, (example,), {})
+    latency = LatencyModel(traced.cost, traced.structures, found, lambda kernel, left: 1.0)
+    dense = latency.counts({s.name: s.units for s in traced.structures})
+    inside = [sum(bool(size.coefs[0][0] == name) for k in found for size in k.gates) for name in latency.names]
+    assert latency('latency', dense) == len(found)
+    assert latency.gradient('latency', dense).tolist() == inside
+    block = next(i for i, s in enumerate(latency.names) if inside[i])
+    dense[block] = 0
+    assert latency('latency', dense) == len(found) - inside[block]
+
+
+@pytest.mark.parametrize('name, asked', [('resnet20_cifar', 0.5), ('resnet20_cifar', '0.1ms')])
+def test_the_clock_shows_what_was_asked(fake_clock, name, asked):
+    slim = timm_epfs.prune(name, latency=asked, latency_batch_size=2)
+    dense = timm.create_model(name).eval()
+    example = torch.empty(2, *example_for(dense)[0][0].shape[1:])
+    before, after = (whole(model, (example,), {}) for model in (dense, slim))
+    wanted = asked if isinstance(asked, float) else 1e-4 / before
+    assert after / before == pytest.approx(wanted, rel=0.05)
+    recipe = slim.pruning_plan.recipe
+    assert recipe['latency'] == asked
+    assert recipe['latency_ms'] == pytest.approx([1e3 * before, 1e3 * after])
+    assert recipe['latency_on'] == 'abacus, 1 threads, batch 2'
+    assert timm_epfs.Plan.from_json(slim.pruning_plan.to_json()).recipe == json.loads(json.dumps(recipe))
+
+
+def test_a_model_that_is_given_stays_as_it_is(fake_clock):
+    model = timm.create_model('resnet20_cifar').eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    timm_epfs.prune(model, latency=0.6)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize('step', [1, 4, 16, 32])
+def test_the_alignment_is_where_the_clock_has_steps(monkeypatch, step):
+    class Stairs(FakeTable):
+        def __call__(self, kernel, left):
+            return math.prod(step * math.ceil(n / step) for array in kernel.arrays for n in array.shape(left)[:2])
+
+    monkeypatch.setattr(bench_room, 'Table', Stairs)
+    model, traced, example = built('vgg16_bn_cifar')
+    assert Bench(model, traced, (example,), {}).alignment() == step
+
+
+def test_widths_are_what_the_clock_likes(fake_clock):
+    slim = timm_epfs.prune('vgg16_bn_cifar', macs=0.5, round_to='auto')
+    assert slim.pruning_plan.recipe['align'] == 4
+    assert all(len(cut.keep) % 4 == 0 for cut in slim.pruning_plan.cuts)
+
+
+@pytest.mark.parametrize('given, said', [
+    (dict(latency=2.0), 'latency=2.0'),
+    (dict(latency='fast'), "latency='fast'"),
+    (dict(latency='0ms'), "latency='0ms'"),
+    (dict(latency=True), 'latency=True'),
+    (dict(latency=0.5, macs=0.5), 'latency= was given with'),
+    (dict(latency=0.5, latency_batch_size=0), 'latency_batch_size=0'),
+    (dict(latency='1000ms'), 'the dense model takes'),
+    (dict(latency=0.01), 'can reach'),
+    (dict(macs=0.5, device='nowhere'), "device 'nowhere'"),
+])
+def test_what_cannot_be_is_said_in_one_line(fake_clock, given, said):
+    with pytest.raises(PruningError) as e:
+        timm_epfs.prune('resnet20_cifar', **given)
+    assert said in str(e.value) and '\n' not in str(e.value)
+
+
+def test_a_miss_is_said(monkeypatch, fake_clock):
+    monkeypatch.setattr(bench_room, 'race', lambda models, args, kwargs: [1.0, 0.9])
+    with pytest.warns(UserWarning, match='90.0 % of the dense latency where 50.0 % were asked'):
+        timm_epfs.prune('resnet20_cifar', latency=0.5)
+
+
+def test_milliseconds_are_a_share_of_the_dense():
+    assert Asked('12ms').share(0.048) == pytest.approx(0.25)
+    assert Asked(' 1.5 ms ').share(0.003) == pytest.approx(0.5)
+    assert Asked(0.3).share(7.0) == 0.3
+
+
+class CountingClock:
+    def __init__(self, value=1e-3):
+        self.calls, self.value = 0, value
+
+    def __call__(self, call, device):
+        self.calls += 1
+        call()
+        return self.value
+
+
+@pytest.fixture
+def one_kernel():
+    model, traced, example = built('resnet20_cifar')
+    return kernels(model, traced, (example,), {})[0], {s.name: s.units for s in traced.structures}
+
+
+def test_what_was_measured_is_remembered(tmp_path, one_kernel):
+    clock, later = CountingClock(), CountingClock(7.0)
+    table = Table('cpu', clock, tmp_path)
+    assert table(*one_kernel) == table(*one_kernel) == 1e-3
+    assert clock.calls == 1
+    clock.value = 5e-4  # the first was disturbed
+    table.settle()
+    assert clock.calls == 2
+    assert Table('cpu', later, tmp_path)(*one_kernel) == 5e-4
+    assert later.calls == 0
+    assert [path.suffix for path in tmp_path.iterdir()] == ['.json']
+
+
+def test_tables_of_two_processes_add_up(tmp_path, one_kernel):
+    kernel, left = one_kernel
+    other = {**left, next(iter(kernel.names)): 3}
+    tables = [Table('cpu', CountingClock(), tmp_path) for _ in range(2)]
+    tables[0](kernel, left), tables[1](kernel, other)
+    for table in tables:
+        table.settle()
+    clock = CountingClock()
+    last = Table('cpu', clock, tmp_path)
+    last(kernel, left), last(kernel, other)
+    assert clock.calls == 0
+
+
+@pytest.mark.parametrize('text', [
+    '', '{', '[]', 'null', '{"format": 1}', '{"format": 99, "seconds": {}}', '{"format": 1, "seconds": [1]}', '\x00',
+    '[' * 10000,
+])
+def test_a_damaged_table_is_measured_again(tmp_path, one_kernel, text):
+    table = Table('cpu', CountingClock(), tmp_path)
+    table(*one_kernel)
+    table.settle()
+    table.path.write_text(text)
+    clock = CountingClock()
+    assert Table('cpu', clock, tmp_path)(*one_kernel) == 1e-3
+    assert clock.calls == 1
+
+
+@pytest.mark.parametrize('value', [-1.0, 0, 'soon', None, True, float('nan'), float('inf')])
+def test_a_time_that_is_none_is_measured_again(tmp_path, one_kernel, value):
+    table = Table('cpu', CountingClock(), tmp_path)
+    table(*one_kernel)
+    table.settle()
+    data = json.loads(table.path.read_text())
+    table.path.write_text(json.dumps({**data, 'seconds': dict.fromkeys(data['seconds'], value)}))
+    assert Table('cpu', CountingClock(), tmp_path)(*one_kernel) == 1e-3
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path, one_kernel):
+    (tmp_path / 'file').write_text('')
+    table = Table('cpu', CountingClock(), tmp_path / 'file')
+    table(*one_kernel)
+    with pytest.warns(UserWarning, match='TIMM_EPFS_CACHE'):
+        table.settle()
+
+
+def test_masks_are_weighed_by_the_clock(fake_clock):
+    model = timm.create_model('resnet20_cifar')
+    learner = timm_epfs.EPFS(model, latency=0.5, steps=20)
+    cost = learner.traced.cost
+    dense = cost.counts({s.name: s.units for s in learner.traced.structures})
+    gradient = dict(zip(cost.names, cost.gradient('latency', dense)))
+    weights = learner.masks.split(learner.weights.numpy())
+    first, last = learner.structures[0].name, learner.structures[-1].name
+    assert weights[first][0] / weights[last][0] == pytest.approx(gradient[first] / gradient[last])
+    assert learner.alive == 1
+
+
+@pytest.mark.parametrize('method', [timm_epfs.EPFS, timm_epfs.SSS, timm_epfs.SFP, timm_epfs.OneShot])
+def test_methods_meet_a_latency(fake_clock, method):
+    model = timm.create_model('resnet20_cifar')
+    images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
+    learner = method(model, latency=0.6, steps=10, structures=('filters',))
+    for _ in range(10):
+        loss = torch.nn.functional.cross_entropy(model(images), target) + learner.penalty(target)
+        loss.backward()
+        learner.step()
+    slim = learner.export()
+    before, after = (whole(m, (images[:1],), {}) for m in (timm.create_model('resnet20_cifar'), slim))
+    assert after / before < 0.6 * 1.1
+    assert slim.pruning_plan.recipe['latency'] == 0.6
+
+    other = method(timm.create_model('resnet20_cifar'), latency=0.8, steps=10, structures=('filters',))
+    other.load_state_dict(learner.state_dict())
+    assert other.budget == learner.budget and other.alive == learner.alive
+
+
+def test_learners_take_one_budget(fake_clock):
+    with pytest.raises(PruningError, match='latency= was given with macs='):
+        timm_epfs.EPFS(timm.create_model('resnet20_cifar'), 0.5, 10, latency=0.5)
+
+
+def test_on_this_machine(cache):
+    """The real clock: what is asked is met on an idle machine; on a busy one, what was cut is faster at least."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        slim = timm_epfs.prune('resnet20_cifar', latency=0.6, latency_batch_size=4)
+    dense, fast = slim.pruning_plan.recipe['latency_ms']
+    assert 0.3 < fast / dense < 0.9
+    (table,) = (cache / 'latency').iterdir()
+    assert len(json.loads(table.read_text())['seconds']) > 20
+
+
+def test_aligned_widths_are_not_slower_at_the_same_macs():
+    """Widths that are multiples of sixteen, the default for wide layers, against any widths."""
+    torch.manual_seed(0)
+    model = timm.create_model('resnet18').eval()
+    aligned, any_width = (timm_epfs.prune(model, macs=0.5, round_to=step) for step in (None, 1))
+    macs = [slim.pruning_plan.cost['macs'][1] for slim in (aligned, any_width)]
+    assert macs[0] == pytest.approx(macs[1], rel=0.02)
+    fast, slow = race([aligned, any_width], (torch.randn(2, 3, 112, 112),), {})
+    assert fast < 1.1 * slow

@@ -1,0 +1,253 @@
+"""A latency that is asked for, and the cut that has it: found by the table, measured whole, corrected."""
+import re
+import time
+import warnings
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from ..calibrate import eval_mode
+from ..cost import Budget
+from ..errors import PruningError
+from ..trace import Trace
+from .kernels import Kernel, kernels
+from .model import LatencyModel
+from .table import Table
+
+__all__ = ['Asked', 'Bench', 'race']
+
+_ROUNDS = 8             # cuts that are measured at most
+_ENOUGH, _PROMISED = 0.02, 0.05     # how far from what was asked ends the search, and needs a warning
+_TURNS, _SECONDS = 4, 1.0           # of a race, at least
+_WIDEST = 32            # no device is known to want multiples of more
+_NEARLY = 0.9           # of the time that a channel of the coarser step saves, for a finer one to be as good
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A latency as a user gives it: a share of the dense model's between 0 and 1, or text such as ``'12ms'``."""
+    value: Union[float, str]
+
+    def __post_init__(self):
+        if self._milliseconds is None and not (
+                isinstance(self.value, Real) and not isinstance(self.value, bool) and 0 < self.value < 1):
+            raise PruningError(
+                f'latency={self.value!r} was asked; give a share of the dense model\'s, as in 0.5, or milliseconds, as '
+                f'in \'12ms\'')
+
+    @property
+    def _milliseconds(self) -> Optional[float]:
+        found = re.fullmatch(r'\s*(\d+(?:\.\d*)?|\.\d+)\s*ms\s*', self.value) if isinstance(self.value, str) else None
+        return float(found[1]) if found and float(found[1]) > 0 else None
+
+    def share(self, dense: float) -> float:
+        """As a share of the dense model's seconds.
+
+        Raises:
+            PruningError: The dense model is as fast.
+        """
+        if self._milliseconds is None:
+            return float(self.value)
+        if self._milliseconds >= 1000 * dense:
+            raise PruningError(
+                f'latency={self.value!r} was asked, the dense model takes {1000 * dense:.3g} ms; ask for less')
+        return self._milliseconds / (1000 * dense)
+
+
+class Bench:
+    """A model on its device at a batch size: prices its cuts by a table, and measures them whole.
+
+    Args:
+        model: The dense model. It is run, in evaluation mode, and not changed.
+        traced: Its trace.
+        args: Positional arguments of the forward that was traced, batch 1; taken for their shapes only.
+        kwargs: Keyword arguments of it, likewise.
+        batch_size: Images a batch.
+
+    Attributes:
+        cost: Prices cuts, as ``LatencyModel`` does.
+        dense: What it says of the dense model, in seconds.
+        units: Units of the dense model, by name.
+    """
+
+    def __init__(self, model: nn.Module, traced: Trace, args: Tuple, kwargs: Dict[str, Any], batch_size: int = 1):
+        if not (isinstance(batch_size, int) and batch_size >= 1):
+            raise PruningError(f'latency_batch_size={batch_size!r} was asked; give a whole number from 1 on')
+        self.model, self.batch_size = model, batch_size
+        self.device = next((p.device for p in model.parameters()), torch.device('cpu'))
+        if self.device.type == 'meta':
+            raise PruningError('latency: the model\'s weights are on the meta device, which takes no time; build it '
+                               'on the device that it will run on')
+        self._inputs = tree_map(self._batch, (args, kwargs))
+        self._table = Table(self.device)
+        self._kernels = kernels(model, traced, args, kwargs, batch_size)
+        self.units = {s.name: s.units for s in traced.structures}
+        self._channels = {s.name for s in traced.structures if s.kind == 'channels'}
+        LatencyModel(traced.cost, traced.structures, self._kernels, self._table)  # which fills the table
+        self._table.settle()
+        self.cost = LatencyModel(traced.cost, traced.structures, self._kernels, self._table)
+        self.dense = self.cost('latency', self.cost.counts(self.units))
+
+    @property
+    def place(self) -> str:
+        """Where latencies are measured, for a plan's recipe."""
+        machine = self._table.machine
+        return f'{machine["device"]}, {machine["threads"]} threads, batch {self.batch_size}'
+
+    def calls(self, left: Mapping[str, int]) -> List[Tuple[Kernel, float]]:
+        """Every call and its seconds by the table, where these numbers of units are left."""
+        return list(zip(self._kernels, self.cost.seconds_of_calls(self.cost.counts(left)).tolist()))
+
+    def budget(self, share: float) -> Budget:
+        """The budget of the table that is a share of what the table says of the dense model."""
+        return Budget('latency', share * self.dense)
+
+    def meet(self, asked: Asked, cut: Callable[[Budget], nn.Module]) -> Tuple[nn.Module, float, List[float]]:
+        """Cut until the clock shows what was asked.
+
+        The table doesn't know what calls cost each other, nor what runs between them. What it is asked for is
+        corrected by where the cuts before came out, on the line through the nearest of them and the dense model.
+
+        Args:
+            asked: What was asked.
+            cut: Gives a copy of the model, cut to a budget of the table.
+
+        Returns:
+            The cut that came nearest, the share of the table's latency that it was asked for, and the milliseconds
+            measured of the dense model and of it.
+
+        Raises:
+            PruningError: What was asked is out of reach.
+
+        Warns:
+            UserWarning: It was missed by more than 5 %.
+        """
+        known = {1.0: 1.0}  # share measured by share of the table
+        best: Tuple = (np.inf,)
+        aim = asked.share(race([self.model], *self._inputs)[0]) if isinstance(asked.value, str) else float(asked.value)
+        for _ in range(_ROUNDS):
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings('ignore', message='.* of the latency where')
+                    slim = cut(self.budget(aim))
+            except PruningError:
+                if len(known) == 1:
+                    raise
+                aim = (aim + min(known)) / 2  # further than any cut goes
+                continue
+            dense, fast = race([self.model, slim], *self._inputs)
+            wanted, got = asked.share(dense), fast / dense
+            off = abs(got / wanted - 1)
+            if off < best[0]:
+                best = (off, slim, aim, [1000 * dense, 1000 * fast], wanted)
+            known[aim] = got
+            corrected = _corrected(known, wanted)
+            if off <= _ENOUGH or corrected in known:
+                break
+            aim = corrected
+        off, slim, aim, milliseconds, wanted = best
+        if off > _PROMISED:
+            warnings.warn(
+                f'latency: {100 * milliseconds[1] / milliseconds[0]:.1f} % of the dense latency where '
+                f'{100 * wanted:.1f} % were asked, the nearest that was found; a smaller round_to= or floor= may reach '
+                f'it, or a machine that does nothing else', UserWarning, stacklevel=3)
+        return slim, aim, milliseconds
+
+    def lean(self, scores: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
+        """Scores by which that goes first which takes more of the time than of the MACs.
+
+        A structure's scores are moved by as much of their own standard deviation as the logarithm of that ratio, for
+        one more unit in the dense model, and by one at most: what is dear is cut more, nothing is cut for that alone.
+        Our own; HALP weighs importance against latency by a knapsack.
+
+        Args:
+            scores: Importance by structure name, shape (units,).
+        """
+        dense = self.cost.counts(self.units)
+        seconds, macs = (self.cost.gradient(q, dense) / self.cost(q, dense) for q in ('latency', 'macs'))
+        dear = np.clip(np.log(np.maximum(seconds, 1e-12) / np.maximum(macs, 1e-12)), -1, 1)
+        by_name = dict(zip(self.cost.names, dear))
+        return {name: values - by_name[name] * values.std() for name, values in scores.items()}
+
+    def alignment(self) -> int:
+        """The multiple that channel counts should be of, in 1, 2, 4, … 32.
+
+        All wide layers are narrowed, by 1 to 32 channels, from a width that every device likes. From the top down, a
+        step is as good as the next coarser one where it saves as much time a channel, or nearly.
+        """
+        base = {n: 2 * _WIDEST * max(1, u * 3 // (8 * _WIDEST)) for n, u in self.units.items() if n in self._channels}
+        base = {name: width for name, width in base.items() if _WIDEST < width <= self.units[name]}
+        concerned = [k for k in self._kernels if not base.keys().isdisjoint(k.names)]
+
+        def seconds(less: int) -> float:
+            left = {**self.units, **{name: width - less for name, width in base.items()}}
+            return sum(self._table(kernel, left) for kernel in concerned)
+
+        steps = [2 ** i for i in range(6)]
+        for less in (0, *steps):
+            seconds(less)
+        self._table.settle()
+        saved = {step: (seconds(0) - seconds(step)) / step for step in steps}
+        found = steps.pop()
+        while steps and saved[steps[-1]] >= _NEARLY * max(saved[step] for step in saved if step >= found):
+            found = steps.pop()
+        return found
+
+    def _batch(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        shape = (self.batch_size, *value.shape[1:])
+        made = torch.zeros(shape, dtype=value.dtype, device=self.device)
+        return made.normal_() if value.dtype.is_floating_point else made
+
+
+def _corrected(known: Dict[float, float], wanted: float) -> float:
+    """What to ask the table for: where the line through the two nearest measurements meets what is wanted."""
+    above = min((aim for aim, got in known.items() if got >= wanted), key=lambda aim: known[aim])
+    below = max((aim for aim, got in known.items() if got < wanted and aim < above), default=None,
+                key=lambda aim: known[aim])
+    other = below if below is not None else min((aim for aim in known if aim > above), default=None)
+    if other is None or known[other] == known[above]:
+        return min(0.99, above * wanted / known[above])
+    slope = (other - above) / (known[other] - known[above])
+    return float(np.clip(above + slope * (wanted - known[above]), 0.5 * min(known), 0.99))
+
+
+@torch.inference_mode()
+def race(models: Sequence[nn.Module], args: Tuple, kwargs: Dict[str, Any], seconds: float = _SECONDS) -> List[float]:
+    """Seconds of a forward of each model, the least of some.
+
+    The models take turns, so that what else runs on the machine slows all of them alike. The first forward of a turn
+    doesn't count: it finds another model's weights in the caches.
+
+    Args:
+        models: Models on one device.
+        args: Positional arguments of the forward.
+        kwargs: Keyword arguments of it.
+        seconds: How long to measure each, at least.
+    """
+    least = [float('inf')] * len(models)
+    begin, turns = time.perf_counter(), 0
+    while turns < _TURNS or time.perf_counter() - begin < seconds * len(models):
+        for i, model in enumerate(models):
+            with eval_mode(model):
+                for _ in range(3):
+                    _wait(args)
+                    start = time.perf_counter()
+                    model(*args, **kwargs)
+                    _wait(args)
+                    taken = time.perf_counter() - start
+                    least[i] = min(least[i], taken)
+        turns += 1
+    return least
+
+
+def _wait(args: Tuple) -> None:
+    device = next((x.device for x in args if isinstance(x, torch.Tensor)), torch.device('cpu'))
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
