@@ -619,3 +619,14 @@ def test_streams_are_cut_on_request():
         warnings.simplefilter('error')
         assert not any(s.stream for s in timm_epfs.EPFS(build_vit(), macs=0.7, steps=5).structures)
         assert any(s.stream for s in timm_epfs.EPFS(build_vit(), macs=0.7, steps=5, streams=True).structures)
+
+
+def test_prune_takes_a_compiled_model_but_none_with_masks_on():
+    model = build()
+    slim = timm_epfs.prune(torch.compile(model, backend='eager'), macs=0.5)
+    assert type(slim) is type(model)
+    learner = timm_epfs.EPFS(model, macs=0.5, steps=9)
+    with pytest.raises(PruningError, match=r'learner\.export\(\) cuts it'):
+        timm_epfs.prune(model, macs=0.5)
+    learner.remove()
+    assert timm_epfs.prune(model, macs=0.5).pruning_plan.cost == slim.pruning_plan.cost

@@ -9,6 +9,7 @@ import numpy as np
 import timm
 import torch
 from timm.models import get_model_args, get_model_input_config
+from timm.utils import unwrap_model
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -16,6 +17,7 @@ from .allocate import Budget, allocate, budget_from
 from .criteria import score
 from .errors import PruningError
 from .latency import Asked, Bench
+from .masks import is_masked
 from .plan import Cut, Plan
 from .structure import KINDS, Structure
 from .surgery import TORCHVISION, apply_plan, build_base, one_line
@@ -278,6 +280,9 @@ def _resolve(model: Union[str, nn.Module], pretrained: bool, model_args: Dict[st
         raise PruningError(f'a model was asked for, {type(model).__name__} was given; give a name or an nn.Module')
     if model_args:
         raise PruningError(f'{next(iter(model_args))}= goes with a model\'s name; build the module with it instead')
+    model = unwrap_model(model)
+    if is_masked(model):
+        raise PruningError("the model has a learner's masks; learner.export() cuts it, learner.remove() takes them off")
     return model, False
 
 

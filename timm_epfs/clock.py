@@ -1,9 +1,10 @@
 """What a forward takes, measured: time, and memory at its peak."""
 import os
 import time
-from contextlib import contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager, redirect_stderr
+from functools import partial
 from itertools import accumulate
-from typing import TYPE_CHECKING, Callable, Iterator, List, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,18 @@ from torch.profiler import ProfilerActivity, profile
 from .calibrate import eval_mode
 
 if TYPE_CHECKING:
-    from torch.utils.benchmark import Measurement
+    from torch.utils.benchmark import Measurement, Timer
 
-__all__ = ['in_turns', 'latencies', 'peak_memory']
+__all__ = ['in_turns', 'latencies', 'peak_memory', 'time_models', 'timer']
 
 Forward = Callable[[], object]
+
+
+def timer(call: Forward) -> 'Timer':
+    """torch's timer of a call, on as many threads as torch uses now."""
+    with _silent():  # its import warns where CUDA is there without a GPU
+        from torch.utils.benchmark import Timer
+    return Timer('call()', globals={'call': call}, num_threads=torch.get_num_threads())
 
 
 def in_turns(forwards: Sequence[Forward], seconds: float, least: int = 1) -> 'List[Measurement]':
@@ -30,15 +38,34 @@ def in_turns(forwards: Sequence[Forward], seconds: float, least: int = 1) -> 'Li
         seconds: How long to measure.
         least: So many turns are taken, however long that lasts.
     """
-    with _silent():  # it warns where CUDA is there without a GPU
-        from torch.utils.benchmark import Measurement, Timer
-    threads = torch.get_num_threads()
-    timers = [Timer('forward()', globals={'forward': forward}, num_threads=threads) for forward in forwards]
-    turns: List[List[Measurement]] = []
+    timers = [timer(forward) for forward in forwards]
+    turns: 'List[List[Measurement]]' = []
     start = time.perf_counter()
     while len(turns) < least or time.perf_counter() - start < seconds:
         turns.append([timer.timeit(1) for timer in timers])
-    return [Measurement.merge(taken)[0] for taken in zip(*turns)]
+    return [taken[0].merge(taken)[0] for taken in zip(*turns)]
+
+
+def time_models(
+        models: Sequence[nn.Module],
+        args: Tuple,
+        kwargs: Mapping[str, Any],
+        seconds: float,
+        least: int = 1,
+) -> 'List[Measurement]':
+    """Time forwards of models in evaluation mode, in turns.
+
+    Args:
+        models: Models on one device.
+        args: Positional arguments of the forward.
+        kwargs: Keyword arguments of it.
+        seconds: How long to measure.
+        least: As in ``in_turns``.
+    """
+    with ExitStack() as modes, torch.inference_mode():
+        for model in models:
+            modes.enter_context(eval_mode(model))
+        return in_turns([partial(model, *args, **kwargs) for model in models], seconds, least)
 
 
 def latencies(models: Sequence[nn.Module], images: Tensor, seconds: float = 1.5) -> List[float]:
@@ -49,14 +76,7 @@ def latencies(models: Sequence[nn.Module], images: Tensor, seconds: float = 1.5)
         images: A batch.
         seconds: How long to measure.
     """
-    def forward(model: nn.Module) -> Forward:
-        def run() -> None:
-            with eval_mode(model):
-                model(images)
-        return run
-
-    with torch.inference_mode():
-        return [1000 * taken.median for taken in in_turns([forward(model) for model in models], seconds)]
+    return [1000 * taken.median for taken in time_models(models, (images,), {}, seconds)]
 
 
 def peak_memory(forward: Forward, device: torch.device) -> int:

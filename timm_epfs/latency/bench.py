@@ -1,6 +1,5 @@
 """A latency that is asked for, and the cut that has it: found by the table, measured whole, corrected."""
 import re
-import time
 import warnings
 from dataclasses import dataclass
 from numbers import Real
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..calibrate import eval_mode
+from ..clock import time_models
 from ..cost import Budget
 from ..errors import PruningError
 from ..trace import Trace
@@ -218,12 +217,8 @@ def _corrected(known: Dict[float, float], wanted: float) -> float:
     return float(np.clip(above + slope * (wanted - known[above]), 0.5 * min(known), 0.99))
 
 
-@torch.inference_mode()
 def race(models: Sequence[nn.Module], args: Tuple, kwargs: Dict[str, Any], seconds: float = _SECONDS) -> List[float]:
-    """Seconds of a forward of each model, the least of some.
-
-    The models take turns, so that what else runs on the machine slows all of them alike. The first forward of a turn
-    doesn't count: it finds another model's weights in the caches.
+    """Seconds of a forward of each model, the least of some: what else runs makes it slower, never faster.
 
     Args:
         models: Models on one device.
@@ -231,23 +226,4 @@ def race(models: Sequence[nn.Module], args: Tuple, kwargs: Dict[str, Any], secon
         kwargs: Keyword arguments of it.
         seconds: How long to measure each, at least.
     """
-    least = [float('inf')] * len(models)
-    begin, turns = time.perf_counter(), 0
-    while turns < _TURNS or time.perf_counter() - begin < seconds * len(models):
-        for i, model in enumerate(models):
-            with eval_mode(model):
-                for _ in range(3):
-                    _wait(args)
-                    start = time.perf_counter()
-                    model(*args, **kwargs)
-                    _wait(args)
-                    taken = time.perf_counter() - start
-                    least[i] = min(least[i], taken)
-        turns += 1
-    return least
-
-
-def _wait(args: Tuple) -> None:
-    device = next((x.device for x in args if isinstance(x, torch.Tensor)), torch.device('cpu'))
-    if device.type != 'cpu':
-        torch.accelerator.synchronize(device)
+    return [min(taken.times) for taken in time_models(models, args, kwargs, seconds * len(models), _TURNS)]

@@ -1,6 +1,5 @@
 """Seconds that calls take on one device, measured once and remembered on disk."""
 import json
-import logging
 import os
 import platform
 import re
@@ -11,6 +10,7 @@ from typing import Any, Callable, Dict, Mapping, Optional, Tuple
 
 import torch
 
+from ..clock import timer
 from ..cost import is_number
 from ..errors import PruningError
 from .kernels import Kernel
@@ -110,21 +110,9 @@ def stopwatch(call: Callable[[], Any], device: torch.device) -> float:
 
     By ``torch.utils.benchmark``, which repeats short calls and waits for the device.
     """
-    timer = _timer()('call()', globals={'call': call}, num_threads=torch.get_num_threads())
-    once = timer.timeit(1).mean
-    return min(timer.blocked_autorange(min_run_time=max(_SHORTEST, _REPEATS * once)).times)
-
-
-def _timer() -> Callable:
-    """torch's timer; its import looks for a CUDA toolkit, and logs where there is one without a device."""
-    log = logging.getLogger('torch.utils.cpp_extension')
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        from torch.utils.benchmark import Timer
-    finally:
-        log.setLevel(level)
-    return Timer
+    clock = timer(call)
+    once = clock.timeit(1).mean
+    return min(clock.blocked_autorange(min_run_time=max(_SHORTEST, _REPEATS * once)).times)
 
 
 def cache_folder() -> Path:
