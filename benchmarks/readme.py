@@ -12,6 +12,7 @@ TABLES = {
     'zoo': 'zoo.md',
     'one_shot': 'one_shot_resnet56_cifar.md',
     'exactness': 'exactness.md',
+    'latency': 'latency.md',
     'prune_speed': 'prune_speed.md',
     'create_speed': 'create_speed.md',
     'overhead': 'overhead.md',
@@ -60,7 +61,12 @@ def cifar10() -> Dict[str, str]:
 
 def headlines() -> List[str]:
     """One line for each thing that a new user asks."""
-    zoo, exact, speed, added = (load(name) for name in ('zoo', 'exactness', 'prune_speed', 'overhead'))
+    zoo, exact, speed, added, clock = (
+        load(name) for name in ('zoo', 'exactness', 'prune_speed', 'overhead', 'latency'))
+    ours, rivals = (
+        sorted(row['dense']['least_ms'] / row[by]['least_ms']
+               for row in clock['rows'].values() if 'least_ms' in row[by])
+        for by in ('macs', 'torch-pruning'))
     seconds = [row['ours_whole'] for row in speed['models'].values()]
     steps = [100 * (row['time'] - 1) for row in added['models'].values()]
     return [
@@ -71,6 +77,8 @@ def headlines() -> List[str]:
         f'- Masked and cut give the same outputs in {exact["ok"]} of {exact["names"]} models: '
         f'median error {exact["median_error"]:.1e}, worst {max(exact["worst"].values()):.1e}, '
         f'{len(exact["float64_needed"])} judged in float64.',
+        f'- Half of the MACs run {ours[0]:.1f} to {ours[-1]:.1f} times as fast on {clock["threads"]} thread, '
+        f'torch-pruning\'s {rivals[0]:.1f} to {rivals[-1]:.1f} times ({len(ours)} models).',
         f'- Pruning takes {min(seconds):.1f} to {max(seconds):.1f} s, `resnet18` to `vit_large_patch16_224`, on '
         f'{speed["threads"]} threads; EPFS adds {min(steps):.0f} to {max(steps):.0f} % to a training step.',
     ]
