@@ -3,6 +3,7 @@
 ``python benchmarks/cifar10/run.py --all --data-dir DIR --weights-dir DIR`` runs what has no result yet, one after the
 other, and goes on where it was interrupted. An experiment is a file of options of ``timm-epfs train`` in
 experiments/<model>/; its results are results/<model>/<experiment>-<seed>.json. ``table.py`` makes the tables of them.
+Short runs that a method is tuned by stand apart, in <model>.trials.
 """
 import argparse
 import fnmatch
@@ -37,7 +38,7 @@ def main() -> None:
     chosen = list(_experiments(args))
     if not chosen:
         sys.exit(f'no experiment is named {" or ".join(args.patterns)}; see {HERE.name}/experiments')
-    for model in dict.fromkeys(path.parent.name for path in chosen):
+    for model in dict.fromkeys(_model(path.parent.name) for path in chosen):
         chosen.insert(0, HERE / 'experiments' / model / f'{DENSE}.json')
     for path in dict.fromkeys(chosen):
         experiment = json.loads(path.read_text())
@@ -74,7 +75,7 @@ def _experiments(args: argparse.Namespace) -> Iterator[Path]:
 
 
 def _run(args: argparse.Namespace, experiment: Dict[str, Any], name: str, seed: int, images: Dict) -> Dict[str, Any]:
-    model = name.partition('/')[0]
+    group, model = name.partition('/')[0], _model(name)
     folder = args.runs / name
     start = _start(args, experiment, model)
     options = parse_args([
@@ -85,7 +86,7 @@ def _run(args: argparse.Namespace, experiment: Dict[str, Any], name: str, seed: 
     check_options(options)
     init_distributed_device(options)
     runner = _with_images(RUNNERS[experiment.get('runner', 'train')], images)
-    run = runner(options, {}, experiment=experiment, seed=seed, results=args.results / model)
+    run = runner(options, {}, experiment=experiment, seed=seed, results=args.results / group)
     result = run()
     plan, rows = run.model.pruning_plan, {label: pair for label, (pair, _) in result.rows.items()}
     return {
@@ -100,6 +101,11 @@ def _run(args: argparse.Namespace, experiment: Dict[str, Any], name: str, seed: 
         'epochs': run.epochs, 'seconds': _seconds(result.history), 'history': result.history,
         'machine': header(), 'commit': _commit(), 'plan': plan.to_dict(),
     }
+
+
+def _model(name: str) -> str:
+    """The model of a folder of experiments, or of one of them."""
+    return name.partition('/')[0].partition('.')[0]
 
 
 def _start(args: argparse.Namespace, experiment: Dict[str, Any], model: str) -> Optional[Path]:

@@ -47,8 +47,8 @@ def by_experiment(runs: Sequence[Dict[str, Any]]) -> Tuple[float, Dict[str, Runs
     groups = defaultdict(list)
     for run in runs:
         groups[run['name'].partition('/')[2].rpartition('-')[0]].append(run)
-    (dense,) = groups.pop('dense')
-    return dense['top1']['dense'], groups
+    groups.pop('dense', None)
+    return runs[0]['top1']['dense'], groups
 
 
 def markdown(model: str, runs: Sequence[Dict[str, Any]]) -> str:
