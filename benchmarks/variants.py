@@ -17,7 +17,7 @@ import timm_epfs
 from timm_epfs.plan import Plan
 from timm_epfs.variants import plan_path
 
-CIFAR_RESNETS = ('resnet20_cifar', 'resnet32_cifar', 'resnet44_cifar', 'resnet56_cifar', 'resnet110_cifar')
+CIFAR_RESNETS = ('resnet32_cifar', 'resnet44_cifar', 'resnet56_cifar', 'resnet110_cifar')
 # Share of the MACs that is removed, by base; the name says it in whole percents.
 REMOVED: Dict[str, float] = {
     'resnet18': 0.552,

@@ -630,3 +630,16 @@ def test_prune_takes_a_compiled_model_but_none_with_masks_on():
         timm_epfs.prune(model, macs=0.5)
     learner.remove()
     assert timm_epfs.prune(model, macs=0.5).pruning_plan.cost == slim.pruning_plan.cost
+
+
+def test_a_learned_cut_is_cut_again_and_the_plan_tells_both():
+    model = build()
+    learner = timm_epfs.EPFS(model, macs=0.7, steps=2)
+    train(model, learner, sgd(model), 2)
+    slim = timm_epfs.prune(learner.export(), macs=0.7)
+    again = timm_epfs.EPFS(slim, macs=0.7, steps=2)
+    assert [step['method'] for step in slim.pruning_plan.recipe['steps']] == ['epfs', 'one-shot']
+    train(slim, again, sgd(slim), 2)
+    plan = again.export().pruning_plan
+    assert [step['method'] for step in plan.recipe['steps']] == ['epfs', 'one-shot', 'epfs']
+    assert plan.cost['macs'][1] / plan.cost['macs'][0] == pytest.approx(0.343, rel=0.05)

@@ -87,7 +87,9 @@ def test_the_default_cfg_is_the_bases_without_its_weights(name):
     cfg, base = timm.get_pretrained_cfg(name), timm.get_pretrained_cfg(base_of(name))
     assert cfg.architecture == name and cfg.input_size == base.input_size and cfg.mean == base.mean
     assert (cfg.num_classes, cfg.classifier, cfg.first_conv) == (base.num_classes, base.classifier, base.first_conv)
-    assert not cfg.has_weights and not cfg.custom_load and cfg.tag is None
+    tags = variants.tags(name)
+    assert bool(cfg.has_weights) == bool(tags) and not cfg.custom_load and cfg.tag == (tags[0] if tags else None)
+    assert not (cfg.url or cfg.hf_hub_id) and cfg.file == (str(variants.weights_path(name, tags[0])) if tags else None)
 
 
 def count_macs(model):
@@ -179,8 +181,11 @@ def test_features_only(name):
     wrapper = timm.create_model(name, features_only=True, out_indices=(0, 1), **small(name)).eval()
     base = timm.create_model(base_of(name), features_only=True, out_indices=(0, 1), **small(name)).eval()
     got, want = wrapper(images()), base(images())
-    assert [x.shape[1] for x in got] == wrapper.feature_info.channels() != base.feature_info.channels() \
-        or name.startswith(('deit', 'convnext'))  # whose streams aren't cut
+    assert [x.shape[1] for x in got] == wrapper.feature_info.channels()
+    plan = Plan.load(variants.plan_path(name))
+    assert (wrapper.feature_info.channels() != base.feature_info.channels()) == any(
+        plan.attributes.get(f'feature_info.{i}.num_chs', info['num_chs']) != info['num_chs']
+        for i, info in enumerate(base.feature_info.get_dicts()))
     assert [x.shape[2:] for x in got] == [x.shape[2:] for x in want]
     assert wrapper.feature_info.reduction() == base.feature_info.reduction()
     assert all(x.isfinite().all() for x in got)

@@ -26,7 +26,7 @@ from .errors import PruningError
 from .measure import size_on_disk
 from .methods import METHODS
 from .pictures import draw_layers
-from .plan import Plan
+from .plan import Plan, recipe_steps
 from .report import format_count
 from .surgery import build_base
 
@@ -75,7 +75,7 @@ def make_card(
     metrics, plan = check_metrics(metrics), model.pruning_plan
     told = plan.to_dict()  # as it is after loading, so that the card is the same then
     name = repo_id.rpartition('/')[2]
-    steps = _steps(told['recipe'])
+    steps = recipe_steps(told['recipe'])
     license_name = (getattr(model, 'pretrained_cfg', None) or {}).get('license')
     card = ModelCard.from_template(
         _card_data(name, license_name, metrics),
@@ -178,12 +178,6 @@ def _describe_cuts(plan: Plan) -> str:
     kinds = ', '.join(f'{left} of {units} {kind}' for kind, (left, units) in sorted(by_kind.items()) if left < units)
     touched = sum(len(cut.keep) < cut.structure.units for cut in plan.cuts)
     return f'{touched} of {len(plan.cuts)} structures were cut. Left: {kinds or "everything"}.'
-
-
-def _steps(recipe: Mapping[str, Any]) -> List[Mapping[str, Any]]:
-    """The recipes of a plan that was composed, one a cut. A recipe is free text: it may hold anything."""
-    steps = recipe.get('steps')
-    return steps if isinstance(steps, list) and all(isinstance(step, Mapping) for step in steps) else [recipe]
 
 
 def _describe(step: Mapping[str, Any]) -> str:

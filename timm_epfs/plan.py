@@ -53,6 +53,12 @@ class Cut:
     keep: np.ndarray
 
 
+def recipe_steps(recipe: Mapping[str, Any]) -> List[Mapping[str, Any]]:
+    """The recipes of a plan that was composed, one a cut. A recipe is free text: ``steps`` may be anything else."""
+    steps = recipe.get('steps')
+    return steps if isinstance(steps, list) and all(isinstance(step, Mapping) for step in steps) else [recipe]
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """What stays of a model, and how that was found.
@@ -153,7 +159,7 @@ class Plan:
             base_args=self.base_args,
             cuts=cuts,
             attributes={**self.attributes, **later.attributes},
-            recipe={'steps': [step for plan in (self, later) for step in plan.recipe.get('steps', [plan.recipe])]},
+            recipe={'steps': [*recipe_steps(self.recipe), *recipe_steps(later.recipe)]},
             cost={
                 quantity: (dense, later.cost[quantity][1])
                 for quantity, (dense, _) in self.cost.items() if quantity in later.cost

@@ -77,6 +77,7 @@ def _told(plan: Plan, result: Dict[str, Any], experiment: str) -> Plan:
         'criterion': plan.recipe.get('criterion', 'learned masks'), 'data': result['images'],
         'date': result['machine']['date'], 'epochs': result['epochs'], 'seed': result['seed'],
         'command': f'python benchmarks/cifar10/run.py {experiment}',
+        **({'teacher': 'the dense model'} if result['experiment']['options'].get('distill') else {}),
     }
     plan = replace(plan, base_args={}, recipe={**plan.recipe, **told})
     pairs = zip(*(_cost(model.eval()) for model in (build_base(plan.base, {}, 'meta'), rebuild(plan, 'meta'))))
