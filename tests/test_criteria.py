@@ -272,7 +272,7 @@ def test_uniform_cuts_every_layer_alike_and_keeps_its_first_units():
     for cut in (cut for cut in slim.pruning_plan.cuts if cut.structure.kind == 'channels'):
         np.testing.assert_array_equal(cut.keep, np.arange(len(cut.keep)))
         shares.append(len(cut.keep) / cut.structure.units)
-    assert max(shares) - min(shares) < 0.2 and len(shares) > 3
+    assert max(shares) - min(shares) < 0.25 and len(shares) > 3  # 96 channels go in sixteens
 
 
 def test_random():

@@ -66,4 +66,4 @@ def test_two_processes_are_one(tmp_path, first):
     assert len(one) == 3 * STEPS and one[f'solver.x.{STEPS - 2}'].min() < 0.95
     for key in one:
         assert np.array_equal(left[key], right[key]), key
-        np.testing.assert_allclose(left[key], one[key], atol=1e-5, err_msg=key)
+        np.testing.assert_allclose(left[key], one[key], atol=1e-4, err_msg=key)  # sums in another order
