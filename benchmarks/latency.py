@@ -1,6 +1,6 @@
 """Does half of the MACs mean twice as fast? ``prune(macs=0.5)``, ``prune(latency=)`` at the same time, torch-pruning.
 
-All models of a row take turns in one process, in bursts whose first forward doesn't count; the least of all forwards is
+All models of a row take turns in one process, each forward after two that don't count; the least of all forwards is
 what the table shows, since what else runs on a machine only adds to it (medians are in the JSON). Weights are random:
 the shapes matter. torch-pruning's one-shot ranks by L2, rounds widths to 8, and is asked again until its MACs are the
 same. ``python benchmarks/latency.py`` writes results/latency.json and .md; rows that are in the file already are left
@@ -9,8 +9,6 @@ out, ``--redo`` measures them again. A ``note`` that was put in a row's JSON by 
 import argparse
 import copy
 import json
-import statistics
-import time
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -28,6 +26,7 @@ from zoo_checks import count_macs
 
 import timm_epfs
 from timm_epfs.api import example_for, trace_model
+from timm_epfs.clock import time_models
 from timm_epfs.latency import Bench, race
 
 ROWS = (
@@ -76,13 +75,13 @@ def compare(name: str, batch: int, seconds: float) -> Dict[str, Any]:
         models['torch-pruning'] = at_equal_macs(name, macs_of(models['macs']))
     except Exception as e:  # their recipe doesn't cut every architecture
         row['error'] = one_line(e, 120)
-    times = turns(list(models.values()), images, seconds)
+    measured = time_models(list(models.values()), (images,), {}, seconds, least=8)
     row.update({
         key: {
             'macs': macs_of(model), 'params': sum(p.numel() for p in model.parameters()),
-            'median_ms': 1000 * statistics.median(taken), 'least_ms': 1000 * min(taken), 'forwards': len(taken),
+            'median_ms': 1000 * taken.median, 'least_ms': 1000 * min(taken.times), 'forwards': len(taken.times),
         }
-        for (key, model), taken in zip(models.items(), times)
+        for (key, model), taken in zip(models.items(), measured)
     })
     row['binds'] = binds(dense, models['macs'], batch)
     return row
@@ -111,21 +110,6 @@ def at_equal_macs(name: str, wanted: float) -> nn.Module:
             best = (macs, model)
         low, high = (ratio, high) if macs > wanted else (low, ratio)
     return best[1]
-
-
-@torch.inference_mode()
-def turns(models: List[nn.Module], images: torch.Tensor, seconds: float) -> List[List[float]]:
-    """Seconds of every forward of every model, in turns of one that doesn't count and two that do."""
-    times: List[List[float]] = [[] for _ in models]
-    start = time.perf_counter()
-    while time.perf_counter() - start < seconds or len(times[0]) < 8:
-        for model, taken in zip(models, times):
-            model(images)
-            for _ in range(2):
-                begin = time.perf_counter()
-                model(images)
-                taken.append(time.perf_counter() - begin)
-    return times
 
 
 def binds(dense: nn.Module, slim: nn.Module, batch: int) -> Dict[str, List[float]]:
