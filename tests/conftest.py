@@ -2,11 +2,13 @@ import os
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # read when huggingface_hub is first imported
 
+import copy
 import random
 
 import numpy as np
 import pytest
 import torch
+from timm.models import _registry
 
 # Many small operations: two threads wait for each other longer than they work.
 torch.set_num_threads(1)
@@ -23,3 +25,15 @@ def same_seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def registry():
+    """What a test adds to timm's registry goes with it."""
+    stores = [store for key, store in vars(_registry).items()
+              if isinstance(store, (dict, set)) and not key.startswith('__')]
+    kept = copy.deepcopy(stores)
+    yield
+    for store, before in zip(stores, kept):
+        store.clear()
+        store.update(before)

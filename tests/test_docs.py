@@ -106,7 +106,7 @@ def run_console(block, where, capsys):
 
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
-def test_snippets_run(page, capsys, monkeypatch, tmp_path):
+def test_snippets_run(page, registry, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     found, space, printed = blocks(page), {'__name__': '__main__'}, ''
     for before, block in zip([None, *found], found):

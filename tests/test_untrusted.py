@@ -28,7 +28,7 @@ from timm_epfs.surgery import apply_plan, build_base, rebuild
 from timm_epfs.weights import MAX_HEADER, read_weights
 
 SMALL = 'resnet20_cifar'
-SECONDS, MEGABYTES = 1.0, 200
+SECONDS, MEGABYTES = 2.0, 200  # of a processor, which slows down where its neighbour is busy
 
 
 def line(error):

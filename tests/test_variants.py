@@ -1,5 +1,4 @@
 """Names in timm: every shipped variant passes what timm asks of its own models, and means what its base means."""
-import copy
 import json
 import os
 import re
@@ -58,18 +57,6 @@ def described(model):
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     shapes = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
     return str(model), shapes, getattr(model, 'num_features', None), getattr(model, 'num_classes', None)
-
-
-@pytest.fixture
-def registry():
-    """What a test adds to timm's registry goes with it."""
-    stores = [store for key, store in vars(_registry).items()
-              if isinstance(store, (dict, set)) and not key.startswith('__')]
-    kept = copy.deepcopy(stores)
-    yield
-    for store, before in zip(stores, kept):
-        store.clear()
-        store.update(before)
 
 
 # names
