@@ -65,7 +65,8 @@ class LatencyModel:
             self.seconds[i] = np.pad(values, [(0, width - n) for n in values.shape], mode='edge')
         gates = [{name for gate in kernel.gates for name, _ in gate.coefs} for kernel in kernels]
         self._gated = [position[name] for name in sorted(set().union(*gates))]
-        self._inside = np.array([[self.names[i] in own for i in self._gated] for own in gates]).reshape(len(gates), -1)
+        inside = [[self.names[i] in own for i in self._gated] for own in gates]
+        self._inside = np.array(inside, dtype=bool).reshape(len(gates), len(self._gated))
 
     def __call__(self, quantity: str, counts: np.ndarray) -> float:
         """Cost at the given numbers of units left, as of ``CostModel``; of ``'latency'`` in seconds."""
