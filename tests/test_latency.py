@@ -152,7 +152,9 @@ def test_a_block_that_goes_takes_its_calls_with_it():
     assert latency('latency', dense) == len(found) - inside[block]
 
 
-@pytest.mark.parametrize('name, asked', [('resnet20_cifar', 0.5), ('resnet20_cifar', '0.1ms')])
+@pytest.mark.parametrize('name, asked', [
+    ('resnet20_cifar', 0.5), ('resnet20_cifar', '0.1ms'), ('vgg16_bn_cifar', 0.5),  # the last has no residual blocks
+])
 def test_the_clock_shows_what_was_asked(fake_clock, name, asked):
     slim = timm_epfs.prune(name, latency=asked, latency_batch_size=2)
     dense = timm.create_model(name).eval()
