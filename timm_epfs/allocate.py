@@ -18,9 +18,10 @@ from .errors import PruningError
 from .search import TOLERANCE, Search
 from .structure import Structure
 
-__all__ = ['Budget', 'SCOPES', 'allocate', 'budget_from']
+__all__ = ['ALIGN', 'Budget', 'SCOPES', 'allocate', 'budget_from']
 
 SCOPES = ('global', 'local', 'isomorphic')
+ALIGN = 16  # what wide layers are multiples of by default
 
 
 def budget_from(
@@ -52,7 +53,7 @@ def allocate(
         *,
         scope: str = 'global',
         round_to: Optional[int] = None,
-        align: int = 16,
+        align: int = ALIGN,
         floor: float = 0.1,
         ratios: Optional[Mapping[str, float]] = None,
         fixed: Collection[str] = (),

@@ -12,7 +12,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..allocate import allocate, budget_from
+from ..allocate import ALIGN, allocate, budget_from
 from ..api import Example, base_of, example_for, left_alone, make_plan, trace_model
 from ..center import drop_hooks
 from ..cost import Budget
@@ -112,7 +112,7 @@ class Learner:
         self.model = unwrap_model(model)
         if is_masked(self.model):
             raise PruningError('the model has a learner already; call remove() on that one first')
-        self.steps, self.floor, self.round_to, self.align = steps, floor, round_to, 16
+        self.steps, self.floor, self.round_to, self.align = steps, floor, round_to, ALIGN
         self._base = (base, {}) if base is not None else base_of(self.model)
         self._earlier = getattr(self.model, 'pruning_plan', None)
         self._recipe = dict(macs=macs, steps=steps, structures=list(structures), floor=floor)

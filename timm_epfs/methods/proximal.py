@@ -56,7 +56,6 @@ class ProximalLearner(Learner):
         self.l1, self.lr, self.weigh, self.keep_pace = l1, lr, weigh, keep_pace
         self._recipe.update(l1=l1, weigh=weigh, keep_pace=keep_pace)
         self.costs = self._unit_costs() if weigh else torch.ones(self.masks.units, dtype=torch.float64)
-        self.weights = self.costs.clone()
         self._squares = torch.zeros_like(self.costs)
         self.controller = Controller(self.budget.target / self._dense, steps) if l1 is None else None
         self._rms, self._largest = 0.0, 1e-8
@@ -65,6 +64,13 @@ class ProximalLearner(Learner):
     def strength(self) -> float:
         """λ₁ as it is now."""
         return self.l1 if self.controller is None else self.controller.value
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """What λ₁ is multiplied by now, shape (units,)."""
+        if self.weigh == 'fisher' and self._squares.any():
+            return _per_gradient(self.costs, self._squares)
+        return self.costs
 
     @property
     def alive(self) -> float:
@@ -88,7 +94,6 @@ class ProximalLearner(Learner):
         self._largest = max(self._largest, self._rms)
         if self.weigh == 'fisher':
             self._squares += self._share_of_new(step, _REMEMBER) * (grad.square() - self._squares)
-            self.weights = _per_gradient(self.costs, self._squares)
 
     def _share_of_new(self, step: int, window: float) -> float:
         """What a step counts in an average over a window, a share of all steps."""
@@ -198,8 +203,6 @@ class ProximalLearner(Learner):
                     {key[at:]: value for key, value in state.items() if key.startswith(f'{part}.')})
         self.lr, self._rms, self._largest = state['lr'], float(state['rms']), float(state['largest'])
         self._squares = state['squares'].clone()
-        if self.weigh == 'fisher' and self._squares.any():
-            self.weights = _per_gradient(self.costs, self._squares)
         self._said = {int(i) for i in state['held'].split()}
         self.masks.set(self.solver.x if self.finished else self.solver.y, self.solver.x)
 
