@@ -9,7 +9,9 @@ import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, List, Sequence, Union
+
+from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / 'results'
 PACKAGES = ('torch', 'timm', 'torchvision', 'torch-pruning')
@@ -68,6 +70,53 @@ def write_atomic(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     write_atomic(path, json.dumps(data, indent=1) + '\n')
+
+
+def write_results(path: Path, results: Any, table: str) -> None:
+    """Results as JSON, their table as Markdown beside it, and the table on the screen.
+
+    Args:
+        path: The JSON file.
+        results: What was measured.
+        table: The same in Markdown.
+    """
+    write_json(path, results)
+    write_atomic(path.with_suffix('.md'), table)
+    print(table)
+
+
+def measure_missing(
+        path: Path,
+        key: str,
+        names: Iterable[str],
+        measure: Callable[[str], Any],
+        redo: bool = False,
+        before: Callable[[], Any] = lambda: None,
+        **conditions: Any,
+) -> Dict[str, Any]:
+    """Measure what a file doesn't have yet, writing it after each, so that an interrupted run goes on.
+
+    Args:
+        path: The JSON file.
+        key: What holds the measurements in it, by name.
+        names: What to measure.
+        measure: Gives the measurement of one.
+        redo: Begin anew.
+        before: Run first, where anything is missing.
+        **conditions: What else the file is to say, beside the header.
+
+    Returns:
+        What the file holds now.
+    """
+    results = json.loads(path.read_text()) if path.exists() and not redo else {key: {}}
+    results.update(machine=header(), **conditions)
+    missing = [name for name in names if name not in results[key]]
+    if missing:
+        before()
+    for name in tqdm(missing, unit=key.removesuffix('s')):
+        results[key][name] = measure(name)
+        write_json(path, results)
+    return results
 
 
 class Table:

@@ -15,7 +15,7 @@ from typing import Any, Callable, Dict
 
 import timm
 import torch
-from common import RESULTS, header, header_line, write_atomic, write_json
+from common import RESULTS, header, header_line, write_results
 from timm.models import save_for_hf
 from tqdm import tqdm
 
@@ -32,10 +32,7 @@ def main() -> None:
     results: Dict[str, Any] = {'machine': header(), 'threads': args.threads, 'repeats': args.repeats, 'models': {}}
     for name in tqdm(args.models, unit='model'):
         results['models'][name] = compare(name, args.repeats)
-    write_json(args.results / 'create_speed.json', results)
-    table = markdown(results)
-    write_atomic(args.results / 'create_speed.md', table)
-    print(table)
+    write_results(args.results / 'create_speed.json', results, markdown(results))
 
 
 def parse_args() -> argparse.Namespace:

@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 import torch
-from common import RESULTS, header, header_line, write_atomic, write_json
+from common import RESULTS, header, header_line, write_results
 from onnxruntime.quantization import CalibrationDataReader, quantize_static
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
@@ -54,10 +54,7 @@ def main() -> None:
         'test_images': len(test.targets), 'calibration_images': sum(map(len, calibration)),
         'rows': {what: measure(model, calibration, test) for what, model in models.items()},
     }
-    write_json(args.results / f'int8_{name}.json', results)
-    text = markdown(results)
-    write_atomic(args.results / f'int8_{name}.md', text)
-    print(text)
+    write_results(args.results / f'int8_{name}.json', results, markdown(results))
 
 
 def parse_args() -> argparse.Namespace:

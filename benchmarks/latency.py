@@ -8,7 +8,6 @@ out, ``--redo`` measures them again. A ``note`` that was put in a row's JSON by 
 """
 import argparse
 import copy
-import json
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -18,10 +17,9 @@ import numpy as np
 import timm
 import torch
 import torch_pruning as tp
-from common import RESULTS, header, header_line, one_line, write_atomic, write_json
+from common import RESULTS, header_line, measure_missing, one_line, write_results
 from torch import nn
 from torch_pruning_recipe import one_shot
-from tqdm import tqdm
 from zoo_checks import count_macs
 
 import timm_epfs
@@ -41,15 +39,13 @@ def main() -> None:
     warnings.simplefilter('ignore')
     torch.set_num_threads(args.threads)
     path = args.results / 'latency.json'
-    results: Dict[str, Any] = json.loads(path.read_text()) if path.exists() and not args.redo else {'rows': {}}
-    results.update(machine=header(), threads=args.threads)
-    for row in tqdm([row for row in args.rows if row not in results['rows']], unit='row'):
+
+    def measure(row: str) -> Dict[str, Any]:
         name, _, batch = row.partition('@')
-        results['rows'][row] = compare(name, int(batch or 1), args.seconds)
-        write_json(path, results)
-    table = markdown(results)
-    write_atomic(path.with_suffix('.md'), table)
-    print(table)
+        return compare(name, int(batch or 1), args.seconds)
+
+    results = measure_missing(path, 'rows', args.rows, measure, args.redo, threads=args.threads)
+    write_results(path, results, markdown(results))
 
 
 def parse_args() -> argparse.Namespace:

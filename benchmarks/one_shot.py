@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
 import numpy as np
 import timm
 import torch
-from common import RESULTS, header, header_line, write_atomic, write_json
+from common import RESULTS, header, header_line, write_json, write_results
 from timm.data import create_dataset
 from timm.models import load_checkpoint
 from torch import nn
@@ -37,6 +37,7 @@ def main() -> None:
     test = loader(args.data_dir / 'test.tar', cfg, args.test_images)
     train = loader(args.data_dir / 'train.tar', cfg, RECALIBRATION)
 
+    path = args.results / f'one_shot_{args.model}.json'
     results = {
         'machine': header(), 'model': args.model, 'macs': args.macs,
         'images': {
@@ -47,10 +48,8 @@ def main() -> None:
     runs = [(c, seed) for c in timm_epfs.CRITERIA for seed in (RANDOM_SEEDS if c == 'random' else (None,))]
     for criterion, seed in tqdm(runs, unit='cut'):
         rows.append(one_shot(model, criterion, seed, args.macs, train, test))
-        write_json(args.results / f'one_shot_{args.model}.json', results)
-    table = markdown(results)
-    write_atomic(args.results / f'one_shot_{args.model}.md', table)
-    print(table)
+        write_json(path, results)
+    write_results(path, results, markdown(results))
 
 
 def parse_args() -> argparse.Namespace:

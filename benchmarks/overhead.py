@@ -15,7 +15,7 @@ from typing import Callable, Dict
 import timm
 import torch
 import torch.nn.functional as F
-from common import RESULTS, header, header_line, write_atomic, write_json
+from common import RESULTS, header, header_line, write_results
 
 import timm_epfs
 
@@ -35,12 +35,8 @@ def main() -> None:
         print(peak(*args.peak))
         return
     rows = {name: measure(name, args.repeats, args.threads) for name in CASES}
-    write_json(RESULTS / 'overhead.json', {
-        'machine': header(), 'threads': args.threads, 'repeats': args.repeats, 'goals': GOALS, 'models': rows,
-    })
-    text = markdown(rows, args.repeats, args.threads)
-    write_atomic(RESULTS / 'overhead.md', text)
-    print(text)
+    results = {'machine': header(), 'threads': args.threads, 'repeats': args.repeats, 'goals': GOALS, 'models': rows}
+    write_results(RESULTS / 'overhead.json', results, markdown(rows, args.repeats, args.threads))
 
 
 def measure(name: str, repeats: int, threads: int) -> Dict[str, float]:

@@ -6,7 +6,6 @@ writes a plan; theirs traces, scores and cuts. ``python benchmarks/prune_speed.p
 """
 import argparse
 import gc
-import json
 import statistics
 import time
 import warnings
@@ -16,10 +15,9 @@ from typing import Any, Callable, Dict
 import timm
 import torch
 import torch_pruning as tp
-from common import RESULTS, header, header_line, write_atomic, write_json
+from common import RESULTS, header_line, measure_missing, write_results
 from torch import nn
 from torch_pruning_recipe import one_shot
-from tqdm import tqdm
 from zoo_checks import count_macs
 
 import timm_epfs
@@ -35,17 +33,12 @@ def main() -> None:
     warnings.simplefilter('ignore')
     torch.set_num_threads(args.threads)
     path = args.results / 'prune_speed.json'
-    results: Dict[str, Any] = json.loads(path.read_text()) if path.exists() and not args.redo else {'models': {}}
-    results.update(machine=header(), threads=args.threads, repeats=args.repeats)
-    todo = [name for name in args.models if name not in results['models']]
-    if todo:
-        compare('resnet18', 1)  # imports and caches are warm before the first measurement
-    for name in tqdm(todo, unit='model'):
-        results['models'][name] = compare(name, args.repeats)
-        write_json(path, results)
-    table = markdown(results)
-    write_atomic(path.with_suffix('.md'), table)
-    print(table)
+    results = measure_missing(
+        path, 'models', args.models, lambda name: compare(name, args.repeats), args.redo,
+        before=lambda: compare('resnet18', 1),  # imports and caches are warm before the first measurement
+        threads=args.threads, repeats=args.repeats,
+    )
+    write_results(path, results, markdown(results))
 
 
 def parse_args() -> argparse.Namespace:

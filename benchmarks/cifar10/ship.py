@@ -15,13 +15,13 @@ from typing import Any, Dict, Optional, Tuple
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from common import write_json  # noqa: E402
 from data import TAGS, Images, name_of  # noqa: E402
+from zoo_checks import count_macs  # noqa: E402
 
 from timm_epfs.cards import check_metrics, write_card  # noqa: E402
 from timm_epfs.plan import Plan  # noqa: E402
@@ -86,9 +86,8 @@ def _told(plan: Plan, result: Dict[str, Any], experiment: str) -> Plan:
 
 def _cost(model: nn.Module) -> Tuple[float, float]:
     """MACs of one image of the model's own size, and parameters."""
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
-    return counter.get_total_flops() / 2, float(sum(parameter.numel() for parameter in model.parameters()))
+    image = torch.empty(1, *model.pretrained_cfg['input_size'], device='meta')
+    return count_macs(model, (image,), {}), float(sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _small(weights: Dict[str, Tensor], name: str) -> Dict[str, Tensor]:
