@@ -86,7 +86,7 @@ def built(name):
     row = ROWS[name]
     model = row.build()
     example = row.images(1)
-    return model, trace_model(model, example), example
+    return model, trace_model(model, example, with_calls=True), example
 
 
 def left_of(slim):
@@ -101,7 +101,7 @@ def test_calls_of_a_cut_model_are_foretold(name):
         kinds = ('channels', 'groups')  # a reshape around a single head is a view, and no call
         slim = timm_epfs.prune(model, macs=0.7, example_input=example, round_to=1, kinds=kinds)
     foretold = [kernel.signature(left_of(slim)) for kernel in kernels(model, traced, (example,), {}, 3)]
-    cut = trace_model(slim, example)
+    cut = trace_model(slim, example, with_calls=True)
     units = {s.name: s.units for s in cut.structures}
     assert foretold == [kernel.signature(units) for kernel in kernels(slim, cut, (example,), {}, 3)]
 
