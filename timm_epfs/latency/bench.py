@@ -101,7 +101,6 @@ class Bench:
 
     Attributes:
         cost: Prices cuts, as ``LatencyModel`` does.
-        dense: What it says of the dense model, in seconds.
         units: Units of the dense model, by name.
     """
 
@@ -120,7 +119,11 @@ class Bench:
         self._channels = {s.name for s in traced.structures if s.kind == 'channels'}
         self._table.learn((k, left) for k in self._kernels for row in points(k, self.units) for left in row)
         self.cost = LatencyModel(traced.cost, traced.structures, self._kernels, self._table)
-        self.dense = self.cost('latency', self.cost.counts(self.units))
+
+    @property
+    def dense(self) -> float:
+        """Seconds of the dense model, by the table."""
+        return self.cost('latency', self.cost.counts(self.units))
 
     @property
     def place(self) -> str:
@@ -136,7 +139,12 @@ class Bench:
         """The budget of the table that is a share of what the table says of the dense model."""
         return Budget('latency', share * self.dense)
 
-    def meet(self, asked: Asked, cut: Callable[[Budget], nn.Module]) -> Tuple[nn.Module, float, List[float]]:
+    def meet(
+            self,
+            asked: Asked,
+            cut: Callable[[Budget], nn.Module],
+            dense: Optional[nn.Module] = None,
+    ) -> Tuple[nn.Module, float, List[float]]:
         """Cut until the clock shows what was asked.
 
         The table doesn't know what calls cost each other, nor what runs between them. What it is asked for is
@@ -146,6 +154,7 @@ class Bench:
         Args:
             asked: What was asked.
             cut: Gives a copy of the model, cut to a budget of the table.
+            dense: The dense model as it is now. None: as it was given.
 
         Returns:
             The cut that came nearest, the share of the table's latency that it was asked for, and the milliseconds
@@ -157,7 +166,8 @@ class Bench:
         Warns:
             UserWarning: It was missed by more than 5 %.
         """
-        aim = asked.share(race([self.model], *self._inputs)[0]) if isinstance(asked.value, str) else float(asked.value)
+        dense = self.model if dense is None else dense
+        aim = asked.share(race([dense], *self._inputs)[0]) if isinstance(asked.value, str) else float(asked.value)
         found, reached = None, 1.0
         for _ in range(_CUTS):
             try:
@@ -170,7 +180,7 @@ class Bench:
                 aim = (aim + reached) / 2  # further than any cut goes
                 continue
             reached = aim
-            met = _Met(slim, aim, *race([self.model, slim], *self._inputs), asked)
+            met = _Met(slim, aim, *race([dense, slim], *self._inputs), asked)
             if found is None or met.off < found.off:
                 found = met
             if met.off <= _ENOUGH:
