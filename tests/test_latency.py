@@ -13,11 +13,13 @@ from torch.overrides import resolve_name
 import timm_epfs
 from timm_epfs.allocate import allocate
 from timm_epfs.api import example_for, make_plan, trace_model
+from timm_epfs.cli import main
 from timm_epfs.errors import PruningError
 from timm_epfs.latency import Asked, Bench, LatencyModel, Table, kernels, race
 from timm_epfs.latency import bench as bench_room
 from timm_epfs.trace import meta_copy
 from timm_epfs.trace.calls import Calls, tensors_in
+from timm_epfs.training import run as run_room
 
 ROWS = {row.name: row for row in MODELS}
 # A plain chain, groups, depthwise convolutions with gates, splits and concatenations, LayerNorm, attention.
@@ -25,6 +27,9 @@ FAMILIES = (
     'vgg16_bn_cifar', 'regnetx_002', 'mobilenetv3_small_050', 'torchvision/shufflenet_v2_x0_5', 'test_convnext',
     'test_vit',
 )
+
+
+DIGITS = ['train', 'resnet20_cifar', '--dataset', 'digits', '--img-size', '8', '-b', '256', '-o']
 
 
 def seconds(kernel, left):
@@ -404,6 +409,36 @@ def test_methods_meet_a_latency(fake_clock, method):
 def test_learners_take_one_budget(fake_clock):
     with pytest.raises(PruningError, match='latency= was given with macs='):
         timm_epfs.EPFS(timm.create_model('resnet20_cifar'), 0.5, 10, latency=0.5)
+
+
+@pytest.mark.parametrize('method', ['epfs', 'none'])
+def test_training_takes_a_latency(fake_clock, monkeypatch, tmp_path, method):
+    monkeypatch.setattr(run_room, 'latencies', lambda models, image: [1.0, 1.0])
+    budget = ['--latency', '0.8', '--latency-batch-size', '2']
+    phases = ['--epochs', '2', '--dense-epochs', '0'] + ['--sparse-epochs', '1'] * (method != 'none')
+    assert main([*DIGITS, str(tmp_path), *phases, '--method', method, *budget]) == 0
+    slim = timm.create_model(f'local-dir:{tmp_path}/pruned', pretrained=True)
+    images = torch.empty(2, *slim.pretrained_cfg['input_size'])
+    before, after = (whole(model, (images,), {}) for model in (timm.create_model('resnet20_cifar'), slim))
+    assert after / before == pytest.approx(0.8, rel=0.05)
+    assert slim.pruning_plan.recipe['latency'] == 0.8
+    assert slim.pruning_plan.recipe['latency_on'] == 'abacus, 1 threads, batch 2'
+
+
+@pytest.mark.parametrize('asked, said', [
+    (['--latency', '0.5', '--macs', '0.5'], 'argument --macs: not allowed with argument --latency'),
+    ([], 'one of the arguments --macs --latency is required'),
+    (['--latency', 'fast'], "latency='fast' was asked; give a share"),
+    (['--latency', '0.01'], 'can reach'),
+])
+def test_training_says_what_is_wrong_with_a_latency(fake_clock, tmp_path, capsys, asked, said):
+    try:
+        assert main([*DIGITS, str(tmp_path / 'run'), *asked]) == 2
+    except SystemExit as e:  # argparse's own
+        assert e.code == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count('\n') == 1
+    assert not (tmp_path / 'run' / 'summary.csv').exists()
 
 
 def test_on_this_machine(cache):

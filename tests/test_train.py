@@ -303,7 +303,6 @@ def test_folder_of_a_run_is_not_lost_by_mistake(tmp_path, capsys):
     (['--method', 'epfs', '--sparse-epochs', '1', '--macs', '0.0001'], '% of the units the model can reach'),
     (['--criterion', 'magic'], 'magic'),
     (['--macs', '-1'], '--macs -1 was asked'),
-    (['--latency', '0.5'], 'argument --latency: not allowed with argument --macs'),
     (['--resume', '--overwrite'], '--resume and --overwrite were both given'),
     (['--pretrained', '--checkpoint', 'a.safetensors'], '--pretrained and --checkpoint were both given'),
     (['--checkpoint', 'a.pth'], 'checkpoint a.pth is not read, only .safetensors is (no pickle)'),

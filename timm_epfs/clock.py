@@ -22,9 +22,20 @@ Forward = Callable[[], object]
 
 def timer(call: Forward, device: torch.device) -> 'Timer':
     """torch's timer of a call, on as many threads as torch uses now."""
+    _keep_heap()
     with _silent():  # its import warns where CUDA is there without a GPU
         from torch.utils.benchmark import Timer
     return Timer('call()', timer=partial(_now, device), globals={'call': call}, num_threads=torch.get_num_threads())
+
+
+def _keep_heap() -> None:
+    """Have glibc keep what a forward frees, up to 62 MB, for the next one.
+
+    By default it may hand the top of the heap back to the system within every forward, whose pages are then missed in
+    the next: a third more time for some models, by what the process happened to allocate before. Freeing a buffer of up
+    to 32 MB raises that limit to twice its size (mallopt(3), ``M_MMAP_THRESHOLD``).
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
 
 
 def _now(device: torch.device) -> float:
