@@ -119,6 +119,15 @@ def test_every_call_can_be_repeated_alone(name):
         kernel.bind(units, torch.device('cpu'))()
 
 
+def test_calls_are_in_the_models_precision_and_memory_format():
+    model = timm.create_model('test_resnet').bfloat16().to(memory_format=torch.channels_last).eval()
+    args, options = example_for(model)
+    found = kernels(model, trace_model(model, with_calls=True), args, options, 2)
+    convolutions = [kernel.arrays[:2] for kernel in found if kernel.name.endswith('conv2d')]
+    assert {array.dtype for arrays in convolutions for array in arrays} == {torch.bfloat16}
+    assert {image.order for image, _ in convolutions} == {(0, 2, 3, 1)}
+
+
 def test_a_model_costs_the_sum_of_its_calls_wherever_they_grow_linearly():
     model, traced, example = built('resnet20_cifar')
     found = kernels(model, traced, (example,), {})

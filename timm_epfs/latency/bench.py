@@ -6,15 +6,13 @@ from numbers import Real
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
-import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from ..clock import device_of, time_models
 from ..cost import Budget
 from ..errors import PruningError
 from ..trace import Trace
-from .kernels import Kernel, kernels
+from .kernels import Kernel, inputs_of, kernels
 from .model import LatencyModel, points
 from .table import Table
 
@@ -112,7 +110,7 @@ class Bench:
         if self.device.type == 'meta':
             raise PruningError('latency: the model\'s weights are on the meta device, which takes no time; build it '
                                'on the device that it will run on')
-        self._inputs = tree_map(self._batch, (args, kwargs))
+        self._inputs = inputs_of(model, (args, kwargs), batch_size, self.device)
         self._table = Table(self.device)
         self._kernels = kernels(model, traced, args, kwargs, batch_size)
         self.units = {s.name: s.units for s in traced.structures}
@@ -230,13 +228,6 @@ class Bench:
         while steps and saved[steps[-1]] >= _NEARLY * max(saved[step] for step in saved if step >= found):
             found = steps.pop()
         return found
-
-    def _batch(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        shape = (self.batch_size, *value.shape[1:])
-        made = torch.zeros(shape, dtype=value.dtype, device=self.device)
-        return made.normal_() if value.dtype.is_floating_point else made
 
 
 def race(models: Sequence[nn.Module], args: Tuple, kwargs: Dict[str, Any], seconds: float = _SECONDS) -> List[float]:
