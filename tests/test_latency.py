@@ -115,8 +115,10 @@ def test_calls_of_a_cut_model_are_foretold(name):
 def test_every_call_can_be_repeated_alone(name):
     model, traced, example = built(name)
     units = {s.name: s.units for s in traced.structures}
+    state = torch.get_rng_state()
     for kernel in kernels(model, traced, (example,), {}):
         kernel.bind(units, torch.device('cpu'))()
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_calls_are_in_the_models_precision_and_memory_format():
@@ -188,7 +190,9 @@ def test_the_clock_shows_what_was_asked(fake_clock, name, asked):
 def test_a_model_that_is_given_stays_as_it_is(fake_clock):
     model = timm.create_model('resnet20_cifar').eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = torch.get_rng_state()
     timm_epfs.prune(model, latency=0.6)
+    assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 

@@ -39,8 +39,7 @@ class Array:
     def make(self, left: Mapping[str, int], device: torch.device) -> torch.Tensor:
         """Random numbers, where there may be fractions: how long pooling takes depends on them."""
         shape = self.shape(left)
-        inside = torch.empty([shape[d] for d in self.order], dtype=self.dtype, device=device)
-        inside = inside.normal_() if self.dtype.is_floating_point else inside.zero_()
+        inside = _filled(torch.empty([shape[d] for d in self.order], dtype=self.dtype, device=device))
         return inside.permute([self.order.index(d) for d in range(len(shape))])
 
     def text(self, left: Mapping[str, int]) -> str:
@@ -193,13 +192,18 @@ def inputs_of(model: nn.Module, example: Any, batch_size: int, device: torch.dev
     def batch(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        shape = (batch_size, *value.shape[1:])
-        if not value.is_floating_point():
-            return torch.zeros(shape, dtype=value.dtype, device=device)
-        made = torch.randn(shape, dtype=weights[0].dtype if weights else value.dtype, device=device)
+        dtype = weights[0].dtype if weights and value.is_floating_point() else value.dtype
+        made = _filled(torch.empty(batch_size, *value.shape[1:], dtype=dtype, device=device))
         return made.contiguous(memory_format=format_) if made.ndim == 4 else made
 
     return tree_map(batch, example)
+
+
+def _filled(tensor: torch.Tensor) -> torch.Tensor:
+    """Random numbers, where there may be fractions, that leave the program's own as they are."""
+    if tensor.is_meta or not tensor.is_floating_point():
+        return tensor.zero_()
+    return tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
 
 
 class _KeepFormats(TorchFunctionMode):
