@@ -22,8 +22,8 @@ FORMAT = 2
 _SHORTEST = 0.004   # seconds that a call is repeated for, at least
 _REPEATS = 2        # and how often, at least, each time that it's measured
 _PORTION = 25       # calls between two looks at the pace
-_TWICE = 2          # every call is measured so often, some time apart
-_PASSES = 4         # those that were disturbed so often, at most
+_PASSES = 2         # every call is measured so often, some time apart
+_MOST_PASSES = 4    # and those that were disturbed
 _CALM = 1.1         # of the device's best pace
 
 Call = Tuple[Kernel, Mapping[str, int]]
@@ -74,10 +74,10 @@ class Table:
         calls = {kernel.signature(left): (kernel, left) for kernel, left in calls}
         pace = self._pace()
         todo = self._doubtful(calls)
-        for turn in range(_PASSES if todo else 0):
+        for turn in range(_MOST_PASSES if todo else 0):
             for i in range(0, len(todo), _PORTION):
                 pace = self._measure({name: calls[name] for name in todo[i:i + _PORTION]}, pace)
-            if turn + 1 >= _TWICE:
+            if turn + 1 >= _PASSES:
                 todo = self._doubtful(todo)
         if todo:
             warnings.warn(
