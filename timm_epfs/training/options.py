@@ -35,9 +35,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_method_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         '--method', default='epfs', choices=(*METHODS, 'none'), help='what learns the cut; none: rank once (epfs)')
-    budget = group.add_mutually_exclusive_group(required=True)
-    budget.add_argument('--macs', type=float, metavar='BUDGET', help='MACs to keep: a share or a count')
-    add_latency_arguments(budget, group)
+    budgets = group.add_mutually_exclusive_group(required=True)
+    budgets.add_argument('--macs', type=float, metavar='BUDGET', help='MACs to keep: a share or a count')
+    add_latency_arguments(budgets, group)
     group.add_argument('--criterion', metavar='NAME', help='ranks the units for --method none (l2)')
     group.add_argument(
         '--method-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',

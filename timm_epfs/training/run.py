@@ -116,6 +116,9 @@ class Run:
             if criterion and criterion.needs_data and self.args.distributed:
                 raise PruningError(f'--criterion {self.args.criterion} needs data, of which each process has its own: '
                                    'run it in one process')
+            if self.args.latency is not None and self.args.distributed:
+                raise PruningError('--latency with --method none goes by a clock of which each process has its own: '
+                                   'run it in one process')
             prune(model, **budget(self.args), criterion='l2' if criterion else self.args.criterion or 'l2')
             return
         learner = self._learner(model, 1, 1)
