@@ -1,5 +1,9 @@
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -452,6 +456,35 @@ def test_training_says_what_is_wrong_with_a_latency(fake_clock, tmp_path, capsys
     err = capsys.readouterr().err
     assert said in err and err.count('\n') == 1
     assert not (tmp_path / 'run' / 'summary.csv').exists()
+
+
+HEAP = '''
+import resource, torch
+from timm_epfs.clock import timer
+
+def forward():
+    first = torch.ones(2 << 20)
+    second = first + 1
+    return (first + second).sum()
+
+def pages_missed():
+    forward(), forward()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    forward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = pages_missed()
+timer(forward, torch.device('cpu'))
+print(before, pages_missed())
+'''
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='other allocators have other habits')
+def test_a_forward_that_is_timed_finds_the_memory_of_the_last_one():
+    env = {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'LD_PRELOAD'))}
+    run = subprocess.run([sys.executable, '-c', HEAP], env=env, capture_output=True, text=True, check=True)
+    before, after = map(int, run.stdout.split())
+    assert before > 1000 and after < 100
 
 
 def test_on_this_machine(cache):
