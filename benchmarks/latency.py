@@ -66,7 +66,7 @@ def compare(name: str, batch: int, seconds: float) -> Dict[str, Any]:
     models = {'dense': dense, 'macs': timm_epfs.prune(dense, macs=0.5)}
     before, after = race([dense, models['macs']], (images,), {})
     models['latency'] = timm_epfs.prune(dense, latency=after / before, latency_batch_size=batch)
-    row: Dict[str, Any] = {}
+    row: Dict[str, Any] = {'asked': after / before}
     try:
         models['torch-pruning'] = at_equal_macs(name, macs_of(models['macs']))
     except Exception as e:  # their recipe doesn't cut every architecture
@@ -110,7 +110,7 @@ def at_equal_macs(name: str, wanted: float) -> nn.Module:
 
 def binds(dense: nn.Module, slim: nn.Module, batch: int) -> Dict[str, List[float]]:
     """Share of the dense model's calls by kind, and what is left of each, by the table: [share, left]."""
-    traced = trace_model(dense)
+    traced = trace_model(dense, with_calls=True)
     bench = Bench(dense, traced, *example_for(dense), batch)
     left = {cut.structure.name: len(cut.keep) for cut in slim.pruning_plan.cuts}
     pairs = zip(bench.calls(bench.units), bench.calls(left))

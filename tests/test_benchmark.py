@@ -30,7 +30,8 @@ def test_forwards_take_turns_and_the_slower_takes_longer():
         order.append(name)
         time.sleep(seconds)
 
-    fast, slow = clock.in_turns([partial(forward, 'fast', 0), partial(forward, 'slow', 0.005)], seconds=0, least=4)
+    forwards = [partial(forward, 'fast', 0), partial(forward, 'slow', 0.005)]
+    fast, slow = clock.in_turns(forwards, torch.device('cpu'), seconds=0, least=4)
     assert len(fast.times) == len(slow.times) == 4 and fast.median < 0.005 <= slow.median
     turns = [name for name, before in zip(order, [None, *order]) if name != before]
     assert turns == 4 * ['fast', 'slow']

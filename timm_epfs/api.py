@@ -108,7 +108,9 @@ def prune(
         raise PruningError('latency= was given with macs= or params=; one budget is needed, leave the others out')
     model, own = _resolve(model, pretrained, model_args)
     model = _on(model, own, device)
-    traced = trace_model(model, example_input, whole_heads='heads' in kinds or 'head_dims' not in kinds)
+    timed = asked is not None or round_to == 'auto'
+    whole_heads = 'heads' in kinds or 'head_dims' not in kinds
+    traced = trace_model(model, example_input, whole_heads, with_calls=timed)
     budget = None if asked else budget_from(traced.structures, traced.cost, macs=macs, params=params)
     earlier = getattr(model, 'pruning_plan', None)
     fixed = left_alone(traced.structures, exclude, only, kinds)
@@ -119,7 +121,7 @@ def prune(
         raise PruningError(f'nothing is left to cut: {_nothing(traced)}')
     scores = score(model, pool, criterion, data=data, loss_fn=loss_fn, seed=seed)
     bench = None
-    if asked or round_to == 'auto':
+    if timed:
         bench = Bench(model, traced, *example_for(model, example_input), latency_batch_size)
         traced = replace(traced, cost=bench.cost)
         scores = bench.lean(scores) if asked else scores
@@ -189,6 +191,7 @@ def trace_model(
         model: nn.Module,
         example_input: Optional[Example] = None,
         whole_heads: bool = True,
+        with_calls: bool = False,
 ) -> Trace:
     """Trace a module and verify what was found on a cut copy. Arguments are those of ``trace`` and ``prune``.
 
@@ -196,7 +199,7 @@ def trace_model(
         PruningError: Its input isn't known or its forward fails.
     """
     args, kwargs = example_for(model, example_input)
-    return trace(model, args, kwargs, cut=_cut, whole_heads=whole_heads)
+    return trace(model, args, kwargs, cut=_cut, whole_heads=whole_heads, with_calls=with_calls)
 
 
 def _cut(copy_: nn.Module, structures, keep, attributes) -> None:

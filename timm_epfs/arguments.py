@@ -1,13 +1,13 @@
 """Options that several commands share, and what they mean for a model."""
 import argparse
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Union
 
 from timm.models import resolve_model_input_args
 from timm.utils import ParseKwargs
 
 from .surgery import TORCHVISION
 
-__all__ = ['KeyValues', 'add_model_arguments', 'model_args', 'positive']
+__all__ = ['KeyValues', 'add_latency_arguments', 'add_model_arguments', 'model_args', 'positive']
 
 
 class KeyValues(ParseKwargs):
@@ -37,6 +37,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='further arguments of the model')
+
+
+def add_latency_arguments(budget: argparse._MutuallyExclusiveGroup, group: argparse._ArgumentGroup) -> None:
+    """Add a latency to the budgets, and to a group what goes with it."""
+    budget.add_argument(
+        '--latency', type=_latency, metavar='BUDGET',
+        help='time to keep, as measured on the device: a share (0.5) or milliseconds (12ms)')
+    group.add_argument(
+        '--latency-batch-size', type=positive, metavar='N', help='images a batch, where time is measured (1)')
+
+
+def _latency(text: str) -> Union[float, str]:
+    """A share where it's a number; what is wrong with any other text is said where it's used."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def model_args(name: str, img_size: Optional[int], given: Mapping[str, Any]) -> Dict[str, Any]:

@@ -153,7 +153,7 @@ def _against_each_other(models: Dict[str, nn.Module], batch_size: int, args: arg
         for name, forward in zip(models, forwards):  # what is compiled or chosen once isn't timed
             with one_line(f'{name} can\'t be run on images of {tuple(images.shape)}'):
                 forward()
-        measured = in_turns(forwards, args.seconds, LEAST)
+        measured = in_turns(forwards, images.device, args.seconds, LEAST)
         peaks = [None if args.onnx else peak_memory(forward, images.device) for forward in forwards]
 
     rows: List[Timed] = []

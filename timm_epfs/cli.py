@@ -17,7 +17,7 @@ from torch import nn
 
 from .allocate import SCOPES
 from .api import create_base, prune
-from .arguments import KeyValues, add_model_arguments, model_args, positive
+from .arguments import KeyValues, add_latency_arguments, add_model_arguments, model_args, positive
 from .autoload import autoload_path, is_on, switch_off, switch_on
 from .benchmark import add_benchmark_arguments
 from .calibrate import recalibrate_bn
@@ -125,11 +125,7 @@ def _add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument(
         '--macs', type=float, metavar='BUDGET', help='MACs to keep: a share (0.5) or a count (2e9)')
     budget.add_argument('--params', type=float, metavar='BUDGET', help='parameters to keep, likewise')
-    budget.add_argument(
-        '--latency', type=_latency, metavar='BUDGET',
-        help='time to keep, as measured on the device: a share (0.5) or milliseconds (12ms)')
-    group.add_argument(
-        '--latency-batch-size', type=positive, metavar='N', help='images a batch, where time is measured (1)')
+    add_latency_arguments(budget, group)
     group.add_argument('--criterion', metavar='NAME', help=f'{", ".join(CRITERIA)} (l2 by default)')
     group.add_argument('--scope', metavar='NAME', help=f'what is ranked together: {", ".join(SCOPES)}')
     group.add_argument(
@@ -181,14 +177,6 @@ def _add_push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--revision', metavar='BRANCH', help='branch to push to, made where there is none')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request')
     parser.add_argument('--overwrite-card', action='store_true', help='replace a card that was written by hand')
-
-
-def _latency(text: str) -> Union[float, str]:
-    """A share where it's a number; what is wrong with any other text, prune() says."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
 
 
 def _round_to(text: str) -> Union[int, str]:

@@ -15,19 +15,42 @@ from .calibrate import eval_mode
 if TYPE_CHECKING:
     from torch.utils.benchmark import Measurement, Timer
 
-__all__ = ['in_turns', 'latencies', 'peak_memory', 'time_models', 'timer']
+__all__ = ['device_of', 'in_turns', 'latencies', 'peak_memory', 'time_models', 'timer']
 
 Forward = Callable[[], object]
 
 
-def timer(call: Forward) -> 'Timer':
+def timer(call: Forward, device: torch.device) -> 'Timer':
     """torch's timer of a call, on as many threads as torch uses now."""
+    _keep_heap()
     with _silent():  # its import warns where CUDA is there without a GPU
         from torch.utils.benchmark import Timer
-    return Timer('call()', globals={'call': call}, num_threads=torch.get_num_threads())
+    return Timer('call()', timer=partial(_now, device), globals={'call': call}, num_threads=torch.get_num_threads())
 
 
-def in_turns(forwards: Sequence[Forward], seconds: float, least: int = 1) -> 'List[Measurement]':
+def _keep_heap() -> None:
+    """Have glibc keep what a forward frees, up to 62 MB, for the next one.
+
+    By default it may hand the top of the heap back to the system within every forward, whose pages are then missed in
+    the next: a third more time for some models, by what the process happened to allocate before. Freeing a buffer of up
+    to 32 MB raises that limit to twice its size (mallopt(3), ``M_MMAP_THRESHOLD``).
+    """
+    torch.empty(31 << 20, dtype=torch.uint8)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked for: torch's own timer waits for the current one only."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def in_turns(
+        forwards: Sequence[Forward],
+        device: torch.device,
+        seconds: float,
+        least: int = 1,
+) -> 'List[Measurement]':
     """Time single forwards that take turns, so that what else runs on the machine slows all of them alike.
 
     ``torch.utils.benchmark`` runs each twice before it looks at the clock: caches are as they are where a model runs
@@ -35,10 +58,11 @@ def in_turns(forwards: Sequence[Forward], seconds: float, least: int = 1) -> 'Li
 
     Args:
         forwards: What to run.
+        device: Where it runs.
         seconds: How long to measure.
         least: So many turns are taken, however long that lasts.
     """
-    timers = [timer(forward) for forward in forwards]
+    timers = [timer(forward, device) for forward in forwards]
     turns: 'List[List[Measurement]]' = []
     start = time.perf_counter()
     while len(turns) < least or time.perf_counter() - start < seconds:
@@ -65,7 +89,12 @@ def time_models(
     with ExitStack() as modes, torch.inference_mode():
         for model in models:
             modes.enter_context(eval_mode(model))
-        return in_turns([partial(model, *args, **kwargs) for model in models], seconds, least)
+        return in_turns([partial(model, *args, **kwargs) for model in models], device_of(models[0]), seconds, least)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's weights are; the CPU where it has none."""
+    return next((p.device for p in model.parameters()), torch.device('cpu'))
 
 
 def latencies(models: Sequence[nn.Module], images: Tensor, seconds: float = 1.5) -> List[float]:

@@ -6,23 +6,23 @@ from numbers import Real
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import numpy as np
-import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
-from ..clock import time_models
+from ..clock import device_of, time_models
 from ..cost import Budget
 from ..errors import PruningError
 from ..trace import Trace
-from .kernels import Kernel, kernels
-from .model import LatencyModel
+from .kernels import Kernel, inputs_of, kernels
+from .model import LatencyModel, points
 from .table import Table
 
 __all__ = ['Asked', 'Bench', 'race']
 
-_ROUNDS = 8             # cuts that are measured at most
+_CUTS = 8               # that are measured at most
 _ENOUGH, _PROMISED = 0.02, 0.05     # how far from what was asked ends the search, and needs a warning
-_TURNS, _SECONDS = 4, 1.0           # of a race, at least
+_LEAST_SAVED = 0.05     # of the time, for what is saved of the table's: a measurement that says less is wrong
+_ROUNDS, _SECONDS = 8, 0.35         # of a race at most, and how long each measures a model
+_ALIKE, _NEAR = 3, 1.03             # so many rounds must agree, as nearly as this
 _WIDEST = 32            # no device is known to want multiples of more
 _NEARLY = 0.9           # of the time that a channel of the coarser step saves, for a finer one to be as good
 
@@ -58,6 +58,35 @@ class Asked:
         return self._milliseconds / (1000 * dense)
 
 
+@dataclass(frozen=True)
+class _Met:
+    """A cut and its measurement: the share of the table's latency it was asked for, seconds of the dense model and of
+    the cut."""
+    slim: nn.Module
+    aim: float
+    dense: float
+    fast: float
+    asked: Asked
+
+    @property
+    def wanted(self) -> float:
+        return self.asked.share(self.dense)
+
+    @property
+    def got(self) -> float:
+        return self.fast / self.dense
+
+    @property
+    def off(self) -> float:
+        return abs(self.got / self.wanted - 1)
+
+    @property
+    def corrected(self) -> float:
+        """What to ask the table for next: on the line through this cut and the dense model."""
+        saved = (1 - self.got) / (1 - self.aim)
+        return float(np.clip(1 - (1 - self.wanted) / max(saved, _LEAST_SAVED), 0.5 * self.aim, 0.99))
+
+
 class Bench:
     """A model on its device at a batch size: prices its cuts by a table, and measures them whole.
 
@@ -70,7 +99,6 @@ class Bench:
 
     Attributes:
         cost: Prices cuts, as ``LatencyModel`` does.
-        dense: What it says of the dense model, in seconds.
         units: Units of the dense model, by name.
     """
 
@@ -78,19 +106,22 @@ class Bench:
         if not (isinstance(batch_size, int) and batch_size >= 1):
             raise PruningError(f'latency_batch_size={batch_size!r} was asked; give a whole number from 1 on')
         self.model, self.batch_size = model, batch_size
-        self.device = next((p.device for p in model.parameters()), torch.device('cpu'))
+        self.device = device_of(model)
         if self.device.type == 'meta':
             raise PruningError('latency: the model\'s weights are on the meta device, which takes no time; build it '
                                'on the device that it will run on')
-        self._inputs = tree_map(self._batch, (args, kwargs))
+        self._inputs = inputs_of(model, (args, kwargs), batch_size, self.device)
         self._table = Table(self.device)
         self._kernels = kernels(model, traced, args, kwargs, batch_size)
         self.units = {s.name: s.units for s in traced.structures}
         self._channels = {s.name for s in traced.structures if s.kind == 'channels'}
-        LatencyModel(traced.cost, traced.structures, self._kernels, self._table)  # which fills the table
-        self._table.settle()
+        self._table.learn((k, left) for k in self._kernels for row in points(k, self.units) for left in row)
         self.cost = LatencyModel(traced.cost, traced.structures, self._kernels, self._table)
-        self.dense = self.cost('latency', self.cost.counts(self.units))
+
+    @property
+    def dense(self) -> float:
+        """Seconds of the dense model, by the table."""
+        return self.cost('latency', self.cost.counts(self.units))
 
     @property
     def place(self) -> str:
@@ -106,15 +137,22 @@ class Bench:
         """The budget of the table that is a share of what the table says of the dense model."""
         return Budget('latency', share * self.dense)
 
-    def meet(self, asked: Asked, cut: Callable[[Budget], nn.Module]) -> Tuple[nn.Module, float, List[float]]:
+    def meet(
+            self,
+            asked: Asked,
+            cut: Callable[[Budget], nn.Module],
+            dense: Optional[nn.Module] = None,
+    ) -> Tuple[nn.Module, float, List[float]]:
         """Cut until the clock shows what was asked.
 
         The table doesn't know what calls cost each other, nor what runs between them. What it is asked for is
-        corrected by where the cuts before came out, on the line through the nearest of them and the dense model.
+        corrected by how much of the time each cut saved for what it saved of the table's. A cut is judged by its own
+        measurements alone: one that was disturbed leads nowhere for long.
 
         Args:
             asked: What was asked.
             cut: Gives a copy of the model, cut to a budget of the table.
+            dense: The dense model as it is now. None: as it was given.
 
         Returns:
             The cut that came nearest, the share of the table's latency that it was asked for, and the milliseconds
@@ -126,36 +164,35 @@ class Bench:
         Warns:
             UserWarning: It was missed by more than 5 %.
         """
-        known = {1.0: 1.0}  # share measured by share of the table
-        best: Tuple = (np.inf,)
-        aim = asked.share(race([self.model], *self._inputs)[0]) if isinstance(asked.value, str) else float(asked.value)
-        for _ in range(_ROUNDS):
+        dense = self.model if dense is None else dense
+        aim = asked.share(race([dense], *self._inputs)[0]) if isinstance(asked.value, str) else float(asked.value)
+        found, reached = None, 1.0
+        for _ in range(_CUTS):
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings('ignore', message='.* of the latency where')
                     slim = cut(self.budget(aim))
             except PruningError:
-                if len(known) == 1:
+                if found is None:
                     raise
-                aim = (aim + min(known)) / 2  # further than any cut goes
+                aim = (aim + reached) / 2  # further than any cut goes
                 continue
-            dense, fast = race([self.model, slim], *self._inputs)
-            wanted, got = asked.share(dense), fast / dense
-            off = abs(got / wanted - 1)
-            if off < best[0]:
-                best = (off, slim, aim, [1000 * dense, 1000 * fast], wanted)
-            known[aim] = got
-            corrected = _corrected(known, wanted)
-            if off <= _ENOUGH or corrected in known:
+            reached = aim
+            seconds = race([dense, slim], *self._inputs)
+            met = _Met(slim, aim, *seconds, asked)
+            if met.off <= _ENOUGH:  # and still is, a little later?
+                met = _Met(slim, aim, *map(min, seconds, race([dense, slim], *self._inputs)), asked)
+            if found is None or met.off < found.off:
+                found = met
+            if met.off <= _ENOUGH:
                 break
-            aim = corrected
-        off, slim, aim, milliseconds, wanted = best
-        if off > _PROMISED:
+            aim = met.corrected
+        if found.off > _PROMISED:
             warnings.warn(
-                f'latency: {100 * milliseconds[1] / milliseconds[0]:.1f} % of the dense latency where '
-                f'{100 * wanted:.1f} % were asked, the nearest that was found; a smaller round_to= or floor= may reach '
-                f'it, or a machine that does nothing else', UserWarning, stacklevel=3)
-        return slim, aim, milliseconds
+                f'latency: {100 * found.got:.1f} % of the dense latency where {100 * found.wanted:.1f} % were asked, '
+                f'the nearest that was found; a smaller round_to= or floor= may reach it, or a machine that does '
+                f'nothing else', UserWarning, stacklevel=3)
+        return found.slim, found.aim, [1000 * found.dense, 1000 * found.fast]
 
     def lean(self, scores: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
         """Scores by which that goes first which takes more of the time than of the MACs.
@@ -183,47 +220,32 @@ class Bench:
         base = {name: width for name, width in base.items() if _WIDEST < width <= self.units[name]}
         concerned = [k for k in self._kernels if not base.keys().isdisjoint(k.names)]
 
-        def seconds(less: int) -> float:
-            left = {**self.units, **{name: width - less for name, width in base.items()}}
-            return sum(self._table(kernel, left) for kernel in concerned)
+        def left(less: int) -> Dict[str, int]:
+            return {**self.units, **{name: width - less for name, width in base.items()}}
 
         steps = [2 ** i for i in range(6)]
-        for less in (0, *steps):
-            seconds(less)
-        self._table.settle()
-        saved = {step: (seconds(0) - seconds(step)) / step for step in steps}
+        self._table.learn((kernel, left(less)) for less in (0, *steps) for kernel in concerned)
+        seconds = {less: sum(self._table(kernel, left(less)) for kernel in concerned) for less in (0, *steps)}
+        saved = {step: (seconds[0] - seconds[step]) / step for step in steps}
         found = steps.pop()
         while steps and saved[steps[-1]] >= _NEARLY * max(saved[step] for step in saved if step >= found):
             found = steps.pop()
         return found
 
-    def _batch(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        shape = (self.batch_size, *value.shape[1:])
-        made = torch.zeros(shape, dtype=value.dtype, device=self.device)
-        return made.normal_() if value.dtype.is_floating_point else made
-
-
-def _corrected(known: Dict[float, float], wanted: float) -> float:
-    """What to ask the table for: where the line through the two nearest measurements meets what is wanted."""
-    above = min((aim for aim, got in known.items() if got >= wanted), key=lambda aim: known[aim])
-    below = max((aim for aim, got in known.items() if got < wanted and aim < above), default=None,
-                key=lambda aim: known[aim])
-    other = below if below is not None else min((aim for aim in known if aim > above), default=None)
-    if other is None or known[other] == known[above]:
-        return min(0.99, above * wanted / known[above])
-    slope = (other - above) / (known[other] - known[above])
-    return float(np.clip(above + slope * (wanted - known[above]), 0.5 * min(known), 0.99))
-
 
 def race(models: Sequence[nn.Module], args: Tuple, kwargs: Dict[str, Any], seconds: float = _SECONDS) -> List[float]:
-    """Seconds of a forward of each model, the least of some: what else runs makes it slower, never faster.
+    """Seconds of a forward of each model, once three rounds agree: what else runs makes it slower, never faster.
 
     Args:
         models: Models on one device.
         args: Positional arguments of the forward.
         kwargs: Keyword arguments of it.
-        seconds: How long to measure each, at least.
+        seconds: How long a round measures each, at least.
     """
-    return [min(taken.times) for taken in time_models(models, args, kwargs, seconds * len(models), _TURNS)]
+    rounds: List[List[float]] = []
+    while len(rounds) < _ROUNDS:
+        rounds.append([min(taken.times) for taken in time_models(models, args, kwargs, seconds * len(models))])
+        ordered = np.sort(rounds, axis=0)
+        if len(rounds) >= _ALIKE and (ordered[_ALIKE - 1] <= _NEAR * ordered[0]).all():
+            break
+    return ordered[0].tolist()

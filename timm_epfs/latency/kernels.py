@@ -5,7 +5,7 @@ from typing import Any, Callable, Dict, List, Mapping, Sequence, Set, Tuple
 
 import torch
 from torch import nn
-from torch.overrides import resolve_name
+from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..errors import PruningError
@@ -14,7 +14,7 @@ from ..trace import Trace, meta_copy
 from ..trace.calls import Call, Calls, tensors_in
 from ..trace.copies import quiet
 
-__all__ = ['Array', 'Kernel', 'kernels']
+__all__ = ['Array', 'Kernel', 'inputs_of', 'kernels']
 
 # A reshape that copies reads one tensor and writes another: its lengths, which a cut changes, don't matter.
 _COPIES = frozenset({'reshape', 'flatten', 'contiguous', 'clone', 'repeat_interleave', 'view_copy'})
@@ -39,8 +39,7 @@ class Array:
     def make(self, left: Mapping[str, int], device: torch.device) -> torch.Tensor:
         """Random numbers, where there may be fractions: how long pooling takes depends on them."""
         shape = self.shape(left)
-        inside = torch.empty([shape[d] for d in self.order], dtype=self.dtype, device=device)
-        inside = inside.normal_() if self.dtype.is_floating_point else inside.zero_()
+        inside = _filled(torch.empty([shape[d] for d in self.order], dtype=self.dtype, device=device))
         return inside.permute([self.order.index(d) for d in range(len(shape))])
 
     def text(self, left: Mapping[str, int]) -> str:
@@ -129,14 +128,14 @@ def kernels(model: nn.Module, traced: Trace, args: Tuple, kwargs: Dict[str, Any]
     Raises:
         PruningError: The forward takes another course at this batch size.
     """
-    args, kwargs = tree_map(lambda x: _batch(x, batch_size), (args, kwargs))
+    args, kwargs = inputs_of(model, (args, kwargs), batch_size, torch.device('meta'))
     found: List[Tuple[Callable, Any, Any]] = []
 
     def see(function, args, kwargs, out):
         found.append((function, *tree_map(lambda x: _Seen(x) if isinstance(x, torch.Tensor) else x, (args, kwargs))))
 
     copy = meta_copy(model).eval()
-    with quiet(), Calls(see):
+    with quiet(), _KeepFormats(), Calls(see):
         copy(*args, **kwargs)
     if [call.function for call in traced.calls] != [function for function, _, _ in found]:
         raise PruningError(
@@ -178,10 +177,47 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _batch(value: Any, batch_size: int) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.new_empty(batch_size, *value.shape[1:], device='meta')
+def inputs_of(model: nn.Module, example: Any, batch_size: int, device: torch.device) -> Any:
+    """Arguments of a forward, in the precision and memory format of the model's weights: random numbers.
+
+    Args:
+        model: What takes them.
+        example: Arguments for a single image, taken for their shapes and types only.
+        batch_size: Images a batch.
+        device: Where they are to be.
+    """
+    weights = [p for p in model.parameters() if p.is_floating_point()]
+    format_ = torch.channels_last if any(map(_channels_last, weights)) else torch.contiguous_format
+
+    def batch(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        dtype = weights[0].dtype if weights and value.is_floating_point() else value.dtype
+        made = _filled(torch.empty(batch_size, *value.shape[1:], dtype=dtype, device=device))
+        return made.contiguous(memory_format=format_) if made.ndim == 4 else made
+
+    return tree_map(batch, example)
+
+
+def _filled(tensor: torch.Tensor) -> torch.Tensor:
+    """Random numbers, where there may be fractions, that leave the program's own as they are."""
+    if tensor.is_meta or not tensor.is_floating_point():
+        return tensor.zero_()
+    return tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
+
+
+class _KeepFormats(TorchFunctionMode):
+    """Convolutions pass channels last on, as they do on every device but meta."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if getattr(func, '__name__', '') == 'conv2d' and any(map(_channels_last, args[:2])):
+            return out.contiguous(memory_format=torch.channels_last)
+        return out
+
+
+def _channels_last(tensor: torch.Tensor) -> bool:
+    return tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 def _text(value: Any, left: Mapping[str, int]) -> str:

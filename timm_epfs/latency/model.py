@@ -11,7 +11,7 @@ from ..cost import CostModel
 from ..structure import Size, Structure
 from .kernels import Kernel
 
-__all__ = ['LatencyModel']
+__all__ = ['LatencyModel', 'points']
 
 _LOWEST, _FINE = 2, 8       # eighths of its units, at which a structure's calls are measured: from here on, up to all
 _COARSE_BELOW = 128         # units, below which quarters do
@@ -42,9 +42,9 @@ class LatencyModel:
             seconds: Callable[[Kernel, Mapping[str, int]], float],
     ):
         self.names, self._cost = cost.names, cost
-        self._units = {s.name: s.units for s in structures}
-        tables = [self._table(kernel, seconds) for kernel in kernels]
-        width = max([2, *(len(points) for axes, _ in tables for _, points in axes)])
+        units = {s.name: s.units for s in structures}
+        tables = [_table(kernel, units, seconds) for kernel in kernels]
+        width = max([2, *(len(lefts) for axes, _ in tables for _, lefts in axes)])
         self._grid = np.zeros((len(tables), 2, width))
         self._cells = np.zeros((len(tables), 2), dtype=np.int64)
         self.seconds = np.zeros((len(tables), width, width))
@@ -52,8 +52,8 @@ class LatencyModel:
         self._rows = np.zeros((len(tables), 2, len(self.names)))
         position = {name: i for i, name in enumerate(self.names)}
         for i, (axes, values) in enumerate(tables):
-            for axis, (size, points) in enumerate(axes):
-                ends = [size(left) for left in points]
+            for axis, (size, lefts) in enumerate(axes):
+                ends = [size(left) for left in lefts]
                 self._grid[i, axis] = [*ends, *(ends[-1] + 1 + np.arange(width - len(ends)))]
                 self._cells[i, axis] = len(ends) - 2
                 self._const[i, axis] = size.const
@@ -61,7 +61,6 @@ class LatencyModel:
                     self._rows[i, axis, position[name]] += coef
             for axis in range(len(axes), 2):
                 self._grid[i, axis] = np.arange(width)
-            values = values.reshape(values.shape + (1,) * (2 - values.ndim))
             self.seconds[i] = np.pad(values, [(0, width - n) for n in values.shape], mode='edge')
         gates = [{name for gate in kernel.gates for name, _ in gate.coefs} for kernel in kernels]
         self._gated = [position[name] for name in sorted(set().union(*gates))]
@@ -117,28 +116,41 @@ class LatencyModel:
         seconds = left + (right - left) * t[:, 0]
         return np.maximum(seconds, _LEAST), np.stack([(right - left) / width[:, 0], across / width[:, 1]], axis=1)
 
-    def _table(self, kernel: Kernel, seconds: Callable) -> Tuple[List[Axis], np.ndarray]:
-        """Axes along which a call is measured, two at most, and its seconds at their points."""
-        axes = [self._axis(sizes) for sizes in _independent(kernel)]
-        if not axes:
-            return axes, np.array(seconds(kernel, self._units))
-        points = [[{**first, **second} for second in (axes[1][1] if axes[1:] else [{}])] for first in axes[0][1]]
-        values = np.array([[seconds(kernel, {**self._units, **left}) for left in row] for row in points])
-        for axis in (0, 1):  # what else runs on the machine makes a call slower, never faster
-            values = np.flip(np.minimum.accumulate(np.flip(values, axis), axis), axis)
-        return axes, values if axes[1:] else values[:, 0]
 
-    def _axis(self, sizes: Sequence[Size]) -> Axis:
-        """All structures that the sizes depend on lose the same share; a call's place is the sum of the sizes."""
+def points(kernel: Kernel, units: Mapping[str, int]) -> List[List[Dict[str, int]]]:
+    """Numbers of units left at which a call is measured: rows along its first axis, columns along its second.
+
+    Args:
+        kernel: The call.
+        units: Units of the dense model, by name.
+    """
+    first, second = [*(left for _, left in _axes(kernel, units)), [{}], [{}]][:2]
+    return [[{**units, **a, **b} for b in second] for a in first]
+
+
+def _table(kernel: Kernel, units: Mapping[str, int], seconds: Callable) -> Tuple[List[Axis], np.ndarray]:
+    """Axes along which a call is measured, and its seconds at their points, shape (rows, columns)."""
+    values = np.array([[seconds(kernel, left) for left in row] for row in points(kernel, units)])
+    for axis in (0, 1):  # what else runs on the machine makes a call slower, never faster
+        values = np.flip(np.minimum.accumulate(np.flip(values, axis), axis), axis)
+    return _axes(kernel, units), values
+
+
+def _axes(kernel: Kernel, units: Mapping[str, int]) -> List[Axis]:
+    """Two at most. All structures that the sizes of one depend on lose the same share; a call's place is the sum of the
+    sizes."""
+    axes = []
+    for sizes in _independent(kernel):
         names = sorted({name for size in sizes for name, _ in size.coefs})
-        step = 1 if min(self._units[name] for name in names) >= _COARSE_BELOW else 2
+        step = 1 if min(units[name] for name in names) >= _COARSE_BELOW else 2
         shares = [eighths / _FINE for eighths in range(_LOWEST, _FINE + 1, step)]
-        points = [{name: _aligned(share, self._units[name]) for name in names} for share in shares]
-        unique = [point for i, point in enumerate(points) if point not in points[:i]]
+        left = [{name: _aligned(share, units[name]) for name in names} for share in shares]
         total: Dict[str, int] = {}
         for name, coef in (pair for size in sizes for pair in size.coefs):
             total[name] = total.get(name, 0) + coef
-        return Size(sum(size.const for size in sizes), tuple(total.items())), unique
+        place = Size(sum(size.const for size in sizes), tuple(total.items()))
+        axes.append((place, [a for i, a in enumerate(left) if a not in left[:i]]))
+    return axes
 
 
 def _aligned(share: float, units: int) -> int:

@@ -68,7 +68,8 @@ class Learner:
             leave.
         steps: Length of the sparse phase in optimizer steps.
         latency: Budget of the time that a batch takes, in place of ``macs``, as in ``timm_epfs.prune``: measured where
-            the model is. Cuts are priced by a table of layers, corrected once by cuts measured whole.
+            the model is. Cuts are priced by a table of layers, corrected by cuts measured whole: at the start of equal
+            shares everywhere, after ``steps`` steps of what was learned.
         latency_batch_size: Images a batch, where time is measured.
         structures: What may go: ``'filters'`` (or ``'neurons'``, ``'channels'``), ``'heads'``, ``'groups'``,
             ``'blocks'``.
@@ -117,7 +118,7 @@ class Learner:
         self._earlier = getattr(self.model, 'pruning_plan', None)
         self._recipe = dict(macs=macs, steps=steps, structures=list(structures), floor=floor)
         self._example = tree_map(_meta, example_for(self.model, example_input))
-        self.traced = trace_model(self.model, example_input)
+        self.traced = trace_model(self.model, example_input, with_calls=latency is not None)
         if self.traced.returns != 'Tensor':
             raise PruningError(
                 f'the model\'s forward returns a {self.traced.returns}; wrap it in one that returns the logits alone')
@@ -291,6 +292,8 @@ class Learner:
     # How it's done.
 
     def _finish(self) -> None:
+        if self.quantity == 'latency':
+            self._meet(self._scores(), self._unmasked())
         self._stays = self._flags(self._rank())
         self._settle(self._selected() * self._stays)
 
@@ -335,29 +338,37 @@ class Learner:
         return allocate(self.traced.structures, scores, self.traced.cost, fixed=self.fixed, **given)
 
     def _budget_latency(self, latency: Union[float, str], batch_size: int) -> None:
-        """The budget of the table by which a cut of equal shares everywhere meets the latency that is asked for."""
+        """Price by the table from now on. What a cut of equal shares needs of it is the budget until the end."""
         if self._recipe['macs'] is not None:
             raise PruningError('latency= was given with macs=; one budget is needed, leave the other out')
-        asked = Asked(latency)
-        bench = Bench(self.model, self.traced, *self._example, batch_size)
-        self.traced = replace(self.traced, cost=bench.cost)
+        self._asked = Asked(latency)
+        self._bench = Bench(self.model, self.traced, *self._example, batch_size)
+        self.traced = replace(self.traced, cost=self._bench.cost)
         if self.round_to is None:
-            self.align = bench.alignment()
-        equal = {s.name: np.ones(s.units) for s in self.structures}
+            self.align = int(self._of_the_first(np.array(self._bench.alignment())))
+        self._bench.cost.seconds = self._of_the_first(self._bench.cost.seconds)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # how near it will be is said in the end
+            self._meet({s.name: np.ones(s.units) for s in self.structures}, self.model)
+        self._recipe.update(latency=latency, latency_on=self._bench.place, align=self.align)
 
+    def _meet(self, scores: Dict[str, np.ndarray], dense: nn.Module) -> None:
+        """Take the budget of the table by which a cut by these scores meets the latency that was asked for."""
         def cut(budget: Budget) -> nn.Module:
-            slim = copy.deepcopy(self.model)
-            apply_plan(slim, make_plan(self.traced, self._allocate(equal, budget=budget), {}))
+            slim = copy.deepcopy(dense)
+            apply_plan(slim, make_plan(self.traced, self._allocate(scores, budget=budget), {}))
             return slim
 
-        _, share, _ = bench.meet(asked, cut)
-        # Processes that share a training must price alike: the first one's clock counts.
-        seconds = torch.from_numpy(bench.cost.seconds)
-        told = torch.cat([torch.tensor([share * bench.dense, self.align], dtype=torch.float64), seconds.flatten()])
-        told = _of_the_first(told, bench.device)
-        bench.cost.seconds = told[2:].reshape(seconds.shape).numpy()
-        self.budget, self.align = Budget('latency', float(told[0])), int(told[1])
-        self._recipe.update(latency=latency, latency_on=bench.place, align=self.align)
+        _, share, _ = self._bench.meet(self._asked, cut, dense)
+        self.budget = self._bench.budget(float(self._of_the_first(np.array(share))))
+
+    def _of_the_first(self, values: np.ndarray) -> np.ndarray:
+        """What the first process has: those that share a training must price alike, and its clock counts."""
+        if _processes() == 1:
+            return values
+        shared = torch.from_numpy(values.astype(np.float64)).to(self._bench.device)
+        torch.distributed.broadcast(shared, 0)
+        return shared.cpu().numpy()
 
     def _price(self, left: Mapping[str, float]) -> float:
         """What the budget counts, of what is left."""
@@ -391,15 +402,6 @@ class Learner:
 def _processes() -> int:
     distributed = torch.distributed
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _of_the_first(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What the first process has, in all of them."""
-    if _processes() == 1:
-        return values
-    shared = values.to(device)
-    torch.distributed.broadcast(shared, 0)
-    return shared.cpu()
 
 
 def _meta(value: Any) -> Any:

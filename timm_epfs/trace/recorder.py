@@ -71,9 +71,11 @@ class Recorder(TorchDispatchMode):
 
     Args:
         model: A copy on the meta device, made for this; its integer attributes are tagged for the time of the trace.
+        whole_heads: As in ``trace``.
+        with_calls: Whether to note the torch functions that the counted forward calls.
     """
 
-    def __init__(self, model: nn.Module, whole_heads: bool = True):
+    def __init__(self, model: nn.Module, whole_heads: bool = True, with_calls: bool = False):
         super().__init__()
         self.labels = Labels(whole_heads)
         self.follower = Follower(self.labels)
@@ -89,6 +91,7 @@ class Recorder(TorchDispatchMode):
         self.name = ''                                                  # of the operation that is running
         self._start: Label = None
         self._counting = True
+        self._with_calls = with_calls
         self._model = model
         self._residuals = Residuals(model)
         self._infos: Dict[int, List[Label]] = {}
@@ -230,7 +233,7 @@ class Recorder(TorchDispatchMode):
             stack.enter_context(quiet())
             stack.enter_context(tagged(self._model))
             stack.enter_context(Provenance(self.follower, self.labels_of))
-            if counting:
+            if counting and self._with_calls:
                 stack.enter_context(Calls(self._see_call))
             stack.enter_context(self)
             return call()

@@ -4,12 +4,13 @@ import os
 from pathlib import Path
 from typing import Any, Dict
 
-from ..arguments import KeyValues, positive
+from ..arguments import KeyValues, add_latency_arguments, positive
 from ..checkpoint import check_readable
 from ..errors import PruningError
+from ..latency import Asked
 from ..methods import METHODS
 
-__all__ = ['PHASES', 'add_train_arguments', 'check_options', 'phase_epochs', 'run_options']
+__all__ = ['PHASES', 'add_train_arguments', 'budget', 'check_options', 'phase_epochs', 'run_options']
 
 PHASES = ('dense', 'sparse', 'finetune')
 
@@ -34,7 +35,9 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_method_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         '--method', default='epfs', choices=(*METHODS, 'none'), help='what learns the cut; none: rank once (epfs)')
-    group.add_argument('--macs', type=float, required=True, metavar='BUDGET', help='MACs to keep: a share or a count')
+    budgets = group.add_mutually_exclusive_group(required=True)
+    budgets.add_argument('--macs', type=float, metavar='BUDGET', help='MACs to keep: a share or a count')
+    add_latency_arguments(budgets, group)
     group.add_argument('--criterion', metavar='NAME', help='ranks the units for --method none (l2)')
     group.add_argument(
         '--method-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
@@ -155,8 +158,10 @@ def check_options(args: argparse.Namespace) -> None:
         check_readable(args.checkpoint)
     if args.resume and args.overwrite:
         raise PruningError('--resume and --overwrite were both given: go on with the run or replace it')
-    if not args.macs > 0:
+    if args.macs is not None and not args.macs > 0:
         raise PruningError(f'--macs {args.macs:g} was asked: give a share such as 0.5, or a count')
+    if args.latency is not None:
+        Asked(args.latency)
     if args.method == 'none' and args.method_kwargs:
         raise PruningError('--method none takes no --method-kwargs: choose a method, or drop them')
     if args.method != 'none' and args.criterion:
@@ -187,6 +192,13 @@ def phase_epochs(args: argparse.Namespace) -> Dict[str, int]:
         raise PruningError(f'{dense} dense and {sparse} sparse epochs were asked, --epochs has {args.epochs} for all '
                            'phases: give more')
     return dict(zip(PHASES, (dense, sparse, finetune)))
+
+
+def budget(args: argparse.Namespace) -> Dict[str, Any]:
+    """What may be left, as ``prune()`` and the methods are told."""
+    if args.latency is None:
+        return {'macs': args.macs}
+    return {'latency': args.latency, 'latency_batch_size': args.latency_batch_size or 1}
 
 
 def run_options(args: argparse.Namespace) -> Dict[str, Any]:

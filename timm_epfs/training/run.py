@@ -31,7 +31,7 @@ from ..progress import progress, step
 from ..surgery import one_line, rebuild
 from .checkpoints import Checkpoints, write_tensors
 from .data import Batches, count_classes, describe, open_batches
-from .options import PHASES, check_options, phase_epochs, run_options
+from .options import PHASES, budget, check_options, phase_epochs, run_options
 from .pictures import mask_histogram
 from .stage import Stage, evaluate
 from .summary import claim_folder, write_report, write_summary
@@ -106,17 +106,20 @@ class Run:
             self._rehearse()
         self.num_classes = count_classes(self.model, self.config['input_size'])
         self.batches = self._open_batches()
-        self._place()
+        self._placed(self.model)
 
     def _rehearse(self) -> None:
         """Learn before any training what would be refused after it, on a copy."""
-        model = copy.deepcopy(self.model)
+        model = self._placed(copy.deepcopy(self.model))
         if self.args.method == 'none':
             criterion = CRITERIA.get(self.args.criterion)
             if criterion and criterion.needs_data and self.args.distributed:
                 raise PruningError(f'--criterion {self.args.criterion} needs data, of which each process has its own: '
                                    'run it in one process')
-            prune(model, macs=self.args.macs, criterion='l2' if criterion else self.args.criterion or 'l2')
+            if self.args.latency is not None and self.args.distributed:
+                raise PruningError('--latency with --method none goes by a clock of which each process has its own: '
+                                   'run it in one process')
+            prune(model, **budget(self.args), criterion='l2' if criterion else self.args.criterion or 'l2')
             return
         learner = self._learner(model, 1, 1)
         earlier = getattr(model, 'pruning_plan', None)
@@ -126,9 +129,10 @@ class Run:
     def _open_batches(self) -> Batches:
         return open_batches(self.args, self.config, self.num_classes)
 
-    def _place(self) -> None:
+    def _placed(self, model: nn.Module) -> nn.Module:
+        """The model itself, where it runs."""
         layout = torch.channels_last if self.args.channels_last else torch.preserve_format
-        self.model.to(self.args.device).to(memory_format=layout)
+        return model.to(self.args.device).to(memory_format=layout)
 
     def __call__(self) -> Optional[Result]:
         begin = PHASES.index(self.saved['phase']) if self.saved else 0
@@ -138,8 +142,7 @@ class Run:
         if self.saved:
             self.history, self.masks = self.saved['history'], self.saved['masks']
             if self.saved['plan']:
-                self.model = self._rebuilt(self.saved['plan'])
-                self._place()
+                self.model = self._placed(self._rebuilt(self.saved['plan']))
         with self._bar(begin) as self.bar:
             for phase in PHASES[begin:]:
                 self._phase(phase, self.saved if self.saved and self.saved['phase'] == phase else None)
@@ -248,14 +251,14 @@ class Run:
         if 'steps_per_epoch' in inspect.signature(method).parameters:
             options.setdefault('steps_per_epoch', steps_per_epoch)
         with step(f'setting up {self.args.method}'), one_line(f'--method {self.args.method} can\'t be set up'):
-            return method(model, macs=self.args.macs, steps=steps, **options)
+            return method(model, steps=steps, **budget(self.args), **options)
 
     def _one_shot(self) -> nn.Module:
         criterion = self.args.criterion or 'l2'
         needs_data = criterion in CRITERIA and CRITERIA[criterion].needs_data
         with step(f'cutting {self.args.model}'):
             return prune(
-                self.model, macs=self.args.macs, criterion=criterion, seed=self.args.seed,
+                self.model, **budget(self.args), criterion=criterion, seed=self.args.seed,
                 data=islice(self.batches.train, 32) if needs_data else None,
             )
 
