@@ -18,7 +18,6 @@ from PIL import Image
 from timm.task import ClassificationTask
 from torch import nn
 
-import timm_epfs
 from timm_epfs import clock
 from timm_epfs.cli import main
 from timm_epfs.training import checkpoints
@@ -124,14 +123,6 @@ def test_every_method_ends_on_its_budget_and_cuts_what_it_masked(tmp_path, metho
     assert float(cut['alive']) == pytest.approx(0.5, abs=0.01)
     assert float(cut['eval_loss']) == pytest.approx(float(masked['eval_loss']), rel=1e-4)
     assert 'masks.png' in (tmp_path / 'run' / 'report.md').read_text()
-
-
-def test_rewound_it_goes_on_from_the_weights_before_the_masks(tmp_path):
-    arguments = [*DIGITS, '--epochs', '3', '--dense-epochs', '1', '--sparse-epochs', '2', '--method', 'epfs']
-    assert train(tmp_path / 'run', '--rewind', base=arguments) == 0
-    slim = timm.create_model(f'local-dir:{tmp_path / "run" / "pruned"}', pretrained=True)
-    dense = weights(tmp_path / 'run', 'dense.safetensors')
-    assert same(weights(tmp_path / 'run'), timm_epfs.slice_checkpoint(dense, slim.pruning_plan))
 
 
 def test_main_job_learns_the_digits(tmp_path):
@@ -304,7 +295,6 @@ def test_folder_of_a_run_is_not_lost_by_mistake(tmp_path, capsys):
     (['--dataset', ''], 'train needs images, found no --data-dir: give it, or --dataset digits for a first try'),
     (['--sparse-epochs', '1'], '--method none has no sparse phase, found --sparse-epochs 1: drop it'),
     (['--method-kwargs', 'l1=1'], '--method none takes no --method-kwargs: choose a method, or drop them'),
-    (['--rewind'], '--method none has no sparse phase to rewind: choose a method, or drop --rewind'),
     (['--method', 'epfs', '--criterion', 'l1'], '--criterion goes with --method none, found --method epfs'),
     (['--method', 'epfs', '--sparse-epochs', '0'], '--method epfs learns while sparse, found 0 epochs for that'),
     (['--dense-epochs', '3'], '3 dense and 0 sparse epochs were asked, --epochs has 2 for all phases'),

@@ -114,6 +114,7 @@ class Learner:
         if is_masked(self.model):
             raise PruningError('the model has a learner already; call remove() on that one first')
         self.steps, self.floor, self.round_to, self.align = steps, floor, round_to, ALIGN
+        self._selects_at = steps
         self._base = (base, {}) if base is not None else base_of(self.model)
         self._earlier = getattr(self.model, 'pruning_plan', None)
         self._recipe = dict(macs=macs, steps=steps, structures=list(structures), floor=floor)
@@ -180,7 +181,7 @@ class Learner:
         if finite and not self.finished:
             self._advance(grad / scale)
         self._count += 1
-        if self._count == self.steps:
+        if self._count == self._selects_at:
             self._finish()
         self._stepped()
 
@@ -239,7 +240,7 @@ class Learner:
     @property
     def finished(self) -> bool:
         """Whether the selection is made."""
-        return self.steps is not None and self._count >= self.steps
+        return self._selects_at is not None and self._count >= self._selects_at
 
     @property
     def alive(self) -> float:

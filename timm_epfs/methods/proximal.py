@@ -17,6 +17,7 @@ _WEIGHS = ('fisher', 'macs', None)
 _LISTEN = 0.02  # share of the steps that gradients' size is averaged over
 _REMEMBER = 0.5  # and that their squares are
 _FAINT = 0.05   # masks below this share of the mean hover about zero, and count as gone when λ is steered
+_SELECT = 0.85  # share of the steps after which what stays is refitted
 _GROWTH = 2     # how much larger gradients are bound to get, once masks leave one
 
 
@@ -31,6 +32,9 @@ class ProximalLearner(Learner):
         lr: η, the step size of the masks; may be set at any time (``learner.lr = …``). None: ``step_size``'s rule.
         keep_pace: Where λ is steered, whether what is alive follows the schedule closely: the smallest masks become
             zero as soon as more is alive than it wants, and those that would leave less stay. False: only in the end.
+        refit: Whether the selection is made after 85 % of ``steps``, and the masks of what stays are one from then on.
+            ℓ1 chooses, but what it did to the masks that stay isn't kept (the relaxed lasso: Meinshausen, CSDA 2007).
+            False: the selection is made in the end, and the masks go on into the weights.
         weigh: What λ₁ is multiplied by, with a mean of one. ``'macs'``: the unit's share of the model's MACs, or of its
             latency where that is the budget. ``'fisher'``: that over the root mean square of the mask's gradient so
             far. None: λ₁ for all.
@@ -49,12 +53,15 @@ class ProximalLearner(Learner):
             lr: Optional[float] = None,
             weigh: Optional[str] = 'macs',
             keep_pace: bool = True,
+            refit: bool = True,
             **options: Any,
     ):
         _check(macs if macs is not None else options.get('latency'), steps, l1, lr, weigh)
         super().__init__(model, macs, steps, **options)
-        self.l1, self.lr, self.weigh, self.keep_pace = l1, lr, weigh, keep_pace
-        self._recipe.update(l1=l1, weigh=weigh, keep_pace=keep_pace)
+        self.l1, self.lr, self.weigh, self.keep_pace, self.refit = l1, lr, weigh, keep_pace, refit
+        self._recipe.update(l1=l1, weigh=weigh, keep_pace=keep_pace, refit=refit)
+        if refit and steps is not None:
+            self._selects_at = max(1, round(_SELECT * steps))
         self.costs = self._unit_costs() if weigh else torch.ones(self.masks.units, dtype=torch.float64)
         self._squares = torch.zeros_like(self.costs)
         self.controller = Controller(self.budget.target / self._dense, steps) if l1 is None else None
@@ -183,8 +190,8 @@ class ProximalLearner(Learner):
         return self.solver.x
 
     def _settle(self, selected: torch.Tensor) -> None:
-        self.solver.x = selected
-        self.masks.set(selected, selected)
+        self.solver.x = self._stays.to(selected) if self.refit else selected
+        self.masks.set(self.solver.x, self.solver.x)
 
     def _state(self) -> Dict[str, Any]:
         parts = {'solver': self.solver.state_dict()}

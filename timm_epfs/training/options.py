@@ -52,8 +52,6 @@ def _add_phase_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         '--sparse-epochs', type=_whole, metavar='N',
         help='of these, while the cut is learned (0.4 of the rest, none for --method none); then fine-tuning')
-    group.add_argument(
-        '--rewind', action='store_true', help='fine-tune from the weights before the sparse phase, not from its own')
     group.add_argument('--distill', action='store_true', help='fine-tune with the dense model as a teacher')
     group.add_argument('--distill-loss-weight', type=float, default=1.0, metavar='X', help='weight of its loss (1)')
     group.add_argument('--task-loss-weight', type=float, default=1.0, metavar='X', help="of the labels' loss (1)")
@@ -168,8 +166,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise PruningError('--method none takes no --method-kwargs: choose a method, or drop them')
     if args.method != 'none' and args.criterion:
         raise PruningError(f'--criterion goes with --method none, found --method {args.method}: drop one of them')
-    if args.method == 'none' and args.rewind:
-        raise PruningError('--method none has no sparse phase to rewind: choose a method, or drop --rewind')
     if args.amp and args.amp_dtype == 'float16' and args.device == 'cpu':
         raise PruningError('--amp-dtype float16 has no fast kernels on cpu: use bfloat16, or another --device')
     if args.workers is None:

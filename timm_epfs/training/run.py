@@ -25,10 +25,10 @@ from ..errors import PruningError
 from ..files import write_whole
 from ..hub import save_pretrained
 from ..measure import Rows, compare, top1
-from ..methods import METHODS, Learner
+from ..methods import METHODS
 from ..plan import Plan
 from ..progress import progress, step
-from ..surgery import apply_plan, one_line, rebuild
+from ..surgery import one_line, rebuild
 from .checkpoints import Checkpoints, write_tensors
 from .data import Batches, count_classes, describe, open_batches
 from .options import PHASES, budget, check_options, phase_epochs, run_options
@@ -156,7 +156,7 @@ class Run:
             self._epoch(stage, phase, epoch)
         averaged = stage.task.get_trainable_module(ema=True) if stage and stage.task.has_ema() else None
         if phase == 'sparse':
-            self.model = self._learned(stage.learner, averaged) if stage else self._one_shot()
+            self.model = stage.learner.export(averaged and averaged.module) if stage else self._one_shot()
             self._record('cut', evaluate(self.args, self._task('cut'), self.batches.validation))
         elif averaged is not None:
             self.model.load_state_dict(averaged.module.state_dict())
@@ -252,15 +252,6 @@ class Run:
             options.setdefault('steps_per_epoch', steps_per_epoch)
         with step(f'setting up {self.args.method}'), one_line(f'--method {self.args.method} can\'t be set up'):
             return method(model, steps=steps, **budget(self.args), **options)
-
-    def _learned(self, learner: Learner, averaged: Optional[nn.Module]) -> nn.Module:
-        """The cut that was learned, of the weights that go on."""
-        slim = learner.export(averaged and averaged.module)
-        if self.args.rewind:
-            dense = self._kept_dense()
-            apply_plan(dense, learner.plan())
-            slim.load_state_dict(dense.state_dict())
-        return slim
 
     def _one_shot(self) -> nn.Module:
         criterion = self.args.criterion or 'l2'
