@@ -14,7 +14,7 @@ from timm_epfs.structure import Structure
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Redraw norm parameters, statistics, biases, scales and whatever is constant: ones and zeros hide mistakes."""
+    """Redraw norm parameters, statistics, biases, scales and what is nearly constant: ones and zeros hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor: torch.Tensor, low: float, high: float) -> None:
@@ -25,8 +25,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             uniform(p, -0.5, 0.5)
         elif p.ndim <= 1:
             uniform(p, 0.5, 1.0)
-        elif p.numel() > 1 and p.min() == p.max():
-            uniform(p, -0.5, 0.5)
+        elif p.numel() > 1 and p.std() < 1e-4:
+            uniform(p, -0.2, 0.2)
     for name, buffer in model.named_buffers():
         if name.endswith('running_mean'):
             uniform(buffer, -0.5, 0.5)
