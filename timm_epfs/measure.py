@@ -14,7 +14,9 @@ from .errors import PruningError
 from .report import format_count
 from .surgery import one_line
 
-__all__ = ['Rows', 'compare', 'count_macs', 'image_loader', 'image_splits', 'random_images', 'size_on_disk', 'top1']
+__all__ = [
+    'Rows', 'compare', 'count_macs', 'image_loader', 'image_splits', 'random_images', 'size_on_disk', 'table', 'top1',
+]
 
 # By quantity: dense and pruned value, and how each is shown.
 Rows = Dict[str, Tuple[Tuple[float, float], Callable[[float], str]]]
@@ -66,6 +68,14 @@ def count_macs(model: nn.Module, args: Tuple, kwargs: Mapping[str, Any]) -> floa
         for p in learning:
             p.requires_grad_(True)
     return counter.get_total_flops() / 2
+
+
+def table(rows: Rows) -> List[Tuple[str, str, str, str]]:
+    """What is compared, for people to read, with its head."""
+    return [('', 'dense', 'pruned', 'ratio')] + [
+        (label, show(dense), show(pruned), f'{pruned / dense:.3f}' if dense else '-')
+        for label, ((dense, pruned), show) in rows.items()
+    ]
 
 
 def size_on_disk(model: nn.Module) -> int:
