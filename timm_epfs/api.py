@@ -16,6 +16,7 @@ from .cutter import Cutter, make_plan
 from .errors import PruningError
 from .latency import Asked, Bench
 from .masks import is_masked
+from .origin import note_origin
 from .plan import Cut, Plan
 from .structure import KINDS, Structure
 from .surgery import TORCHVISION, apply_plan, build_base, one_line
@@ -221,9 +222,11 @@ def create_base(name: str, pretrained: bool = False, /, **model_args: Any) -> nn
     """
     if name.startswith(('local-dir:', 'hf-hub:')):
         with one_line(f'{name} can\'t be loaded'):
-            return timm.create_model(name, pretrained=pretrained, **model_args).eval()
+            model = timm.create_model(name, pretrained=pretrained, **model_args).eval()
+        return note_origin(model) if pretrained else model
     if not name.startswith(TORCHVISION):
-        return build_base(name, model_args, pretrained=pretrained).eval()
+        model = build_base(name, model_args, pretrained=pretrained).eval()
+        return note_origin(model) if pretrained else model
     if pretrained:
         raise PruningError(
             f"{name}: torchvision's weights are pickles, and no pickle is read here; load them yourself and give the "
