@@ -88,7 +88,8 @@ def test_a_name_says_what_is_removed_and_the_plan_how_it_was_found(name):
     base, percent = re.fullmatch(r'(.+)_epfs(\d+)', name).groups()
     plan = Plan.load(variants.plan_path(name))
     dense, left = (macs_of(build_base(model, {}, 'meta').eval()) for model in (base, name))
-    assert int(percent) - 0.5 < 100 * (1 - left / dense) < int(percent) + 1
+    short = 0 if plan.recipe['data'] == 'none' else 0.2  # what is learned lands about its budget, not above
+    assert -short <= 100 * (1 - left / dense) - int(percent) < 1
     assert plan.base == base and plan.base_args == {} and plan.cost['macs'] == pytest.approx((dense, left), rel=0.005)
     assert {'method', 'criterion', 'data', 'date', 'command'} <= plan.recipe.keys()
     assert ('not learned' in plan.recipe['method']) == (plan.recipe['data'] == 'none')

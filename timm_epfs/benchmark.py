@@ -32,6 +32,7 @@ _GREY, _BLUE = '#c8c8c8', '#1f4e8c'
 
 
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all options of the command."""
     parser.add_argument(
         'models', nargs='+', metavar='NAME|DIR',
         help='a pruned model, by its name or the folder it was saved in, is timed against its base; any other, alone')

@@ -138,6 +138,7 @@ class Run:
         return model.to(self.args.device).to(memory_format=layout)
 
     def __call__(self) -> Optional[Result]:
+        """Train phase by phase, from where the last checkpoint was left; the result is the first process's alone."""
         begin = PHASES.index(self.saved['phase']) if self.saved else 0
         if self.first:
             text = json.dumps({**self.options, 'epochs_by_phase': self.epochs}, indent=1) + '\n'
