@@ -7,9 +7,10 @@ its branches end with. One row a name in results/exactness.csv, resumable.
 import argparse
 import copy
 import json
+import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -17,14 +18,17 @@ import zoo
 from common import RESULTS, Table, header, header_line, one_line, write_atomic, write_json
 from pool import run
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from zoo_checks import module_of
 
 from timm_epfs import api
-from timm_epfs.structure import Structure
 from timm_epfs.surgery import TORCHVISION, apply_plan, build_base
 from timm_epfs.trace import Trace
+
+sys.path.insert(0, str(Path(__file__).parents[1] / 'tests'))
+
+from helpers import distance, flat, masked, randomise  # noqa: E402
 
 COLUMNS = (
     'name', 'module', 'status', 'error', 'error64', 'changed', 'exact', 'inexact', 'reasons', 'params', 'message',
@@ -94,8 +98,7 @@ def measure(name: str) -> Dict[str, Any]:
     row = {'status': 'failed'}
     try:
         torch.manual_seed(0)
-        model = build_base(name).eval()
-        randomise(model)
+        model = randomise(build_base(name).eval())
         traced = api.trace_model(model)
         structures = traced.structures
         exact = [s for s in structures if s.exact]
@@ -117,28 +120,6 @@ def measure(name: str) -> Dict[str, Any]:
 
 
 @torch.no_grad()
-def randomise(model: nn.Module) -> None:
-    """Replace every one-dimensional or nearly constant tensor, where zeros and ones could hide a mistake."""
-    generator = torch.Generator().manual_seed(0)
-
-    def uniform(tensor, low, high):
-        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
-
-    for name, p in model.named_parameters():
-        if name.endswith('bias') and p.ndim == 1:
-            uniform(p, -0.5, 0.5)
-        elif p.ndim <= 1:
-            uniform(p, 0.5, 1.0)
-        elif p.numel() > 1 and p.std() < 1e-4:
-            uniform(p, -0.2, 0.2)
-    for name, buffer in model.named_buffers():
-        if name.endswith('running_mean'):
-            uniform(buffer, -0.5, 0.5)
-        elif name.endswith('running_var'):
-            uniform(buffer, 0.5, 1.0)
-
-
-@torch.no_grad()
 def compare(model: nn.Module, traced: Trace) -> Tuple[float, float]:
     """How far masked is from cut, and how far masking moved the output, both relative to the masked output."""
     keep, left = {}, {}
@@ -155,22 +136,8 @@ def compare(model: nn.Module, traced: Trace) -> Tuple[float, float]:
     inputs = _inputs(model)
     dense = _output(model, inputs)
     cut = _output(apply_plan(copy.deepcopy(model), plan), inputs)
-    masked = copy.deepcopy(model)
-    mask(masked, traced.structures, keep)
-    masked = _output(masked, inputs)
-    size = masked.abs().max()
-    return ((masked - cut).abs().max() / size).item(), ((masked - dense).abs().max() / size).item()
-
-
-def mask(model: nn.Module, structures: Iterable[Structure], keep: Dict[str, np.ndarray]) -> None:
-    """Zero what the consumers of removed units read them by; for a removed block, what its branches end with."""
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    for s in structures:
-        gone = np.setdiff1d(np.arange(s.units), keep[s.name])
-        for member in s.members:
-            if len(gone) and (member.role == 'in' or s.kind == 'blocks'):
-                entries = torch.from_numpy(member.index[gone].ravel())
-                tensors[member.tensor].data.index_fill_(member.dim, entries, 0)
+    zeroed = _output(masked(model, traced.structures, keep), inputs)
+    return distance(zeroed, cut), distance(zeroed, dense)
 
 
 def _inputs(model: nn.Module):
@@ -187,7 +154,7 @@ def _inputs(model: nn.Module):
 
 def _output(model: nn.Module, inputs) -> torch.Tensor:
     args, kwargs = inputs
-    return torch.cat([x.flatten() for x in tree_leaves(model(*args, **kwargs)) if isinstance(x, torch.Tensor)])
+    return flat(model(*args, **kwargs))
 
 
 def summary(table: Table) -> Dict[str, Any]:

@@ -5,23 +5,27 @@ results/one_shot_resnet56_cifar.json and .md.
 """
 import argparse
 import copy
+import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import numpy as np
 import timm
 import torch
 from common import RESULTS, header, header_line, write_json, write_results
-from timm.data import create_dataset
 from timm.models import load_checkpoint
 from torch import nn
 from tqdm import tqdm
 
 import timm_epfs
+from timm_epfs.measure import top1
 from timm_epfs.models.cifar import checkpoint_filter_fn
 
-Batches = Callable[[], Iterator[Tuple[torch.Tensor, torch.Tensor]]]
+sys.path.insert(0, str(Path(__file__).parent / 'cifar10'))
+
+from data import Images, load  # noqa: E402
 
 BATCH = 128
 RECALIBRATION, TAYLOR, OBDC = 2048, 1024, 256  # training images
@@ -34,14 +38,15 @@ def main() -> None:
     model = timm.create_model(args.model).eval()
     load_checkpoint(model, str(args.checkpoint), filter_fn=checkpoint_filter_fn)
     cfg = model.pretrained_cfg
-    test = loader(args.data_dir / 'test.tar', cfg, args.test_images)
-    train = loader(args.data_dir / 'train.tar', cfg, RECALIBRATION)
+    images = load(args.data_dir, args.cache)
+    test = some(images, 'test', cfg, args.test_images)
+    train = some(images, 'train', cfg, RECALIBRATION)
 
     path = args.results / f'one_shot_{args.model}.json'
     results = {
         'machine': header(), 'model': args.model, 'macs': args.macs,
         'images': {
-            'test': sum(len(y) for _, y in test()), 'recalibration': RECALIBRATION, 'taylor': TAYLOR, 'obdc': OBDC,
+            'test': len(test.targets), 'recalibration': RECALIBRATION, 'taylor': TAYLOR, 'obdc': OBDC,
         },
     }
     rows = results['rows'] = [dense(model, train, test)]
@@ -56,7 +61,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--model', default='resnet56_cifar')
     parser.add_argument('--checkpoint', type=Path, required=True, help='safetensors of the dense model')
-    parser.add_argument('--data-dir', type=Path, required=True, help='folder with train.tar and test.tar')
+    parser.add_argument('--data-dir', type=Path, required=True, help='CIFAR-10: folders or tar files of images')
+    parser.add_argument('--cache', type=Path, default=Path(tempfile.gettempdir()) / 'cifar10.safetensors',
+                        help='where decoded images are kept')
     parser.add_argument('--macs', type=float, default=0.7, help='share of the MACs to keep')
     parser.add_argument('--test-images', type=int, help='use at most so many, all by default')
     parser.add_argument('--threads', type=int, default=1)
@@ -64,30 +71,14 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def loader(tar: Path, cfg: Dict[str, Any], count: Optional[int]) -> Batches:
-    """Normalised batches of images that were decoded once, ``count`` of them drawn at random with a fixed seed."""
-    dataset = create_dataset('', root=str(tar))
-    order = np.random.default_rng(0).permutation(len(dataset))[:count]
-    decoded = [dataset[i] for i in tqdm(order, desc=tar.name, unit='image', leave=False)]
-    images = torch.stack([torch.from_numpy(np.array(image.convert('RGB'))) for image, _ in decoded]).permute(0, 3, 1, 2)
-    targets = torch.tensor([target for _, target in decoded])
-    mean, std = (255 * torch.tensor(cfg[key]).view(3, 1, 1) for key in ('mean', 'std'))
-
-    def batches():
-        for x, y in zip(images.split(BATCH), targets.split(BATCH)):
-            yield (x.float() - mean) / std, y
-
-    return batches
+def some(images: Dict[str, torch.Tensor], split: str, config: Dict[str, Any], count: Optional[int]) -> Images:
+    """Batches of ``count`` images of a split, drawn at random with a fixed seed, or of all in a random order."""
+    order = np.random.default_rng(0).permutation(len(images[f'{split}.targets']))[:count]
+    pixels, targets = (images[f'{split}.{what}'][order] for what in ('pixels', 'targets'))
+    return Images(pixels, targets, config, BATCH, torch.device('cpu'), training=False)
 
 
-@torch.inference_mode()
-def top1(model: nn.Module, batches: Batches) -> float:
-    """Accuracy in percent."""
-    right = [(model(x).argmax(1) == y).float() for x, y in batches()]
-    return 100 * torch.cat(right).mean().item()
-
-
-def dense(model: nn.Module, train: Batches, test: Batches) -> Dict[str, Any]:
+def dense(model: nn.Module, train: Images, test: Images) -> Dict[str, Any]:
     """The row of the model before any cut."""
     return {'criterion': 'dense', 'macs_ratio': 1.0, 'params_ratio': 1.0, **_both(copy.deepcopy(model), train, test)}
 
@@ -97,8 +88,8 @@ def one_shot(
         criterion: str,
         seed: Optional[int],
         macs: float,
-        train: Batches,
-        test: Batches,
+        train: Images,
+        test: Images,
 ) -> Dict[str, Any]:
     start = time.perf_counter()
     slim = timm_epfs.prune(model, macs=macs, criterion=criterion, data=_data(criterion, train), seed=seed or 0)
@@ -107,18 +98,18 @@ def one_shot(
     return {'criterion': criterion, 'seed': seed, **ratios, 'seconds': seconds, **_both(slim, train, test)}
 
 
-def _data(criterion: str, train: Batches) -> Optional[List[Tuple[torch.Tensor, torch.Tensor]]]:
+def _data(criterion: str, train: Images) -> Optional[List[Tuple[torch.Tensor, torch.Tensor]]]:
     """Training batches for the criteria that look at gradients."""
     if not timm_epfs.CRITERIA[criterion].needs_data:
         return None
     count = OBDC if criterion == 'obdc' else TAYLOR
-    return [batch for _, batch in zip(range(count // BATCH), train())]
+    return [batch for _, batch in zip(range(count // BATCH), train)]
 
 
-def _both(model: nn.Module, train: Batches, test: Batches) -> Dict[str, float]:
-    before = top1(model, test)
-    timm_epfs.recalibrate_bn(model, train())
-    return {'top1': before, 'top1_recalibrated': top1(model, test)}
+def _both(model: nn.Module, train: Images, test: Images) -> Dict[str, float]:
+    before, = top1([model], test)
+    timm_epfs.recalibrate_bn(model, train)
+    return {'top1': before, 'top1_recalibrated': top1([model], test)[0]}
 
 
 def markdown(results: Dict[str, Any]) -> str:

@@ -18,9 +18,9 @@ import torch_pruning as tp
 from common import RESULTS, header_line, measure_missing, write_results
 from torch import nn
 from torch_pruning_recipe import one_shot
-from zoo_checks import count_macs
 
 import timm_epfs
+from timm_epfs.measure import count_macs
 
 MODELS = (
     'resnet18', 'resnet50', 'mobilenetv2_100', 'efficientnet_b0', 'densenet121', 'vgg16_bn', 'convnext_tiny',

@@ -10,11 +10,11 @@ from common import one_line
 from timm.models import model_entrypoint
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 from torch_pruning_recipe import DrawnMagnitude, NoInit, one_shot
 
 import timm_epfs
 from timm_epfs import api
+from timm_epfs.measure import count_macs
 from timm_epfs.plan import Plan
 from timm_epfs.surgery import TORCHVISION, build_base, rebuild
 
@@ -151,15 +151,6 @@ def _backward(model: nn.Module, args, kwargs) -> None:
 
 def _differentiable(out: Any) -> bool:
     return isinstance(out, torch.Tensor) and out.requires_grad
-
-
-@torch.no_grad()
-def count_macs(model: nn.Module, args, kwargs) -> float:
-    """MACs of one forward by torch's own counter."""
-    model.requires_grad_(False)  # the counter's hooks fail on views that need gradients
-    with FlopCounterMode(display=False) as counter:
-        model(*args, **kwargs)
-    return counter.get_total_flops() / 2
 
 
 def _check_rebuild(slim: nn.Module) -> None:

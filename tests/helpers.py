@@ -14,7 +14,7 @@ from timm_epfs.structure import Structure
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Redraw norm parameters, statistics, biases, scales and whatever is constant: ones and zeros hide mistakes."""
+    """Redraw norm parameters, statistics, biases, scales and what is nearly constant: ones and zeros hide mistakes."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(tensor: torch.Tensor, low: float, high: float) -> None:
@@ -25,8 +25,8 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
             uniform(p, -0.5, 0.5)
         elif p.ndim <= 1:
             uniform(p, 0.5, 1.0)
-        elif p.numel() > 1 and p.min() == p.max():
-            uniform(p, -0.5, 0.5)
+        elif p.numel() > 1 and p.std() < 1e-4:
+            uniform(p, -0.2, 0.2)
     for name, buffer in model.named_buffers():
         if name.endswith('running_mean'):
             uniform(buffer, -0.5, 0.5)
@@ -99,12 +99,13 @@ class Row:
 
 
 _ONE_EACH = (1, 1, 1, 1)
+_FEW = {'layers': (1, 2, 1, 1)}
 MODELS: Tuple[Row, ...] = (
     # convolutions
     Row('residual add, 1x1 shortcut', 'test_resnet', 64),
     Row('residual add, identity padded with zero channels (option A)', 'resnet20_cifar', 32),
     Row('plain chain into a flattened linear layer', 'vgg16_bn_cifar', 32),
-    Row('concatenation of everything before', 'densenet121', 64),
+    Row('concatenation of everything before', 'densenet121', 64, {'block_config': (2, 3, 2, 2)}),
     Row('split, concatenation and channel shuffle', 'torchvision/shufflenet_v2_x0_5', 64),
     Row('squeeze-and-excitation gate', 'legacy_seresnet18', 64),
     Row('depthwise convolution in an inverted bottleneck', 'mobilenetv2_035', 64),
@@ -112,16 +113,16 @@ MODELS: Tuple[Row, ...] = (
     Row('groups of one width', 'regnetx_002', 64),
     Row('cardinality (ResNeXt)', 'resnext26ts', 64),
     Row('efficient channel attention', 'ecaresnet26t', 64),
-    Row('selective kernel: softmax over branches', 'skresnet18', 64),
+    Row('selective kernel: softmax over branches', 'skresnet18', 64, _FEW),
     Row('split attention: radix times groups', 'resnest14d', 64),
-    Row('Res2Net: slices that feed each other', 'res2net50_48w_2s', 64),
-    Row('dual path: a residual and a dense slice', 'dpn48b', 64),
+    Row('Res2Net: slices that feed each other', 'res2net50_48w_2s', 64, _FEW),
+    Row('dual path: a residual and a dense slice', 'dpn48b', 64, {'k_sec': (1, 2, 1, 1)}),
     Row('cross-stage partial: chunk and concatenation', 'cs3darknet_focus_s', 64),
     Row('ghost: half of the channels made from the other', 'ghostnet_050', 64),
     Row('mixed convolution: splits of unequal widths', 'mixnet_s', 64),
     Row('conditional convolution: flat experts', 'efficientnet_cc_b0_4e', 64),
     Row('fixed blur filters', 'resnetblur18', 64),
-    Row('residual of part of the channels', 'rexnet_100', 64),
+    Row('residual of part of the channels', 'rexnet_100', 64, {'depth_mult': 0.5}),
     Row('convolution of part of the channels', 'fasternet_t0', 64),
     Row('element-wise product of two branches', 'starnet_s050', 64),
     Row('branches at four resolutions', 'hrnet_w18_small', 64),
@@ -148,7 +149,7 @@ MODELS: Tuple[Row, ...] = (
     Row('grid and block attention between convolutions', 'test_maxvit', 64, {'img_size': 64}),
     Row('talking heads, class attention', 'cait_xxs24_224', 64, {'img_size': 64, 'depth': 4}),
     Row('cross-covariance', 'xcit_nano_12_p16_224', 64, {'img_size': 64, 'depth': 4}),
-    Row('unequal widths of key and value', 'levit_128s', 64, {'img_size': 64}),
+    Row('unequal widths of key and value', 'levit_128s', 64, {'img_size': 64, 'depth': (1, 2, 1)}),
     Row('linear attention', 'efficientvit_b0', 64),
     Row('bottleneck attention', 'botnet26t_256', 64, {'img_size': 64}),
     Row('halo attention', 'eca_halonext26ts', 256),

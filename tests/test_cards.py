@@ -97,6 +97,35 @@ def test_metadata_is_what_the_hub_reads(slim):
     assert bare.eval_results is None and bare.datasets is None
 
 
+def base_model(model):
+    return ModelCard(make_card(model, 'me/half')).data.base_model
+
+
+def test_the_base_model_is_the_repo_that_the_weights_came_from(slim, tmp_path, monkeypatch):
+    weights, repo = timm.create_model('test_resnet').state_dict(), 'timm/test_resnet.r160_in1k'
+    monkeypatch.setattr('timm.models._builder.load_state_dict_from_hf', lambda *args, **kwargs: dict(weights))
+    model = timm_epfs.prune('test_resnet', macs=0.5, pretrained=True)
+    folder = timm_epfs.save_pretrained(model, tmp_path / 'out')
+    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=3)
+    again = timm_epfs.prune(f'local-dir:{folder}', macs=0.5, pretrained=True)
+    by_plan = timm.create_model('epfs_pruned', plan=model.pruning_plan, pretrained=True)
+    assert {base_model(each) for each in (model, loaded, again, by_plan)} == {repo}
+    untrained = timm_epfs.prune('test_resnet', macs=0.5)
+    assert untrained.pretrained_cfg['hf_hub_id'] == repo and base_model(untrained) is None
+    assert base_model(timm.create_model('epfs_pruned', plan=model.pruning_plan)) is None
+    assert base_model(slim) is None
+
+
+@pytest.mark.parametrize('notes', [
+    ['made from the weights of ../x'], ['made from the weights of a\nb: c'], ['made from the weights of alone'],
+    ['by hand'], [7], 'x', 7,
+])
+def test_a_base_model_that_is_none_is_left_out(slim, notes):
+    model = with_recipe(slim, {})
+    model.pretrained_cfg = {**slim.pretrained_cfg, 'notes': notes}
+    assert base_model(model) is None
+
+
 @pytest.mark.parametrize('given, listed, named', [
     ('mit', 'mit', None),
     ('dinov3-license', 'other', 'dinov3-license'),

@@ -1,9 +1,12 @@
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from timm_epfs.cost import QUANTITIES, CostModel
+from timm_epfs.measure import count_macs
 from timm_epfs.structure import Size
 
 NAMES = ('a', 'b', 'c')
@@ -66,3 +69,22 @@ def test_convolution_by_hand():
     assert cost('params', dense) == 9 * 16 * 32 + 32 * 10 + 10
     assert cost('activations', dense) == 0
     assert cost.gradient('macs', dense).tolist() == [8 * 8 * 9 * 16 + 10, 8 * 8 * 9 * 32]
+
+
+class Called(nn.Module):
+    """Calls a module with a view of a parameter, as class attention does with its token."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries, self.fixed = nn.Parameter(torch.ones(1, 8)), nn.Parameter(torch.ones(1), requires_grad=False)
+        self.layer = nn.Linear(8, 5)
+
+    def forward(self, images, scale=1.0):
+        return images @ self.layer(self.queries.expand(3, -1)).T * scale
+
+
+def test_macs_that_torch_counts_and_what_needs_gradients_is_left_so():
+    model = Called()
+    assert count_macs(model, (torch.ones(2, 5),), {'scale': 2.0}) == 3 * 8 * 5 + 2 * 5 * 3
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == {
+        'queries': True, 'fixed': False, 'layer.weight': True, 'layer.bias': True}

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 import timm_epfs
 
 STEPS, BATCH, CLASSES = 8, 8, 5
+FIRST = ('learner', 'wrapper')
 
 
 def batch(seed):
@@ -46,24 +47,34 @@ def run(path, rank=0, world=1, first='learner'):
     save_file(seen, f'{path}/{first}{rank}of{world}.safetensors')
 
 
-def worker(rank, path, port, first):
+def worker(rank, path, port):
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group('gloo', rank=rank, world_size=2)
-    run(path, rank, 2, first)
+    for first in FIRST:
+        run(path, rank, 2, first)
     dist.destroy_process_group()
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason='torch without gloo')
-@pytest.mark.parametrize('first', ['learner', 'wrapper'])
-def test_two_processes_are_one(tmp_path, first):
+@pytest.fixture(scope='module')
+def seen(tmp_path_factory):
+    """A folder with what each of two processes saw, and one by itself."""
+    folder = tmp_path_factory.mktemp('seen')
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    mp.spawn(worker, args=(str(tmp_path), port, first), nprocs=2)
-    run(str(tmp_path), first=first)
-    one, left, right = (load_file(tmp_path / f'{first}{name}.safetensors') for name in ('0of1', '0of2', '1of2'))
+    mp.spawn(worker, args=(str(folder), port), nprocs=2)
+    for first in FIRST:
+        run(str(folder), first=first)
+    return folder
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason='torch without gloo')
+@pytest.mark.parametrize('first', FIRST)
+def test_two_processes_are_one(seen, first):
+    one, left, right = (load_file(seen / f'{first}{name}.safetensors') for name in ('0of1', '0of2', '1of2'))
     assert len(one) == 3 * STEPS and one[f'solver.x.{STEPS - 2}'].min() < 0.95
     for key in one:
         assert np.array_equal(left[key], right[key]), key
-        np.testing.assert_allclose(left[key], one[key], atol=1e-4, err_msg=key)  # sums in another order
+        # Sums in another order: they move a mask by 1.5e-5 in the first step, by 2e-6 after.
+        np.testing.assert_allclose(left[key], one[key], atol=5e-5, err_msg=key)

@@ -12,10 +12,10 @@ import torch
 from helpers import MODELS, Row, distance, drop, flat, masked
 from timm.layers.format import get_channel_dim
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import timm_epfs
 from timm_epfs import api
+from timm_epfs.measure import count_macs
 from timm_epfs.surgery import apply_plan
 from timm_epfs.trace import meta_copy
 
@@ -117,11 +117,7 @@ def _run(model, images) -> torch.Tensor:
 
 
 def _macs(model, example) -> float:
-    """Half of the floating-point operations that torch counts."""
-    model = meta_copy(model).eval().requires_grad_(False)
-    with FlopCounterMode(display=False) as counter:
-        model(example.to('meta'))
-    return counter.get_total_flops() / 2
+    return count_macs(meta_copy(model).eval(), (example.to('meta'),), {})
 
 
 @pytest.fixture(scope='module', params=MODELS, ids=lambda row: row.id)

@@ -139,18 +139,18 @@ def test_prox_norm_is_a_proximal_map():
     l1, l2 = 0.15, 0.4
 
     def value(m, v):
-        norms = torch.zeros(2, dtype=torch.float64).index_add(0, owner, m.square()).clamp(min=1e-30).sqrt()
-        return 0.5 * (m - v).square().sum() + l1 * m.sum() + l2 / 2 * (norms - radius).square().sum()
+        """Of each row."""
+        norms = torch.zeros(len(m), 2, dtype=torch.float64).index_add(1, owner, m.square()).clamp(min=1e-30).sqrt()
+        return 0.5 * (m - v).square().sum(1) + l1 * m.sum(1) + l2 / 2 * (norms - radius).square().sum(1)
 
     for _ in range(10):
         v = torch.rand(7, generator=rng, dtype=torch.float64) * 1.5 - 0.3
-        best = value(prox_norm(v, l1, l2, owner, radius), v)
-        for _ in range(20):
-            m = torch.rand(7, generator=rng, dtype=torch.float64).requires_grad_()
-            for _ in range(400):
-                slope, = torch.autograd.grad(value(m, v), m)
-                m = (m - 0.2 * slope).clamp(min=0).detach().requires_grad_()
-            assert best <= value(m, v).detach() + 1e-9
+        best = value(prox_norm(v, l1, l2, owner, radius)[None], v)
+        m = torch.rand(20, 7, generator=rng, dtype=torch.float64).requires_grad_()
+        for _ in range(400):
+            slope, = torch.autograd.grad(value(m, v).sum(), m)
+            m = (m - 0.2 * slope).clamp(min=0).detach().requires_grad_()
+        assert (best <= value(m, v).detach() + 1e-9).all()
 
 
 def test_prox_norm_by_hand():

@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.torch
+import sklearn.datasets
 import timm
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from timm.task import ClassificationTask
 from torch import nn
 
@@ -27,13 +29,24 @@ from timm_epfs.training.data import Digits
 from timm_epfs.training.stage import Stage
 
 # Small enough for five updates an epoch in half a second.
-DIGITS = ['train', 'resnet20_cifar', '--dataset', 'digits', '--img-size', '8', '-b', '256', '--macs', '0.5']
+DIGITS = ['train', 'resnet20_cifar', '--dataset', 'digits', '--img-size', '8', '-b', '64', '--macs', '0.5']
 ONE_SHOT = [*DIGITS, '--method', 'none', '--epochs', '2', '--dense-epochs', '1']
 
 
+def few_digits(**options):
+    return [part[:400] for part in load_digits(**options)]
+
+
+@pytest.fixture
+def all_digits():
+    """For a test that learns something."""
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Latency is measured, but not for long."""
+def quick(monkeypatch, request):
+    """Latency is measured, but not for long, and some of the digits are enough."""
+    if 'all_digits' not in request.fixturenames:
+        monkeypatch.setattr(sklearn.datasets, 'load_digits', few_digits)
     monkeypatch.setattr(run_module, 'latencies', lambda models, image: clock.latencies(models, image, seconds=0.05))
 
 
@@ -68,7 +81,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_digits_are_split_without_overlap_and_by_class():
+def test_digits_are_split_without_overlap_and_by_class(all_digits):
     parts = [Digits(split) for split in ('train', 'validation')]
     assert [len(part) for part in parts] == [1437, 360]
     seen = [{part.pixels[i].tobytes() for i in range(len(part))} for part in parts]
@@ -125,7 +138,7 @@ def test_every_method_ends_on_its_budget_and_cuts_what_it_masked(tmp_path, metho
     assert 'masks.png' in (tmp_path / 'run' / 'report.md').read_text()
 
 
-def test_main_job_learns_the_digits(tmp_path):
+def test_main_job_learns_the_digits(tmp_path, all_digits):
     arguments = ['train', 'resnet20_cifar', '--dataset', 'digits', '--macs', '0.5', '--img-size', '8', '--epochs', '12']
     assert train(tmp_path / 'run', base=arguments) == 0
     rows = history(tmp_path / 'run')
@@ -157,7 +170,7 @@ def _die(arguments, updates, checkpoint):
                 os.kill(os.getpid(), signal.SIGKILL)
         plain_write(path, then_die)
 
-    Stage._after_update, checkpoints.write_whole = update, write
+    Stage._after_update, checkpoints.write_whole, sklearn.datasets.load_digits = update, write, few_digits
     sys.exit(main(arguments))
 
 
@@ -188,6 +201,17 @@ def test_killed_in_any_phase_and_resumed_gives_the_same_model(tmp_path):
     for name in ('pruned/model.safetensors', 'pruned/config.json', 'dense.safetensors', 'summary.csv'):
         assert (tmp_path / 'killed' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes(), name
     assert not list((tmp_path / 'killed').rglob('.*'))
+
+
+def test_where_weights_are_from_is_not_forgotten_by_resuming(tmp_path, monkeypatch):
+    dense, arguments = timm.create_model('test_resnet').state_dict(), ['--num-classes', '10', '--pretrained']
+    monkeypatch.setattr('timm.models._builder.load_state_dict_from_hf', lambda *args, **kwargs: dict(dense))
+    base = ['train', 'test_resnet', *ONE_SHOT[2:], *arguments]
+    assert train(tmp_path / 'run', base=base) == 0
+    config = (tmp_path / 'run' / 'pruned' / 'config.json').read_text()
+    assert 'timm/test_resnet.r160_in1k' in config
+    assert train(tmp_path / 'run', '--resume', base=base) == 0
+    assert (tmp_path / 'run' / 'pruned' / 'config.json').read_text() == config
 
 
 def test_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, capsys):
@@ -309,7 +333,7 @@ def test_folder_of_a_run_is_not_lost_by_mistake(tmp_path, capsys):
     (['--amp', '--amp-dtype', 'float16'], '--amp-dtype float16 has no fast kernels on cpu'),
     (['--device', 'nowhere'], "device 'nowhere' can't be used"),
     (['--opt', 'newton'], "optimizer 'newton' with schedule 'cosine' can't be set up"),
-    (['-b', '2000'], 'data: 1437 training images a process are fewer than a batch of 2000'),
+    (['-b', '2000'], 'data: 320 training images a process are fewer than a batch of 2000'),
     (['--num-classes', '9'], "data: split 'train' of digits has 10 classes, the model tells 9 apart"),
     (['--num-classes', '0'], 'train needs logits of classes, ResNetCifar returns shape (1, 64) without a classifier'),
     (['--in-chans', '4'], 'train reads images of 1 or 3 channels, the model takes 4'),

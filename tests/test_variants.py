@@ -14,11 +14,11 @@ import timm
 import torch
 from timm.models import _registry
 from timm.models._features_fx import GraphExtractNet, get_graph_node_names
-from torch.utils.flop_counter import FlopCounterMode
 
 import timm_epfs
 from timm_epfs import variants
 from timm_epfs.errors import PruningError
+from timm_epfs.measure import count_macs
 from timm_epfs.plan import Plan
 from timm_epfs.surgery import apply_plan, build_base, rebuild
 
@@ -79,18 +79,17 @@ def test_the_default_cfg_is_the_bases_without_its_weights(name):
     assert not (cfg.url or cfg.hf_hub_id) and cfg.file == (str(variants.weights_path(name, tags[0])) if tags else None)
 
 
-def count_macs(model):
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
-    return counter.get_total_flops() / 2
+def macs_of(model):
+    return count_macs(model, (torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'),), {})
 
 
 @VARIANTS
 def test_a_name_says_what_is_removed_and_the_plan_how_it_was_found(name):
     base, percent = re.fullmatch(r'(.+)_epfs(\d+)', name).groups()
     plan = Plan.load(variants.plan_path(name))
-    dense, left = (count_macs(build_base(model, {}, 'meta').eval()) for model in (base, name))
-    assert int(percent) - 0.5 < 100 * (1 - left / dense) < int(percent) + 1
+    dense, left = (macs_of(build_base(model, {}, 'meta').eval()) for model in (base, name))
+    short = 0 if plan.recipe['data'] == 'none' else 0.2  # what is learned lands about its budget, not above
+    assert -short <= 100 * (1 - left / dense) - int(percent) < 1
     assert plan.base == base and plan.base_args == {} and plan.cost['macs'] == pytest.approx((dense, left), rel=0.005)
     assert {'method', 'criterion', 'data', 'date', 'command'} <= plan.recipe.keys()
     assert ('not learned' in plan.recipe['method']) == (plan.recipe['data'] == 'none')

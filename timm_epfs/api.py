@@ -1,6 +1,4 @@
 """The main job, one call: from a name or a module and a budget to a smaller module of the same class."""
-import copy
-import warnings
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Dict, Iterable, Mapping, Optional, Sequence, Tuple, Union
@@ -11,13 +9,14 @@ import torch
 from timm.models import get_model_args, get_model_input_config
 from timm.utils import unwrap_model
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-from .allocate import Budget, allocate, budget_from
+from .allocate import budget_from
 from .criteria import score
+from .cutter import Cutter, make_plan
 from .errors import PruningError
 from .latency import Asked, Bench
 from .masks import is_masked
+from .origin import note_origin
 from .plan import Cut, Plan
 from .structure import KINDS, Structure
 from .surgery import TORCHVISION, apply_plan, build_base, one_line
@@ -133,24 +132,12 @@ def prune(
         kinds=list(kinds) if tuple(kinds) != DEFAULT_KINDS else None, seed=seed if criterion == 'random' else None,
         latency_on=bench.place if bench else None,
     )
-
-    def cut(budget: Budget) -> nn.Module:
-        def allocated(fixed):
-            return allocate(
-                traced.structures, scores, traced.cost, budget,
-                scope=scope, floor=floor, ratios=ratios, fixed=fixed, **rounding,
-            )
-
-        stream_names = {s.name for s in pool if s.stream}
-        keep = _with_or_without(allocated, fixed, stream_names, streams, all_streams=len(stream_names) == len(pool))
-        plan = make_plan(traced, keep, recipe, *(base_of(model) if base is None else (base, {})))
-        ours = own and budget.quantity != 'latency'  # what is measured against must stay
-        slim = apply_plan(model if ours else _shallow_copy(model), plan)
-        if not ours:
-            _unshare(slim, model)
-        slim.pruning_plan = plan
-        return slim
-
+    cut = Cutter(
+        model, own and not asked, traced, scores, fixed, streams,  # what is measured against must stay
+        options=dict(scope=scope, floor=floor, ratios=ratios, **rounding),
+        base=base_of(model) if base is None else (base, {}),
+        recipe=recipe,
+    )
     if asked:
         slim, _, recipe['latency_ms'] = bench.meet(asked, cut)
     else:
@@ -158,33 +145,6 @@ def prune(
     if isinstance(earlier, Plan):
         slim.pruning_plan = earlier.compose(slim.pruning_plan)
     return slim
-
-
-def make_plan(
-        traced: Trace,
-        keep: Mapping[str, np.ndarray],
-        recipe: Dict[str, Any],
-        base: Optional[str] = None,
-        base_args: Optional[Dict[str, Any]] = None,
-) -> Plan:
-    """The plan that keeps the given units, with everything that follows from their numbers.
-
-    Args:
-        traced: Trace of the dense model.
-        keep: Units that stay, by structure name.
-        recipe: How they were found.
-        base: Name of the dense model.
-        base_args: Its keyword arguments.
-    """
-    left = {s.name: len(keep[s.name]) for s in traced.structures}
-    dense = {s.name: s.units for s in traced.structures}
-    changed = {path: size(left) for path, size in traced.attributes.items() if size(left) != size(dense)}
-    cost = {
-        quantity: (traced.cost(quantity, traced.cost.counts(dense)), traced.cost(quantity, traced.cost.counts(left)))
-        for quantity in ('macs', 'params')
-    }
-    cuts = tuple(Cut(s, keep[s.name]) for s in traced.structures)
-    return Plan(base, base_args or {}, cuts, changed, recipe, cost)
 
 
 def trace_model(
@@ -262,9 +222,11 @@ def create_base(name: str, pretrained: bool = False, /, **model_args: Any) -> nn
     """
     if name.startswith(('local-dir:', 'hf-hub:')):
         with one_line(f'{name} can\'t be loaded'):
-            return timm.create_model(name, pretrained=pretrained, **model_args).eval()
+            model = timm.create_model(name, pretrained=pretrained, **model_args).eval()
+        return note_origin(model) if pretrained else model
     if not name.startswith(TORCHVISION):
-        return build_base(name, model_args, pretrained=pretrained).eval()
+        model = build_base(name, model_args, pretrained=pretrained).eval()
+        return note_origin(model) if pretrained else model
     if pretrained:
         raise PruningError(
             f"{name}: torchvision's weights are pickles, and no pickle is read here; load them yourself and give the "
@@ -333,26 +295,6 @@ def left_alone(structures: Sequence[Structure], exclude, only, kinds) -> set:
     }
 
 
-def _with_or_without(allocated, fixed: set, stream_names: set, streams: Optional[bool], all_streams: bool):
-    if streams or not stream_names:
-        return allocated(fixed)
-    if streams is None and all_streams:
-        keep = allocated(fixed)
-    else:
-        try:
-            return allocated(fixed | stream_names)
-        except PruningError as e:
-            if streams is not None or 'can reach' not in str(e):
-                raise
-            keep = allocated(fixed)
-    warnings.warn(
-        'the budget needs residual streams that are normalised over their channels to be cut: masking and cutting '
-        'differ there, fine-tune after; streams=False forbids it',
-        stacklevel=3,
-    )
-    return keep
-
-
 def _nothing(traced: Trace) -> str:
     if traced.structures:
         return 'exclude=, only= and kinds= leave out every structure; loosen them'
@@ -365,30 +307,3 @@ def _recipe(**values: Any) -> Dict[str, Any]:
     plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
     given = {key: value for key, value in plain.items() if value not in (None, [], {})}
     return {**given, 'timm_epfs': __version__, 'timm': timm.__version__, 'torch': torch.__version__.split('+')[0]}
-
-
-def _shallow_copy(model: nn.Module) -> nn.Module:
-    """A copy whose tensors are still the original's: what is cut gets new ones, the rest is unshared after."""
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for module in model.modules():  # what a module keeps of a forward may have a history, which can't be copied
-        for leaf in tree_leaves(dict(vars(module))):
-            if isinstance(leaf, torch.Tensor) and not leaf.is_leaf:
-                memo[id(leaf)] = leaf.detach()
-    plan = getattr(model, 'pruning_plan', None)
-    memo[id(plan)] = plan
-    return copy.deepcopy(model, memo)
-
-
-def _unshare(slim: nn.Module, model: nn.Module) -> None:
-    theirs = {id(t) for t in (*model.parameters(), *model.buffers())}
-    memo: Dict[int, torch.Tensor] = {}
-    for module in slim.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) in theirs:
-                    if id(tensor) not in memo:
-                        clone = tensor.detach().clone()
-                        if isinstance(tensor, nn.Parameter):
-                            clone = nn.Parameter(clone, requires_grad=tensor.requires_grad)
-                        memo[id(tensor)] = clone
-                    tensors[name] = memo[id(tensor)]

@@ -21,12 +21,14 @@ class KeyValues(ParseKwargs):
 
 
 def positive(text: str) -> int:
+    """An option's type: a whole number from 1 on."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 on')
     return int(text)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what names a model and its arguments."""
     group = parser.add_argument_group('model')
     group.add_argument(
         'model', metavar='NAME',

@@ -12,14 +12,13 @@ import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .arguments import model_args, positive
 from .clock import Forward, in_turns, peak_memory
 from .errors import PruningError
 from .export import load_model, onnx_forward, trace_program, write_onnx
 from .files import check_place, write_whole
-from .measure import random_images, size_on_disk
+from .measure import count_macs, random_images, size_on_disk
 from .pictures import draw, new_figure
 from .progress import step
 from .report import aligned, format_count
@@ -33,6 +32,7 @@ _GREY, _BLUE = '#c8c8c8', '#1f4e8c'
 
 
 def add_benchmark_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all options of the command."""
     parser.add_argument(
         'models', nargs='+', metavar='NAME|DIR',
         help='a pruned model, by its name or the folder it was saved in, is timed against its base; any other, alone')
@@ -162,7 +162,7 @@ def _against_each_other(models: Dict[str, nn.Module], batch_size: int, args: arg
         weights = size_on_disk(model)
         row = Timed(
             name, None, batch_size, len(taken.times), median, p10, p90, 1000 * batch_size / median,
-            None if peak is None else peak + weights + images.nbytes, weights, _macs(model, images[:1]),
+            None if peak is None else peak + weights + images.nbytes, weights, count_macs(model, (images[:1],), {}),
         )
         rows.append(_compared(rows[0], row) if rows else row)
     return rows
@@ -178,13 +178,6 @@ def _forward(model: nn.Module, images: Tensor, args: argparse.Namespace) -> Forw
         with one_line(f'--torchcompile {args.torchcompile} can\'t be used'):
             model = torch.compile(model, backend=args.torchcompile, dynamic=False)
     return partial(model, images)
-
-
-@torch.no_grad()
-def _macs(model: nn.Module, image: Tensor) -> float:
-    with FlopCounterMode(display=False) as counter:
-        model(image)
-    return counter.get_total_flops() / 2
 
 
 def _compared(dense: Timed, pruned: Timed) -> Timed:

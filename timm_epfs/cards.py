@@ -25,6 +25,7 @@ from .cost import is_number
 from .errors import PruningError
 from .measure import size_on_disk
 from .methods import METHODS
+from .origin import origin_of
 from .pictures import draw_layers
 from .plan import Plan, recipe_steps
 from .report import format_count
@@ -78,7 +79,7 @@ def make_card(
     steps = recipe_steps(told['recipe'])
     license_name = (getattr(model, 'pretrained_cfg', None) or {}).get('license')
     card = ModelCard.from_template(
-        _card_data(name, license_name, metrics),
+        _card_data(name, license_name, origin_of(model), metrics),
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id,
@@ -114,7 +115,12 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _card_data(name: str, license_name: Optional[str], metrics: Mapping[str, Any]) -> ModelCardData:
+def _card_data(
+        name: str,
+        license_name: Optional[str],
+        origin: Optional[str],
+        metrics: Mapping[str, Any],
+) -> ModelCardData:
     known = license_name in (None, *_HUB_LICENSES)
     dataset, top1 = metrics.get('dataset', ''), metrics.get('pruned', {}).get('top1')
     is_id = re.fullmatch(r'[\w.-]+(/[\w.-]+)?', dataset)
@@ -134,6 +140,7 @@ def _card_data(name: str, license_name: Optional[str], metrics: Mapping[str, Any
         pipeline_tag='image-classification',
         license=license_name if known else 'other',
         license_name=None if known else license_name,
+        base_model=origin,  # of base_model_relation's words (adapter, finetune, merge, quantized) none says pruned
         tags=TAGS,
     )
 

@@ -27,7 +27,7 @@ from .criteria import CRITERIA
 from .errors import PruningError
 from .export import add_export_arguments
 from .hub import check_free, save_pretrained
-from .measure import Rows, compare, image_loader, image_splits, random_images, top1
+from .measure import compare, image_loader, image_splits, random_images, table, top1
 from .progress import progress, step
 from .push import push_to_hub
 from .report import aligned, inspect
@@ -221,8 +221,7 @@ def _prune(args: argparse.Namespace) -> None:
         speed = latencies([dense, slim], images.to(args.device))
     with step(f'saving to {args.output}'):
         folder = save_pretrained(slim, args.output, overwrite=args.overwrite)
-    rows = compare(dense, slim, accuracy, speed)
-    _print_table(rows)
+    print(aligned(table(compare(dense, slim, accuracy, speed))))
     weights = args.checkpoint or ('pretrained' if args.pretrained else 'random')
     print(f'weights: {weights}; latency: median at batch 1 on {args.device}, {torch.get_num_threads()} threads')
     print(f'saved in {args.output}: timm.create_model({f"local-dir:{folder}"!r}, pretrained=True)')
@@ -233,7 +232,7 @@ def _train(args: argparse.Namespace) -> None:
     result = train(args, _model_args(args))
     if result is None:  # the first process speaks for all
         return
-    _print_table(result.rows)
+    print(aligned(table(result.rows)))
     print(result.notes)
     print(f'saved in {args.output}: timm.create_model({f"local-dir:{result.folder}"!r}, pretrained=True)')
 
@@ -301,13 +300,6 @@ def _accuracy(dense: nn.Module, cut: nn.Module, slim: nn.Module, val: Any) -> Di
     models = [dense, cut] if cut is slim else [dense, cut, slim]
     first, *others = top1(models, _reading(val, 'measuring top-1', len(val)))
     return dict(zip(('top-1, %', 'top-1 after BatchNorm recalibration, %'), [(first, other) for other in others]))
-
-
-def _print_table(rows: Rows) -> None:
-    table = [('', 'dense', 'pruned', 'ratio')]
-    for label, ((dense, pruned), show) in rows.items():
-        table.append((label, show(dense), show(pruned), f'{pruned / dense:.3f}' if dense else '-'))
-    print(aligned(table))
 
 
 @contextmanager

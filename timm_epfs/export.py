@@ -33,6 +33,7 @@ Run = Callable[[Tensor], List[Tensor]]
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add all options of the command."""
     parser.add_argument('model', metavar='NAME|DIR', help='timm name, or the folder of a saved model')
     parser.add_argument('--format', required=True, choices=FORMATS, help='onnx, or pt2: an archive of torch.export')
     parser.add_argument('-o', '--output', type=Path, metavar='FILE', help='(name and format, in this folder)')

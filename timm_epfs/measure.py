@@ -6,6 +6,7 @@ import torch
 from timm.data import create_dataset, create_transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.flop_counter import FlopCounterMode
 
 from .api import example_for
 from .calibrate import eval_mode
@@ -13,7 +14,9 @@ from .errors import PruningError
 from .report import format_count
 from .surgery import one_line
 
-__all__ = ['Rows', 'compare', 'image_loader', 'image_splits', 'random_images', 'size_on_disk', 'top1']
+__all__ = [
+    'Rows', 'compare', 'count_macs', 'image_loader', 'image_splits', 'random_images', 'size_on_disk', 'table', 'top1',
+]
 
 # By quantity: dense and pruned value, and how each is shown.
 Rows = Dict[str, Tuple[Tuple[float, float], Callable[[float], str]]]
@@ -45,6 +48,34 @@ def compare(
         'size on disk, bytes': ((size_on_disk(dense), size_on_disk(slim)), format_count),
         'latency, ms': (tuple(speed), '{:.2f}'.format),
     }
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, args: Tuple, kwargs: Mapping[str, Any]) -> float:
+    """Multiply-accumulates of one forward: half of what torch's own counter finds, which sees attention's too.
+
+    Args:
+        model: On the inputs' device; meta will do.
+        args: Positional arguments of the forward.
+        kwargs: Keyword arguments of it.
+    """
+    learning = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)  # else the counter fails where a module is called with a view of a parameter
+    try:
+        with FlopCounterMode(display=False) as counter:
+            model(*args, **kwargs)
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
+    return counter.get_total_flops() / 2
+
+
+def table(rows: Rows) -> List[Tuple[str, str, str, str]]:
+    """What is compared, for people to read, with its head."""
+    return [('', 'dense', 'pruned', 'ratio')] + [
+        (label, show(dense), show(pruned), f'{pruned / dense:.3f}' if dense else '-')
+        for label, ((dense, pruned), show) in rows.items()
+    ]
 
 
 def size_on_disk(model: nn.Module) -> int:

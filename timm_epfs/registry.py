@@ -15,6 +15,7 @@ from .config import check_config, is_from_config, saved_tensors
 from .deferred import DeferredInit
 from .errors import PruningError
 from .features import feature_args
+from .origin import note_origin
 from .plan import Plan
 from .surgery import TORCHVISION, apply_plan, build_base, inflate_checkpoint
 from .weights import read_weights
@@ -140,7 +141,7 @@ def _pruned_timm(
             return model if features else apply_plan(model, plan, deferred)
 
         if read is None:
-            model = build()
+            model = note_origin(build()) if create_args['pretrained'] else build()
         else:
             model = None if features else build(pretrained=False)
             weights = read(None if features else model.state_dict())

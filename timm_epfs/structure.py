@@ -65,4 +65,5 @@ class Size:
     coefs: Tuple[Tuple[str, int], ...] = ()
 
     def __call__(self, left: Mapping[str, int]) -> int:
+        """The length where so many units are left, by structure name."""
         return self.const + sum(coef * left[name] for name, coef in self.coefs)

@@ -211,6 +211,7 @@ class Sizer:
         self._cache: Dict[int, Tuple[np.ndarray, Size]] = {}
 
     def __call__(self, n: int, label: Label) -> Size:
+        """The size of a dim of dense length ``n``; a dim without a label is never cut."""
         if label is None:
             return Size(n)
         if id(label) not in self._cache:  # the label is kept with its size: its id stays taken

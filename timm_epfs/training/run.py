@@ -26,6 +26,7 @@ from ..files import write_whole
 from ..hub import save_pretrained
 from ..measure import Rows, compare, top1
 from ..methods import METHODS
+from ..origin import note_origin
 from ..plan import Plan
 from ..progress import progress, step
 from ..surgery import one_line, rebuild
@@ -99,6 +100,8 @@ class Run:
         random_seed(args.seed)
         with step(f'building {args.model}'):
             self.model = self._dense(args.pretrained and not self.saved)
+            if args.pretrained:
+                note_origin(self.model)  # of a run that goes on, too
             if args.checkpoint and not self.saved:
                 load_weights(self.model, args.checkpoint)
         self.config = describe(self.model, args)
@@ -135,6 +138,7 @@ class Run:
         return model.to(self.args.device).to(memory_format=layout)
 
     def __call__(self) -> Optional[Result]:
+        """Train phase by phase, from where the last checkpoint was left; the result is the first process's alone."""
         begin = PHASES.index(self.saved['phase']) if self.saved else 0
         if self.first:
             text = json.dumps({**self.options, 'epochs_by_phase': self.epochs}, indent=1) + '\n'
@@ -242,7 +246,9 @@ class Run:
 
     def _rebuilt(self, plan: Mapping[str, Any]) -> nn.Module:
         model = rebuild(Plan.from_dict(plan))
-        describe(model, self.args)
+        for name in ('pretrained_cfg', 'default_cfg'):  # a tag's may be others than the plan's base has
+            if hasattr(self.model, name):
+                setattr(model, name, getattr(self.model, name))
         return model
 
     def _learner(self, model: nn.Module, steps: int, steps_per_epoch: int) -> Any:

@@ -10,7 +10,7 @@ import torch
 
 from ..errors import PruningError
 from ..files import write_whole
-from ..measure import Rows
+from ..measure import Rows, table
 from ..plan import Plan
 from ..version import __version__
 from .pictures import draw_all
@@ -76,10 +76,7 @@ def write_report(
     lines = [
         f'# {options["model"]}, pruned by {options["method"]}',
         '',
-        *_table(('', 'dense', 'pruned', 'ratio'), [
-            (name, show(dense), show(pruned), f'{pruned / dense:.3f}' if dense else '-')
-            for name, ((dense, pruned), show) in rows.items()
-        ]),
+        *_markdown(table(rows)),
         '',
         f'Top-1 is that of the saved model, built again from its folder; {notes}.',
         f'timm_epfs {__version__}, timm {timm.__version__}, torch {torch.__version__}.',
@@ -94,10 +91,10 @@ def write_report(
                                '--resume.', '']),
         '## What is left of each layer',
         '',
-        *_table(('structure', 'kind', 'dense', 'left'), [
+        *_markdown([('structure', 'kind', 'dense', 'left'), *(
             (cut.structure.name, cut.structure.kind, str(cut.structure.units), str(len(cut.keep)))
             for cut in plan.cuts
-        ]),
+        )]),
         '',
         '## Epochs',
         '',
@@ -115,12 +112,13 @@ def write_report(
 
 def _history_table(history: Sequence[Mapping[str, Any]]) -> List[str]:
     columns = list(dict.fromkeys(name for row in history for name in row))
-    return _table(columns, [[_cell(row.get(name)) for name in columns] for row in history])
+    return _markdown([columns, *([_cell(row.get(name)) for name in columns] for row in history)])
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> List[str]:
-    lines = [head, ['---'] * len(head), *rows]
-    return [f'| {" | ".join(line)} |' for line in lines]
+def _markdown(rows: Sequence[Sequence[str]]) -> List[str]:
+    """Lines of a table, whose head is the first row."""
+    head, *rest = rows
+    return [f'| {" | ".join(row)} |' for row in (head, ['---'] * len(head), *rest)]
 
 
 def _cell(value: Any) -> str:

@@ -1,0 +1,99 @@
+"""How learners keep to a budget: λ, the pace, the floor, and what each mask weighs."""
+import numpy as np
+import pytest
+import timm
+import torch
+from loop import build, sgd, train
+
+import timm_epfs
+from timm_epfs.methods import METHODS
+
+
+def test_lambda_is_steered_to_the_budget():
+    """Long enough for the controller to get there before the ranking does."""
+    model = build('resnet20_cifar', in_chans=3)
+    learner = timm_epfs.EPFS(model, macs=0.5, steps=150, example_input=torch.empty(1, 3, 16, 16))
+    optimizer = sgd(model, 0.02)
+    train(model, learner, optimizer, 149, size=16)
+    assert learner.alive == pytest.approx(0.5, abs=0.1)
+    train(model, learner, optimizer, 1, first=149, size=16)
+    assert learner.plan().cost['macs'][1] / learner.plan().cost['macs'][0] == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize('method, options', [('epfs', {'l2': None}), ('sss', {'structures': ('neurons',)})])
+def test_what_is_alive_keeps_pace_with_the_schedule(method, options):
+    def ahead(keep_pace):
+        """How much more than wanted is alive, by step."""
+        model = build()
+        learner = METHODS[method](model, macs=0.4, steps=40, keep_pace=keep_pace, **options)
+        found = []
+        for step in range(1, 40):
+            train(model, learner, sgd(model, 0.001), 1, first=step)
+            left = {s.name: s.units for s in learner.traced.structures}
+            left.update((name, int((values > 0).sum())) for name, values in learner.values().items())
+            cost = learner.traced.cost
+            share = cost('macs', cost.counts(left)) / learner.budget.target * 0.4
+            found.append(share - learner.controller.wanted(step))
+        return np.array(found)
+
+    assert ahead(True).max() < 0.02 and ahead(True).min() > -0.05  # one unit of the small model costs up to 4 %
+    assert method == 'sss' or ahead(False).max() > 0.02  # λ alone is late here
+
+
+def test_a_fixed_lambda_leaves_what_it_leaves():
+    model = build()
+    learner = timm_epfs.EPFS(model, l1=0.3, lr=1.0, weigh=None, l2='elastic', steps=4)
+    train(model, learner, sgd(model), 4)
+    assert learner.log()['lambda'] == 0.3
+    plan, values = learner.plan(), learner.values()
+    for cut in plan.cuts:
+        if cut.structure.name in values:
+            alive = np.flatnonzero(values[cut.structure.name] > 0)
+            assert np.array_equal(cut.keep, alive)
+    assert 0 < learner.alive < 1
+
+
+def test_the_floor_holds_and_says_so():
+    model = build()
+    learner = timm_epfs.EPFS(model, l1=10.0, lr=1.0, steps=9, floor=0.1, weigh=None)
+    with pytest.warns(UserWarning, match='the floor holds') as said:
+        train(model, learner, sgd(model), 3)
+    assert len([w for w in said if 'floor' in str(w.message)]) == 1
+    assert all((values > 0).sum() >= max(1, 0.1 * len(values)) for values in learner.values().values())
+
+
+def test_units_that_the_loss_feels_less_weigh_more():
+    torch.manual_seed(0)
+    model = timm.create_model('resnet20_cifar', num_classes=10)
+    learner = timm_epfs.EPFS(model, macs=0.5, steps=100, structures=['filters'])
+    at = learner.masks.slices['layer1.0.conv1'].start
+    grads = torch.ones(learner.masks.units, dtype=torch.float64)
+    grads[at], grads[at + 1] = 0.1, 10.0
+    for step in range(1, 4):
+        learner._measure(grads * (-1) ** step, step)  # on average there's no gradient at all
+    weights = learner.weights[at:at + 3] / learner.weights[at + 2]
+    assert weights.tolist() == pytest.approx([10.0, 0.1, 1.0])
+    assert learner.weights.mean() == pytest.approx(1.0)
+    same = timm_epfs.EPFS(timm.create_model('resnet20_cifar', num_classes=10), macs=0.5, steps=100,
+                          structures=['filters'])
+    same.load_state_dict(learner.state_dict())
+    assert torch.equal(same.weights, learner.weights)
+
+
+def test_costly_units_weigh_more():
+    model = build('resnet18')
+    learner = timm_epfs.EPFS(model, l1=0.1, steps=5)
+    weights = learner.masks.split(learner.weights.numpy())
+    cost = learner.traced.cost
+    counts = cost.counts({s.name: s.units for s in learner.traced.structures})
+    dense = cost('macs', counts)
+    for name in ('layer1.0.conv1', 'layer4.0.conv1'):
+        saved, reference = (dense - cost('macs', _fewer(cost, counts, each)) for each in (name, 'conv1'))
+        assert weights[name][0] / weights['conv1'][0] == pytest.approx(saved / reference)
+    assert learner.weights.mean() == pytest.approx(1.0)
+
+
+def _fewer(cost, counts, name):
+    fewer = counts.copy()
+    fewer[cost.names.index(name)] -= 1
+    return fewer
