@@ -20,12 +20,12 @@ import torch_pruning as tp
 from common import RESULTS, header_line, measure_missing, one_line, write_results
 from torch import nn
 from torch_pruning_recipe import one_shot
-from zoo_checks import count_macs
 
 import timm_epfs
 from timm_epfs.api import example_for, trace_model
 from timm_epfs.clock import time_models
 from timm_epfs.latency import Bench, race
+from timm_epfs.measure import count_macs
 
 ROWS = (
     'resnet18', 'resnet18@32', 'mobilenetv2_100', 'efficientnet_b0', 'resnet50', 'deit_small_patch16_224',

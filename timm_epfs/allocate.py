@@ -14,7 +14,7 @@ from typing import Collection, Dict, List, Mapping, Optional, Sequence
 import numpy as np
 
 from .cost import Budget, CostModel, is_number
-from .errors import PruningError
+from .errors import OutOfReach, PruningError
 from .search import TOLERANCE, Search
 from .structure import Structure
 
@@ -90,7 +90,8 @@ def allocate(
         Units that stay by structure name, ascending, int64.
 
     Raises:
-        PruningError: The budget is out of reach, or an argument is not what it should be.
+        OutOfReach: The floors, or what is left alone, cost more than the budget.
+        PruningError: An argument is not what it should be.
 
     Warns:
         UserWarning: The result is more than 1 % of the dense cost away from the budget.
@@ -219,7 +220,7 @@ def _check_reach(search: Search, finest: List[np.ndarray], floor: float) -> None
     if asked >= 1:
         raise PruningError(f'asked for {_percent(asked)} of the {search.label}; ask for less than the dense model has')
     if asked < lowest - 1e-9:
-        raise PruningError(
+        raise OutOfReach(
             f'asked for {_percent(asked)} of the {search.label} ({search.budget.target:.4g}): with these structures '
             f'and a floor of {_percent(floor)} of the units the model can reach {_percent(lowest)}; '
             f'lower floor=, or allow more structures')

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from .allocate import Budget, allocate
-from .errors import PruningError
+from .errors import OutOfReach
 from .plan import Cut, Plan
 from .surgery import apply_plan
 from .trace import Trace
@@ -48,7 +48,7 @@ class Cutter:
         """The cut model, with its ``pruning_plan``.
 
         Raises:
-            PruningError: The budget is out of reach.
+            OutOfReach: The budget is out of reach.
         """
         plan = make_plan(self.traced, self._keep(budget), self.recipe, *self.base)
         slim = apply_plan(self.model if self.in_place else _shallow_copy(self.model), plan)
@@ -65,8 +65,8 @@ class Cutter:
         if self.streams is not None or len(streams) < len(pool):
             try:
                 return self._allocate(budget, {*self.fixed, *streams})
-            except PruningError as e:
-                if self.streams is not None or 'can reach' not in str(e):
+            except OutOfReach:
+                if self.streams is not None:
                     raise
         keep = self._allocate(budget, self.fixed)
         warnings.warn(

@@ -1,9 +1,13 @@
-"""The one exception a user of timm_epfs has to know."""
+"""The one exception a user of timm_epfs has to know, and the one of its kinds that the code itself acts on."""
 from typing import Sequence
 
 
 class PruningError(ValueError):
     """What was asked can't be done. The message is one line: what was asked, what was found, what to do."""
+
+
+class OutOfReach(PruningError):
+    """A budget is less than any allowed cut leaves."""
 
 
 def first_few(problems: Sequence[str]) -> str:

@@ -21,9 +21,9 @@ sys.path.insert(0, str(HERE.parent))
 
 from common import write_json  # noqa: E402
 from data import TAGS, Images, name_of  # noqa: E402
-from zoo_checks import count_macs  # noqa: E402
 
 from timm_epfs.cards import check_metrics, write_card  # noqa: E402
+from timm_epfs.measure import count_macs  # noqa: E402
 from timm_epfs.plan import Plan  # noqa: E402
 from timm_epfs.surgery import build_base, rebuild  # noqa: E402
 from timm_epfs.variants import plan_path, weights_path  # noqa: E402

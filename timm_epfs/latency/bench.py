@@ -10,7 +10,7 @@ from torch import nn
 
 from ..clock import device_of, time_models
 from ..cost import Budget
-from ..errors import PruningError
+from ..errors import OutOfReach, PruningError
 from ..trace import Trace
 from .kernels import Kernel, inputs_of, kernels
 from .model import LatencyModel, points
@@ -172,7 +172,7 @@ class Bench:
                 with warnings.catch_warnings():
                     warnings.filterwarnings('ignore', message='.* of the latency where')
                     slim = cut(self.budget(aim))
-            except PruningError:
+            except OutOfReach:
                 if found is None:
                     raise
                 aim = (aim + reached) / 2  # further than any cut goes
