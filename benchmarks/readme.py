@@ -54,7 +54,8 @@ def cifar10() -> Dict[str, str]:
     parts: List[str] = []
     for path in sorted((HERE / 'cifar10' / 'results').glob('*.md')):
         parts += [f'### {path.stem}', '', table(path.read_text()), '']
-        for picture in sorted(path.parent.glob(f'{path.stem}*.png'), key=lambda picture: picture.stem):
+        pictures = [path.with_suffix('.png'), *path.parent.glob(f'{path.stem}-*.png')]
+        for picture in sorted(filter(Path.exists, pictures), key=lambda picture: picture.stem):
             parts += [f'![{picture.stem}](cifar10/results/{picture.name})', '']
     return {'cifar10': '\n'.join(parts).strip()} if parts else {}
 
