@@ -220,13 +220,13 @@ def create_base(name: str, pretrained: bool = False, /, **model_args: Any) -> nn
     Raises:
         PruningError: No such model, or it can't be built with these arguments.
     """
-    if name.startswith(('local-dir:', 'hf-hub:')):
-        with one_line(f'{name} can\'t be loaded'):
-            model = timm.create_model(name, pretrained=pretrained, **model_args).eval()
-        return note_origin(model) if pretrained else model
     if not name.startswith(TORCHVISION):
-        model = build_base(name, model_args, pretrained=pretrained).eval()
-        return note_origin(model) if pretrained else model
+        if name.startswith(('local-dir:', 'hf-hub:')):
+            with one_line(f'{name} can\'t be loaded'):
+                model = timm.create_model(name, pretrained=pretrained, **model_args)
+        else:
+            model = build_base(name, model_args, pretrained=pretrained)
+        return note_origin(model.eval()) if pretrained else model.eval()
     if pretrained:
         raise PruningError(
             f"{name}: torchvision's weights are pickles, and no pickle is read here; load them yourself and give the "

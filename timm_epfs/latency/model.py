@@ -124,16 +124,21 @@ def points(kernel: Kernel, units: Mapping[str, int]) -> List[List[Dict[str, int]
         kernel: The call.
         units: Units of the dense model, by name.
     """
-    first, second = [*(left for _, left in _axes(kernel, units)), [{}], [{}]][:2]
+    return _grid(_axes(kernel, units), units)
+
+
+def _grid(axes: List[Axis], units: Mapping[str, int]) -> List[List[Dict[str, int]]]:
+    first, second = [*(left for _, left in axes), [{}], [{}]][:2]
     return [[{**units, **a, **b} for b in second] for a in first]
 
 
 def _table(kernel: Kernel, units: Mapping[str, int], seconds: Callable) -> Tuple[List[Axis], np.ndarray]:
     """Axes along which a call is measured, and its seconds at their points, shape (rows, columns)."""
-    values = np.array([[seconds(kernel, left) for left in row] for row in points(kernel, units)])
+    axes = _axes(kernel, units)
+    values = np.array([[seconds(kernel, left) for left in row] for row in _grid(axes, units)])
     for axis in (0, 1):  # what else runs on the machine makes a call slower, never faster
         values = np.flip(np.minimum.accumulate(np.flip(values, axis), axis), axis)
-    return _axes(kernel, units), values
+    return axes, values
 
 
 def _axes(kernel: Kernel, units: Mapping[str, int]) -> List[Axis]:

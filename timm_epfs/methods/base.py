@@ -69,7 +69,7 @@ class Learner:
         steps: Length of the sparse phase in optimizer steps.
         latency: Budget of the time that a batch takes, in place of ``macs``, as in ``timm_epfs.prune``: measured where
             the model is. Cuts are priced by a table of layers, corrected by cuts measured whole: at the start of equal
-            shares everywhere, after ``steps`` steps of what was learned.
+            shares everywhere, when the selection is made of what was learned.
         latency_batch_size: Images a batch, where time is measured.
         structures: What may go: ``'filters'`` (or ``'neurons'``, ``'channels'``), ``'heads'``, ``'groups'``,
             ``'blocks'``.

@@ -25,8 +25,8 @@ class EPFS(ProximalLearner):
       them shrink at no cost. ``'elastic'``: (λ₂/2)·‖m‖². Both by their exact proximal maps; blocks have none.
     - λ₂ is ``l2_ratio`` times the structure's λ₁·w, so that it follows a λ₁ that is steered. Under ``'norm'`` and λ₁
       alone equal masks come to rest at 1 − 1/``l2_ratio``, from where those fall that the loss needs least.
-    - In the end ℓ1 only selects (``refit``): masks that stay lie anywhere between 0 and 4 by then, which is put right
-      before the cut.
+    - In the end ℓ1 only selects (``refit``): masks that stay may be far from one by then, which is put right before
+      the cut.
     - FISTA takes the gradient at the extrapolated point, which the network is trained with, restarts by O'Donoghue and
       Candès' gradient scheme, and its momentum is capped because gradients are noisy.
     - w is the unit's share of the MACs, over the root mean square of its mask's gradient (``weigh='fisher'``): an
