@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional
 
 import torch
+from safetensors.torch import load_file
 from timm.utils import init_distributed_device
 
 HERE = Path(__file__).parent
@@ -25,6 +26,7 @@ from common import header, write_json  # noqa: E402
 from data import Images, load, name_of  # noqa: E402
 
 from timm_epfs.cli import parse_args  # noqa: E402
+from timm_epfs.training.checkpoints import write_tensors  # noqa: E402
 from timm_epfs.training.data import Batches  # noqa: E402
 from timm_epfs.training.options import check_options  # noqa: E402
 
@@ -38,16 +40,40 @@ def main() -> None:
     chosen = list(_experiments(args))
     if not chosen:
         sys.exit(f'no experiment is named {" or ".join(args.patterns)}; see {HERE.name}/experiments')
-    for model in dict.fromkeys(_model(path.parent.name) for path in chosen):
-        chosen.insert(0, HERE / 'experiments' / model / f'{DENSE}.json')
-    for path in dict.fromkeys(chosen):
-        experiment = json.loads(path.read_text())
-        for seed in experiment['seeds'] if args.seeds is None else args.seeds:
-            name = f'{path.parent.name}/{path.stem}-{seed}'
-            result = args.results / f'{name}.json'
-            if not result.exists() and (path.stem != DENSE or seed == 0):
-                print(f'== {name}', flush=True)
-                write_json(result, _run(args, experiment, name, seed, images))
+    for path in chosen:
+        start = HERE / 'experiments' / _model(path.parent.name) / f'{DENSE}.json'
+        for seed in _seeds(path, args.seeds):
+            if _result(args, path, seed).exists():
+                continue
+            if path != start and not _dense_weights(args, start.parent.name).exists():
+                _make(args, start, 0, images)
+            _make(args, path, seed, images)
+
+
+def _seeds(path: Path, asked: Optional[List[int]]) -> List[int]:
+    if path.stem == DENSE:
+        return [0]
+    return json.loads(path.read_text())['seeds'] if asked is None else asked
+
+
+def _result(args: argparse.Namespace, path: Path, seed: int) -> Path:
+    return args.results / path.parent.name / f'{path.stem}-{seed}.json'
+
+
+def _dense_weights(args: argparse.Namespace, model: str) -> Path:
+    """What all experiments of a model start from, in half precision: small enough to be committed with its result."""
+    return args.results / model / f'{DENSE}-0.safetensors'
+
+
+def _make(args: argparse.Namespace, path: Path, seed: int, images: Dict[str, torch.Tensor]) -> None:
+    """Run an experiment and write down its result, for a dense baseline with the weights."""
+    name = f'{path.parent.name}/{path.stem}-{seed}'
+    print(f'== {name}', flush=True)
+    write_json(_result(args, path, seed), _run(args, json.loads(path.read_text()), name, seed, images))
+    if path.stem == DENSE:
+        weights = load_file(args.runs / name / 'dense.safetensors')
+        halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
+        write_tensors(_dense_weights(args, path.parent.name), halves)
 
 
 def _arguments() -> argparse.Namespace:
@@ -111,7 +137,7 @@ def _model(name: str) -> str:
 def _start(args: argparse.Namespace, experiment: Dict[str, Any], model: str) -> Optional[Path]:
     """The weights that a run starts from: the dense baseline's, or for that itself what its file names."""
     if 'weights' not in experiment:
-        return args.runs / model / f'{DENSE}-0' / 'dense.safetensors'
+        return _dense_weights(args, model)
     if experiment['weights'] is None:
         return None
     if args.weights_dir is None:
