@@ -47,8 +47,8 @@ def by_experiment(runs: Sequence[Dict[str, Any]]) -> Tuple[float, Dict[str, Runs
     groups = defaultdict(list)
     for run in runs:
         groups[run['name'].partition('/')[2].rpartition('-')[0]].append(run)
-    groups.pop('dense', None)
-    return runs[0]['top1']['dense'], groups
+    dense = groups.pop('dense', runs)[0]
+    return dense['top1']['dense'], groups
 
 
 def markdown(model: str, runs: Sequence[Dict[str, Any]]) -> str:
@@ -59,12 +59,12 @@ def markdown(model: str, runs: Sequence[Dict[str, Any]]) -> str:
 
 
 def _table(images: str, runs: Runs) -> List[str]:
-    dense, experiments = by_experiment(runs)
-    rows = [_row(name, found, dense) for name, found in experiments.items()]
+    _, experiments = by_experiment(runs)
+    rows = [_row(name, found) for name, found in experiments.items()]
     rows.sort(key=lambda row: -row[-1])
     machines = sorted({header_line(run['machine']) for run in runs})
     return [
-        f'{images}. Dense: {dense:.2f} %. Where there are several seeds, mean ± standard deviation.',
+        f'{images}. Dense: {_dense(runs)} %. Where there are several seeds, mean ± standard deviation.',
         *machines,
         '',
         f'| {" | ".join(COLUMNS)} |', '|' + '---|' * len(COLUMNS),
@@ -72,12 +72,19 @@ def _table(images: str, runs: Runs) -> List[str]:
     ]
 
 
-def _row(name: str, runs: Runs, dense: float) -> List[Any]:
+def _dense(runs: Runs) -> str:
+    """Top-1 of the weights that the runs started from: one number, or how far apart where they were trained anew."""
+    least, most = (f'{pick(run["top1"]["dense"] for run in runs):.2f}' for pick in (min, max))
+    return least if least == most else f'{least} to {most} (a run is compared with the weights that it started from)'
+
+
+def _row(name: str, runs: Runs) -> List[Any]:
+    gap = mean(run['top1']['finetuned'] - run['top1']['dense'] for run in runs)
     tuned = [run['top1']['finetuned'] for run in runs]
     return [
         name.rpartition('-')[0] or name, str(len(runs)),
         *(f'{mean(run[quantity][1] / run[quantity][0] for run in runs):.3f}' for quantity in ('macs', 'params')),
-        _spread([run['top1']['cut'] for run in runs]), _spread(tuned), f'{mean(tuned) - dense:+.2f}',
+        _spread([run['top1']['cut'] for run in runs]), _spread(tuned), f'{gap:+.2f}',
         ' + '.join(f'{count} {phase}' for phase, count in runs[0]['epochs'].items() if count), mean(tuned),
     ]
 
