@@ -102,7 +102,7 @@ def _experiments(args: argparse.Namespace) -> Iterator[Path]:
 
 def _run(args: argparse.Namespace, experiment: Dict[str, Any], name: str, seed: int, images: Dict) -> Dict[str, Any]:
     group, model = name.partition('/')[0], _model(name)
-    folder = args.runs / name
+    folder, commit = args.runs / name, _commit()
     start = _start(args, experiment, model)
     options = parse_args([
         'train', model, '--output', str(folder), '--data-dir', str(args.data_dir), '--seed', str(seed),
@@ -125,7 +125,7 @@ def _run(args: argparse.Namespace, experiment: Dict[str, Any], name: str, seed: 
         'macs': plan.cost['macs'], 'params': plan.cost['params'], 'latency_ms': rows['latency, ms'],
         'latency': {'batch_size': 1, 'threads': torch.get_num_threads(), 'dtype': 'float32', 'device': args.device},
         'epochs': run.epochs, 'seconds': _seconds(result.history), 'history': result.history,
-        'machine': header(), 'commit': _commit(), 'plan': plan.to_dict(),
+        'machine': header(), 'commit': commit, 'plan': plan.to_dict(),
     }
 
 
