@@ -61,7 +61,7 @@ def _result(args: argparse.Namespace, path: Path, seed: int) -> Path:
 
 
 def _dense_weights(args: argparse.Namespace, model: str) -> Path:
-    """What all experiments of a model start from, in half precision: small enough to be committed with its result."""
+    """What all experiments of a model start from, in half precision: small models' are committed with the result."""
     return args.results / model / f'{DENSE}-0.safetensors'
 
 
