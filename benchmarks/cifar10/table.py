@@ -7,7 +7,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Collection, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
@@ -60,11 +60,12 @@ def markdown(model: str, runs: Sequence[Dict[str, Any]]) -> str:
 
 def _table(images: str, runs: Runs) -> List[str]:
     _, experiments = by_experiment(runs)
-    rows = [_row(name, found) for name, found in experiments.items()]
+    starts = {run['name']: _start(run, runs) for run in runs}
+    rows = [_row(name, found, starts) for name, found in experiments.items()]
     rows.sort(key=lambda row: -row[-1])
     machines = sorted({header_line(run['machine']) for run in runs})
     return [
-        f'{images}. Dense: {_dense(runs)} %. Where there are several seeds, mean ± standard deviation.',
+        f'{images}. Dense: {_range(starts.values())}. Where there are several seeds, mean ± standard deviation.',
         *machines,
         '',
         f'| {" | ".join(COLUMNS)} |', '|' + '---|' * len(COLUMNS),
@@ -72,14 +73,20 @@ def _table(images: str, runs: Runs) -> List[str]:
     ]
 
 
-def _dense(runs: Runs) -> str:
-    """Top-1 of the weights that the runs started from: one number, or how far apart where they were trained anew."""
-    least, most = (f'{pick(run["top1"]["dense"] for run in runs):.2f}' for pick in (min, max))
-    return least if least == most else f'{least} to {most} (a run is compared with the weights that it started from)'
+def _start(run: Dict[str, Any], runs: Runs) -> float:
+    """Top-1 of the weights that a run started from, which other runs of its date tell where it trained them on."""
+    same = (other for other in runs
+            if other['machine']['date'] == run['machine']['date'] and not other['epochs']['dense'])
+    return next(same, run)['top1']['dense'] if run['epochs']['dense'] else run['top1']['dense']
 
 
-def _row(name: str, runs: Runs) -> List[Any]:
-    gap = mean(run['top1']['finetuned'] - run['top1']['dense'] for run in runs)
+def _range(values: Collection[float]) -> str:
+    least, most = (f'{pick(values):.2f}' for pick in (min, max))
+    return f'{least} %' if least == most else f'{least} to {most} % (Δ is to the weights that a run started from)'
+
+
+def _row(name: str, runs: Runs, starts: Mapping[str, float]) -> List[Any]:
+    gap = mean(run['top1']['finetuned'] - starts[run['name']] for run in runs)
     tuned = [run['top1']['finetuned'] for run in runs]
     return [
         name.rpartition('-')[0] or name, str(len(runs)),
