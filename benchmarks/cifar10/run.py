@@ -23,7 +23,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from baselines import RUNNERS  # noqa: E402
 from common import header, write_json  # noqa: E402
-from data import Images, load, name_of  # noqa: E402
+from data import Images, halved, load, name_of  # noqa: E402
 
 from timm_epfs.cli import parse_args  # noqa: E402
 from timm_epfs.training.checkpoints import write_tensors  # noqa: E402
@@ -72,8 +72,7 @@ def _make(args: argparse.Namespace, path: Path, seed: int, images: Dict[str, tor
     write_json(_result(args, path, seed), _run(args, json.loads(path.read_text()), name, seed, images))
     if path.stem == DENSE:
         weights = load_file(args.runs / name / 'dense.safetensors')
-        halves = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
-        write_tensors(_dense_weights(args, path.parent.name), halves)
+        write_tensors(_dense_weights(args, path.parent.name), halved(weights))
 
 
 def _arguments() -> argparse.Namespace:

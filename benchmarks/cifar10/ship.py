@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 from common import write_json  # noqa: E402
-from data import TAGS, Images, name_of  # noqa: E402
+from data import TAGS, Images, halved, name_of  # noqa: E402
 
 from timm_epfs.cards import check_metrics, write_card  # noqa: E402
 from timm_epfs.measure import count_macs  # noqa: E402
@@ -96,7 +96,7 @@ def _small(weights: Dict[str, Tensor], name: str) -> Dict[str, Tensor]:
         return sum(tensor.nbytes for tensor in weights.values())
 
     if size() > MOST:
-        weights = {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
+        weights = halved(weights)
     if size() > MOST:
         raise SystemExit(f'{name}: the weights have {size()} bytes in half precision, {MOST} may be shipped')
     return weights
