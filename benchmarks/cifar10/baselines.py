@@ -1,13 +1,19 @@
 """What EPFS, SSS and the soft methods are compared with and ``timm-epfs train`` doesn't offer by itself."""
 import argparse
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
+import numpy as np
 import torch
 import torch_pruning as tp
 from torch import nn
 
+from timm_epfs.criteria import score
+from timm_epfs.plan import Plan
+from timm_epfs.surgery import apply_plan
 from timm_epfs.training.run import Run
 from timm_epfs.training.stage import Stage
 
@@ -41,11 +47,29 @@ class ScratchRun(ExperimentRun):
     """The shape that another experiment found, with fresh weights (Liu et al., ICLR 2019)."""
 
     def _one_shot(self) -> nn.Module:
+        model = self._rebuilt(self._found())
+        return model.to(self.args.device)
+
+    def _found(self) -> Dict[str, Any]:
         found = self.results / f'{self.experiment["shape_of"]}-{self.seed}.json'
         if not found.exists():
             raise SystemExit(f'the shape of {found.stem} is not known yet; run that first')
-        model = self._rebuilt(json.loads(found.read_text())['plan'])
-        return model.to(self.args.device)
+        return json.loads(found.read_text())['plan']
+
+
+class ShapeRun(ScratchRun):
+    """The shape that another experiment found, of the units that a criterion ranks highest within each structure."""
+
+    def _one_shot(self) -> nn.Module:
+        plan = Plan.from_dict(self._found())
+        scores = score(self.model, [cut.structure for cut in plan.cuts], self.args.criterion)
+        cuts = tuple(
+            replace(cut, keep=np.sort(np.argsort(-scores[cut.structure.name], kind='stable')[:len(cut.keep)]))
+            for cut in plan.cuts)
+        recipe = {'method': 'one-shot', 'criterion': self.args.criterion, 'widths': self.experiment['shape_of']}
+        model = copy.deepcopy(self.model)
+        model.pruning_plan = replace(plan, cuts=cuts, recipe=recipe)
+        return apply_plan(model, model.pruning_plan)
 
 
 class GroupNormRun(ExperimentRun):
@@ -65,4 +89,4 @@ class GroupNormRun(ExperimentRun):
         return stage
 
 
-RUNNERS = {'train': ExperimentRun, 'scratch': ScratchRun, 'group_norm': GroupNormRun}
+RUNNERS = {'train': ExperimentRun, 'scratch': ScratchRun, 'shape': ShapeRun, 'group_norm': GroupNormRun}
