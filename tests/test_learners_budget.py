@@ -97,3 +97,60 @@ def _fewer(cost, counts, name):
     fewer = counts.copy()
     fewer[cost.names.index(name)] -= 1
     return fewer
+
+
+@pytest.mark.parametrize('method', ['epfs', 'sss'])
+def test_a_criterion_may_give_the_widths_and_masks_choose_the_units(method):
+    def kept(plan):
+        return {cut.structure.name: cut.keep for cut in plan.cuts}
+
+    model = build()
+    one_shot = kept(timm_epfs.prune(model, macs=0.5, criterion='fpgm', floor=0.05).pruning_plan)
+    learner = METHODS[method](model, macs=0.5, steps=10, structures=('filters',), widths='fpgm')
+    train(model, learner, sgd(model), 10)
+    learned = kept(learner.plan())
+    assert {name: len(units) for name, units in learned.items()} == {name: len(u) for name, u in one_shot.items()}
+    assert any(not np.array_equal(units, one_shot[name]) for name, units in learned.items())
+    assert learner.plan().recipe['widths'] == 'fpgm'
+
+
+def test_given_widths_are_kept_in_a_checkpoint():
+    """The weights that they were found by have been trained since."""
+    model = build()
+    learner = timm_epfs.EPFS(model, macs=0.5, steps=10, widths='l2')
+    train(model, learner, sgd(model), 1)
+    state = learner.state_dict()
+    learner.remove()
+    with torch.no_grad():
+        model.conv1[0].weight[:5] = 0
+    resumed = timm_epfs.EPFS(model, macs=0.5, steps=10, widths='l2')
+    assert _widths(resumed.state_dict()) != _widths(state)
+    resumed.load_state_dict(state)
+    assert _widths(resumed.state_dict()) == _widths(state)
+
+
+def _widths(state):
+    return {name: value for name, value in state.items() if name.startswith('widths.')}
+
+
+def test_blocks_are_left_to_their_masks_where_widths_are_given():
+    model = build()
+    learner = timm_epfs.EPFS(model, macs=0.5, steps=10, structures=('filters', 'blocks'), widths='l2')
+    blocks = {s.name for s in learner.structures if s.kind == 'blocks'}
+    names = {name.removeprefix('widths.') for name in _widths(learner.state_dict())}
+    assert blocks and names == {s.name for s in learner.structures} - blocks
+    train(model, learner, sgd(model), 10)
+    macs = learner.plan().cost['macs']
+    assert macs[1] / macs[0] == pytest.approx(0.5, abs=0.02)
+
+
+def test_widths_without_a_budget_are_the_masks_own():
+    assert not _widths(timm_epfs.EPFS(build(), l1=0.1, widths='l2').state_dict())
+
+
+@pytest.mark.parametrize('widths', ['taylor', 'nothing'])
+def test_widths_by_what_is_no_criterion_of_weights(widths):
+    model = build()
+    with pytest.raises(timm_epfs.PruningError, match=f"widths='{widths}' was asked; choose one of l1, l2, fpgm"):
+        timm_epfs.EPFS(model, macs=0.5, steps=10, widths=widths)
+    timm_epfs.EPFS(model, macs=0.5, steps=10)  # nothing is left on the model

@@ -7,6 +7,7 @@ import torch
 
 from ..budget import Controller
 from ..cost import Budget
+from ..criteria import CRITERIA, score
 from ..errors import PruningError
 from ..proximal import Apg, Fista
 from .base import Learner
@@ -38,6 +39,8 @@ class ProximalLearner(Learner):
         weigh: What λ₁ is multiplied by, with a mean of one. ``'macs'``: the unit's share of the model's MACs, or of its
             latency where that is the budget. ``'fisher'``: that over the root mean square of the mask's gradient so
             far. None: λ₁ for all.
+        widths: Criterion of ``timm_epfs.prune`` that says, before training, how many units each structure keeps where
+            there is a budget; the masks say which. Blocks are left to their masks. None: the masks say both.
         **options: As in ``Learner``.
     """
 
@@ -54,12 +57,14 @@ class ProximalLearner(Learner):
             weigh: Optional[str] = 'macs',
             keep_pace: bool = True,
             refit: bool = True,
+            widths: Optional[str] = None,
             **options: Any,
     ):
-        _check(macs if macs is not None else options.get('latency'), steps, l1, lr, weigh)
+        _check(macs if macs is not None else options.get('latency'), steps, l1, lr, weigh, widths)
         super().__init__(model, macs, steps, **options)
         self.l1, self.lr, self.weigh, self.keep_pace, self.refit = l1, lr, weigh, keep_pace, refit
-        self._recipe.update(l1=l1, weigh=weigh, keep_pace=keep_pace, refit=refit)
+        self._recipe.update(l1=l1, weigh=weigh, keep_pace=keep_pace, refit=refit, widths=widths)
+        self._widths = self._widths_by(widths) if widths and self.budget is not None else {}
         if refit and steps is not None:
             self._selects_at = max(1, round(_SELECT * steps))
         self.costs = self._unit_costs() if weigh else torch.ones(self.masks.units, dtype=torch.float64)
@@ -169,6 +174,28 @@ class ProximalLearner(Learner):
             keep = self._allocate(self._scores(), budget=Budget(self.quantity, wanted * self._dense), round_to=1)
         self.solver.hold(~self._flags(keep), torch.zeros_like(self.solver.x))
 
+    def _widths_by(self, criterion: str) -> Dict[str, int]:
+        """Units that the structures keep by a criterion at the budget, blocks left out."""
+        try:
+            scores = score(self.model, self.structures, criterion)
+        except PruningError:
+            self.masks.remove()
+            raise
+        highest = max(float(values.max()) for values in scores.values())
+        blocks = [s.name for s in self.structures if s.kind == 'blocks']
+        scores.update({name: np.full(1, highest + 1) for name in blocks})  # the last to go
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # how near the budget is counts in the end
+            keep = self._allocate(scores)
+        return {s.name: len(keep[s.name]) for s in self.structures if s.name not in blocks}
+
+    def _scores(self) -> Dict[str, np.ndarray]:
+        """The masks, or by how much each one's place from the largest on is within the width that is given."""
+        return {
+            name: self._widths[name] / _places(masks) if name in self._widths else masks
+            for name, masks in self.values().items()
+        }
+
     def _clearly_alive(self, masks: torch.Tensor) -> np.ndarray:
         return (masks > _FAINT * self.solver.x.mean()).numpy()
 
@@ -200,7 +227,8 @@ class ProximalLearner(Learner):
         flat = {f'{part}.{key}': value for part, state in parts.items() for key, value in state.items()}
         held = ' '.join(str(i) for i in sorted(self._said))
         own = {'lr': self.lr, 'rms': self._rms, 'largest': self._largest, 'held': held}
-        return {**flat, **own, 'squares': self._squares.clone()}
+        widths = {f'widths.{name}': width for name, width in self._widths.items()}
+        return {**flat, **own, **widths, 'squares': self._squares.clone()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         for part in ('solver', 'controller'):
@@ -210,6 +238,7 @@ class ProximalLearner(Learner):
                     {key[at:]: value for key, value in state.items() if key.startswith(f'{part}.')})
         self.lr, self._rms, self._largest = state['lr'], float(state['rms']), float(state['largest'])
         self._squares = state['squares'].clone()
+        self._widths = {name: int(state[f'widths.{name}']) for name in self._widths}
         self._said = {int(i) for i in state['held'].split()}
         self.masks.set(self.solver.x if self.finished else self.solver.y, self.solver.x)
 
@@ -220,7 +249,21 @@ def _per_gradient(costs: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
     return weights / weights.mean()
 
 
-def _check(macs: Optional[float], steps: Optional[int], l1: Optional[float], lr: Optional[float], weigh) -> None:
+def _places(values: np.ndarray) -> np.ndarray:
+    """Places from the largest on, from 1, of equal ones the first first, shape (units,)."""
+    places = np.empty(len(values))
+    places[np.argsort(-values, kind='stable')] = np.arange(1, len(values) + 1)
+    return places
+
+
+def _check(
+        macs: Optional[float],
+        steps: Optional[int],
+        l1: Optional[float],
+        lr: Optional[float],
+        weigh: Optional[str],
+        widths: Optional[str],
+) -> None:
     if macs is None and l1 is None:
         raise PruningError('neither macs= nor latency= nor l1= was given; give a budget, or a fixed λ')
     if l1 is None and steps is None:
@@ -230,3 +273,6 @@ def _check(macs: Optional[float], steps: Optional[int], l1: Optional[float], lr:
             raise PruningError(f'{name}={value!r} was asked; give a number from 0 on')
     if weigh not in _WEIGHS:
         raise PruningError(f"weigh={weigh!r} was asked; choose 'fisher', 'macs' or None")
+    if widths is not None and (widths not in CRITERIA or CRITERIA[widths].needs_data):
+        known = ', '.join(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
+        raise PruningError(f'widths={widths!r} was asked; choose one of {known}, or None')
