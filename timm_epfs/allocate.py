@@ -18,7 +18,7 @@ from .errors import OutOfReach, PruningError
 from .search import TOLERANCE, Search
 from .structure import Structure
 
-__all__ = ['ALIGN', 'Budget', 'SCOPES', 'allocate', 'budget_from']
+__all__ = ['ALIGN', 'Budget', 'SCOPES', 'allocate', 'budget_from', 'top']
 
 SCOPES = ('global', 'local', 'isomorphic')
 ALIGN = 16  # what wide layers are multiples of by default
@@ -122,10 +122,11 @@ def allocate(
     if abs(search.gap(at)) > TOLERANCE:
         _warn(search, at, round_to, finest)
     left = dict(zip(cost.names, search.choices[at]))
-    return {name: _top(values[name], left[name]) for name in by_name}
+    return {name: top(values[name], left[name]) for name in by_name}
 
 
-def _top(scores: np.ndarray, left: int) -> np.ndarray:
+def top(scores: np.ndarray, left: int) -> np.ndarray:
+    """The units with the highest scores, among equal ones those that come first, ascending, int64, shape (left,)."""
     threshold = np.partition(scores, -left)[-left]
     above, ties = np.flatnonzero(scores > threshold), np.flatnonzero(scores == threshold)
     return np.sort(np.append(above, ties[:left - len(above)])).astype(np.int64)

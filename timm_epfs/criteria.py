@@ -21,7 +21,7 @@ from .calibrate import eval_mode
 from .errors import PruningError
 from .structure import Member, Structure
 
-__all__ = ['Criterion', 'CRITERIA', 'score']
+__all__ = ['Criterion', 'CRITERIA', 'WITHOUT_DATA', 'score']
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,8 @@ CRITERIA: Dict[str, Criterion] = {
         'Needs data, one backward an image.',
         'OBDCImportance', {'num_classes': None}, kinds=('out',), needs_data=True),
 }
+
+WITHOUT_DATA = tuple(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
 
 
 def score(

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional
 
-import numpy as np
 import torch
 import torch_pruning as tp
 from torch import nn
 
+from timm_epfs.allocate import top
 from timm_epfs.criteria import score
 from timm_epfs.plan import Plan
 from timm_epfs.surgery import apply_plan
@@ -63,9 +63,7 @@ class ShapeRun(ScratchRun):
     def _one_shot(self) -> nn.Module:
         plan = Plan.from_dict(self._found())
         scores = score(self.model, [cut.structure for cut in plan.cuts], self.args.criterion)
-        cuts = tuple(
-            replace(cut, keep=np.sort(np.argsort(-scores[cut.structure.name], kind='stable')[:len(cut.keep)]))
-            for cut in plan.cuts)
+        cuts = tuple(replace(cut, keep=top(scores[cut.structure.name], len(cut.keep))) for cut in plan.cuts)
         recipe = {'method': 'one-shot', 'criterion': self.args.criterion, 'widths': self.experiment['shape_of']}
         model = copy.deepcopy(self.model)
         model.pruning_plan = replace(plan, cuts=cuts, recipe=recipe)

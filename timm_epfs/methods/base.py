@@ -12,7 +12,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..allocate import ALIGN, allocate, budget_from
+from ..allocate import ALIGN, allocate, budget_from, top
 from ..api import Example, base_of, example_for, left_alone, make_plan, trace_model
 from ..center import drop_hooks
 from ..cost import Budget
@@ -324,8 +324,7 @@ class Learner:
             return self._allocate(scores)
         keep = {s.name: np.arange(s.units) for s in self.traced.structures}
         for s, floor in zip(self.structures, self._floors):
-            left = max(self._left(scores[s.name]), floor)
-            keep[s.name] = np.sort(np.argsort(-scores[s.name], kind='stable')[:left])
+            keep[s.name] = top(scores[s.name], max(self._left(scores[s.name]), floor))
         return keep
 
     def _left(self, scores: np.ndarray) -> int:

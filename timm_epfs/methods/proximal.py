@@ -7,7 +7,7 @@ import torch
 
 from ..budget import Controller
 from ..cost import Budget
-from ..criteria import CRITERIA, score
+from ..criteria import WITHOUT_DATA, score
 from ..errors import PruningError
 from ..proximal import Apg, Fista
 from .base import Learner
@@ -273,6 +273,5 @@ def _check(
             raise PruningError(f'{name}={value!r} was asked; give a number from 0 on')
     if weigh not in _WEIGHS:
         raise PruningError(f"weigh={weigh!r} was asked; choose 'fisher', 'macs' or None")
-    if widths is not None and (widths not in CRITERIA or CRITERIA[widths].needs_data):
-        known = ', '.join(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
-        raise PruningError(f'widths={widths!r} was asked; choose one of {known}, or None')
+    if widths is not None and widths not in WITHOUT_DATA:
+        raise PruningError(f'widths={widths!r} was asked; choose one of {", ".join(WITHOUT_DATA)}, or None')

@@ -5,7 +5,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..criteria import CRITERIA, score
+from ..criteria import WITHOUT_DATA, score
 from ..errors import PruningError
 from ..surgery import rebuild
 from .base import Learner
@@ -87,9 +87,9 @@ class OneShot(RankingLearner):
     ):
         if macs is None and options.get('latency') is None:
             raise PruningError(f'{type(self).__name__} needs macs= or latency=, the budget that its ranking is cut at')
-        ranks = [name for name, known in CRITERIA.items() if not known.needs_data]
-        if criterion not in ranks:
-            raise PruningError(f'criterion={criterion!r} was asked; choose one that needs no data: {", ".join(ranks)}')
+        if criterion not in WITHOUT_DATA:
+            raise PruningError(
+                f'criterion={criterion!r} was asked; choose one that needs no data: {", ".join(WITHOUT_DATA)}')
         super().__init__(model, macs, steps, **options)
         self.criterion, self.seed = criterion, seed
         self._recipe.update(criterion=criterion, seed=seed if criterion == 'random' else None)
