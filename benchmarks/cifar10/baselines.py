@@ -10,10 +10,12 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
+from timm_epfs import prune
 from timm_epfs.allocate import top
 from timm_epfs.criteria import score
 from timm_epfs.plan import Plan
 from timm_epfs.surgery import apply_plan
+from timm_epfs.training.options import budget
 from timm_epfs.training.run import Run
 from timm_epfs.training.stage import Stage
 
@@ -70,6 +72,14 @@ class ShapeRun(ScratchRun):
         return apply_plan(model, model.pruning_plan)
 
 
+class RatiosRun(ExperimentRun):
+    """Some structures' shares are set by hand (``ratios`` of ``timm_epfs.prune``), the criterion sees to the rest."""
+
+    def _one_shot(self) -> nn.Module:
+        options = {'criterion': self.args.criterion, 'ratios': self.experiment['ratios']}
+        return prune(self.model, **budget(self.args), **options)
+
+
 class GroupNormRun(ExperimentRun):
     """torch-pruning's sparse training (Fang et al., DepGraph, CVPR 2023) in the dense phase; then its group norm ranks.
 
@@ -87,4 +97,6 @@ class GroupNormRun(ExperimentRun):
         return stage
 
 
-RUNNERS = {'train': ExperimentRun, 'scratch': ScratchRun, 'shape': ShapeRun, 'group_norm': GroupNormRun}
+RUNNERS = {
+    'train': ExperimentRun, 'scratch': ScratchRun, 'shape': ShapeRun, 'ratios': RatiosRun, 'group_norm': GroupNormRun,
+}
