@@ -1,25 +1,38 @@
 """Which experiments of the comparison on CIFAR-10 are run, and what they start from."""
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
+
+from timm_epfs.plan import Plan
 
 CIFAR10 = Path(__file__).parents[1] / 'benchmarks' / 'cifar10'
 DENSE, L1 = 'resnet20_cifar/dense-0', 'resnet20_cifar/l1-50-0'
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
-    """Runs an experiment without training; returns the names of what was run, in order."""
+def script(monkeypatch):
+    """``run.py`` as a module, without a trace afterwards."""
     monkeypatch.setattr(sys, 'path', [str(CIFAR10), *sys.path])
     modules = ('run', 'baselines', 'data', 'common')
     for name in modules:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    import run as script
+    import run
 
     threads = torch.get_num_threads()
+    yield run
+    torch.set_num_threads(threads)
+    for name in modules:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def run(script, monkeypatch, tmp_path):
+    """Runs an experiment without training; returns the names of what was run, in order."""
     done = []
 
     def train(args, experiment, name, seed, images):
@@ -41,10 +54,7 @@ def run(monkeypatch, tmp_path):
 
     monkeypatch.setattr(script, '_run', train)
     monkeypatch.setattr(script, 'load', lambda *_: {})
-    yield main
-    torch.set_num_threads(threads)
-    for name in modules:
-        sys.modules.pop(name, None)
+    return main
 
 
 def test_the_dense_baseline_comes_first_and_what_has_a_result_is_left_out(run):
@@ -64,3 +74,43 @@ def test_lost_dense_weights_are_trained_again_for_what_has_no_result_and_for_not
     assert run('resnet20_cifar/l1-50') == []
     (tmp_path / f'{L1}.json').unlink()
     assert run('resnet20_cifar/l1-50') == [DENSE, L1]
+
+
+@pytest.fixture
+def really_run(script, tmp_path):
+    """Runs an experiment for an epoch of one batch on noise; returns its result."""
+    images = {}
+    for split in ('train', 'test'):
+        images[f'{split}.pixels'] = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+        images[f'{split}.targets'] = torch.arange(8)
+    start = tmp_path / 'resnet20_cifar'
+    start.mkdir()
+    save_file(script.halved(timm.create_model('resnet20_cifar').state_dict()), start / 'dense-0.safetensors')
+    args = Namespace(runs=tmp_path / 'runs', results=tmp_path, data_dir=Path('.'), weights_dir=None, device='cpu')
+
+    def result(name, **experiment):
+        options = {'method': 'none', 'macs': 0.5, 'epochs': 1, 'dense-epochs': 0, 'batch-size': 8, 'criterion': 'l1'}
+        options.update(experiment.pop('options', {}))
+        made = script._run(args, {**experiment, 'options': options}, f'resnet20_cifar/{name}-0', 0, images)
+        script.write_json(tmp_path / 'resnet20_cifar' / f'{name}-0.json', made)
+        return made
+
+    return result
+
+
+def _cuts(result):
+    return {cut.structure.name: cut for cut in Plan.from_dict(result['plan']).cuts}
+
+
+def test_shares_that_are_set_by_hand_are_kept_and_the_rest_meets_the_budget(really_run):
+    result = really_run('wide', runner='ratios', ratios={'layer3.*.conv1': 0})
+    cuts = _cuts(result)
+    assert not {name for name in cuts if name.startswith('layer3') and 'conv1' in name and len(cuts[name].keep) < 64}
+    assert result['macs'][1] / result['macs'][0] == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_shape_that_another_experiment_found_is_filled_with_the_units_that_a_criterion_ranks_highest(really_run):
+    found = _cuts(really_run('found', options={'criterion': 'random'}))
+    filled = _cuts(really_run('filled', runner='shape', shape_of='found'))
+    assert {name: len(cut.keep) for name, cut in filled.items()} == {name: len(cut.keep) for name, cut in found.items()}
+    assert any(list(cut.keep) != list(found[name].keep) for name, cut in filled.items())
