@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -404,7 +405,9 @@ def test_masks_are_weighed_by_the_clock(fake_clock):
     assert learner.alive == 1
 
 
-@pytest.mark.parametrize('method', [timm_epfs.EPFS, timm_epfs.SSS, timm_epfs.SFP, timm_epfs.OneShot])
+@pytest.mark.parametrize('method', [
+    timm_epfs.EPFS, partial(timm_epfs.EPFS, widths='l2'), timm_epfs.SSS, timm_epfs.SFP, timm_epfs.OneShot,
+])
 def test_methods_meet_a_latency(fake_clock, method):
     model = timm.create_model('resnet20_cifar')
     images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
