@@ -152,11 +152,11 @@ def test_local_cuts_the_same_share_and_smaller_budgets_keep_a_subset(widths, sha
     assert all(set(small[s.name]) <= set(large[s.name]) for s in structures)
 
 
-def test_equal_scores_are_cut_by_equal_shares_in_every_scope():
+def test_equal_scores_are_cut_by_equal_shares_in_every_scope_that_ranks_by_them():
     structures, cost = conv_chain([256, 512, 256, 512])
     # Means of equal numbers are rarely the same to the last bit.
     scores = {s.name: np.full(s.units, 1 + i * 2e-16) for i, s in enumerate(structures)}
-    for scope in SCOPES:
+    for scope in set(SCOPES) - {'neyman'}:
         kept = allocate(
             structures, scores, cost, budget_from(structures, cost, params=0.5), scope=scope, round_to=1)
         ratios = [len(kept[s.name]) / s.units for s in structures]
@@ -192,6 +192,33 @@ def test_isomorphic_tells_shapes_apart_by_their_members():
     kept = allocate(
         structures, scores, cost, budget_from(structures, cost, macs=0.5), scope='isomorphic', round_to=1)
     assert counts(kept) == {s.name: 100 for s in structures}
+
+
+def test_neyman_keeps_units_by_the_root_of_their_cost_and_by_the_layers_that_they_reach():
+    coupled = Structure('coupled', 'channels', 400, tuple(
+        Member(f'{name}.weight', dim, role, np.arange(400)[:, None])
+        for name, dim, role in (('conv', 0, 'out'), ('norm', 0, 'per'), ('next', 1, 'in'))))
+    structures, cost = independent(
+        (structure('cheap', 400), 1), (structure('dear', 400), 4), (structure('slim', 200), 4), (coupled, 16))
+    budget = budget_from(structures, cost, macs=0.4)
+    left = counts(allocate(structures, random_scores(structures), cost, budget, scope='neyman', round_to=1))
+    # n ∝ units · layers / √cost: 400 · 1 / 1, 400 · 1 / 2, 200 · 1 / 2, 400 · 2 / 4
+    assert np.allclose([left[name] / left['cheap'] for name in ('dear', 'slim', 'coupled')], [1/2, 1/4, 1/2], atol=0.01)
+
+    scores = random_scores(structures, seed=1)
+    kept = allocate(structures, scores, cost, budget, scope='neyman', round_to=1)
+    assert counts(kept) == left
+    for name, units in kept.items():
+        assert scores[name][units].min() >= np.delete(scores[name], units).max(initial=0)
+
+
+def test_neyman_says_nothing_about_blocks():
+    structures, cost = independent((structure('conv', 40), 1), (structure('block', 1, kind='blocks'), 10))
+    budget = budget_from(structures, cost, macs=0.5)
+    scores = random_scores(structures)
+    with pytest.raises(PruningError, match="scope='neyman' says how wide layers are, not which blocks stay"):
+        allocate(structures, scores, cost, budget, scope='neyman')
+    assert len(allocate(structures, scores, cost, budget, scope='neyman', fixed=['block'])['conv']) == 15
 
 
 def test_repair_takes_what_loses_the_least_importance():

@@ -99,19 +99,23 @@ def _fewer(cost, counts, name):
     return fewer
 
 
+@pytest.mark.parametrize('given, asked', [
+    (dict(widths='fpgm'), dict(criterion='fpgm')),
+    (dict(scope='neyman'), dict(scope='neyman')),
+])
 @pytest.mark.parametrize('method', ['epfs', 'sss'])
-def test_a_criterion_may_give_the_widths_and_masks_choose_the_units(method):
+def test_a_criterion_or_the_scope_may_give_the_widths_and_masks_choose_the_units(method, given, asked):
     def kept(plan):
         return {cut.structure.name: cut.keep for cut in plan.cuts}
 
     model = build()
-    one_shot = kept(timm_epfs.prune(model, macs=0.5, criterion='fpgm', floor=0.05).pruning_plan)
-    learner = METHODS[method](model, macs=0.5, steps=10, structures=('filters',), widths='fpgm')
+    one_shot = kept(timm_epfs.prune(model, macs=0.5, floor=0.05, **asked).pruning_plan)
+    learner = METHODS[method](model, macs=0.5, steps=10, structures=('filters',), **given)
     train(model, learner, sgd(model), 10)
     learned = kept(learner.plan())
     assert {name: len(units) for name, units in learned.items()} == {name: len(u) for name, u in one_shot.items()}
     assert any(not np.array_equal(units, one_shot[name]) for name, units in learned.items())
-    assert learner.plan().recipe['widths'] == 'fpgm'
+    assert given.items() <= learner.plan().recipe.items()
 
 
 def test_given_widths_are_kept_in_a_checkpoint():

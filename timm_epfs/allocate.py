@@ -20,7 +20,7 @@ from .structure import Structure
 
 __all__ = ['ALIGN', 'Budget', 'SCOPES', 'allocate', 'budget_from', 'top']
 
-SCOPES = ('global', 'local', 'isomorphic')
+SCOPES = ('global', 'local', 'isomorphic', 'neyman')
 ALIGN = 16  # what wide layers are multiples of by default
 
 
@@ -76,7 +76,8 @@ def allocate(
         budget: What may be left.
         scope: ``'global'`` ranks all units together, ``'local'`` cuts the same share of every structure,
             ``'isomorphic'`` ranks structures of one shape together and cuts the same share of every such set (Fang et
-            al., Isomorphic Pruning for Vision Models, ECCV 2024).
+            al., Isomorphic Pruning for Vision Models, ECCV 2024). ``'neyman'`` lets the cost say how many units each
+            structure keeps, and the scores only which: see ``_diminishing``.
         round_to: Channel structures that are cut keep widths that are multiples of this. None: of ``align`` where
             there are four times as many units, elsewhere of the largest power of two of which there are eight; and any
             width in as few structures as possible where the budget needs it.
@@ -107,7 +108,12 @@ def allocate(
 
     grids = [_grid(s, _step(s, round_to, align), floor, shares.get(s.name)) for s in ordered]
     finest = [grid if s.name in shares else _grid(s, 1, floor) for s, grid in zip(ordered, grids)]
-    search = Search(cost, budget, grids, [np.sort(values[s.name])[::-1] for s in ordered])
+    if scope == 'neyman':
+        _check_blocks(ordered, shares)
+        worth = _diminishing(ordered, cost, budget)
+    else:
+        worth = [np.sort(values[s.name])[::-1] for s in ordered]
+    search = Search(cost, budget, grids, worth)
     _check_reach(search, finest, floor)
     sets = _sets(ordered, scope)
     at = search.repair(search.walk(sets))
@@ -157,9 +163,23 @@ def _sets(structures: Sequence[Structure], scope: str) -> np.ndarray:
     keys = []
     for s in structures:
         members = sorted((m.role, m.dim, m.tensor.rpartition('.')[2], m.index.shape[1]) for m in s.members)
-        keys.append({'global': (), 'local': (s.name,), 'isomorphic': (s.kind, s.units, *members)}[scope])
+        keys.append({'local': (s.name,), 'isomorphic': (s.kind, s.units, *members)}.get(scope, ()))
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return np.array([numbers[key] for key in keys])
+
+
+def _diminishing(structures: Sequence[Structure], cost: CostModel, budget: Budget) -> List[np.ndarray]:
+    """What one more unit is worth where so many are there already, shape (units,) by structure, descending.
+
+    Cut where they are worth the same, structures keep what Neyman's allocation of a sample to strata gives (Cochran,
+    Sampling Techniques, 5.5): n ∝ N·S/√c. The sample are the units that stay of N, c is what one of them costs in the
+    dense model. For S, which is how far the units differ there, our reading is the number of layers that read or write
+    them: what is lost of a residual stream adds up over its layers.
+    """
+    dense = cost.counts({s.name: s.units for s in structures})
+    prices = np.maximum(cost.gradient(budget.quantity, dense), 1e-12 * cost(budget.quantity, dense))
+    layers = [max(1, sum(m.role != 'per' for m in s.members)) for s in structures]
+    return [s.units * n / price ** 0.5 / np.arange(1, s.units + 1) for s, n, price in zip(structures, layers, prices)]
 
 
 def _shares(
@@ -214,6 +234,14 @@ def _check_options(scope: str, round_to: Optional[int], floor: float) -> None:
         raise PruningError(f'round_to={round_to!r} was asked; give a whole number from 1 on, or None')
     if not is_number(floor) or not 0 <= floor < 1:
         raise PruningError(f'floor={floor!r} was asked; give the share of units that every structure keeps, as in 0.1')
+
+
+def _check_blocks(structures: Sequence[Structure], shares: Mapping[str, float]) -> None:
+    for s in structures:
+        if s.kind == 'blocks' and s.name not in shares:
+            raise PruningError(
+                f"scope='neyman' says how wide layers are, not which blocks stay, and {s.name} may go whole; leave "
+                f'blocks out, or choose another scope')
 
 
 def _check_reach(search: Search, finest: List[np.ndarray], floor: float) -> None:

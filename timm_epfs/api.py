@@ -72,7 +72,8 @@ def prune(
         latency_batch_size: Images a batch, where time is measured.
         device: Device of a model that is given by name; a module is cut and measured where it is.
         criterion: How units are ranked, one of ``timm_epfs.CRITERIA``.
-        scope: ``'global'``, ``'local'`` or ``'isomorphic'``: what is ranked against what.
+        scope: ``'global'``, ``'local'``, ``'isomorphic'`` or ``'neyman'``: what is ranked against what, as in
+            docs/budget.md.
         round_to: Widths that are cut stay multiples of this. None: 16 for wide layers, less for narrow ones; under
             ``latency`` as ``'auto'``: as None, with what wide layers are fastest at on the device, as is measured, in
             place of 16.

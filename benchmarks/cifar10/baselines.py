@@ -72,12 +72,12 @@ class ShapeRun(ScratchRun):
         return apply_plan(model, model.pruning_plan)
 
 
-class RatiosRun(ExperimentRun):
-    """Some structures' shares are set by hand (``ratios`` of ``timm_epfs.prune``), the criterion sees to the rest."""
+class WidthsRun(ExperimentRun):
+    """``ratios`` or ``scope`` of ``timm_epfs.prune`` says how wide layers become, the criterion which units stay."""
 
     def _one_shot(self) -> nn.Module:
-        options = {'criterion': self.args.criterion, 'ratios': self.experiment['ratios']}
-        return prune(self.model, **budget(self.args), **options)
+        widths = {key: self.experiment[key] for key in ('ratios', 'scope') if key in self.experiment}
+        return prune(self.model, **budget(self.args), criterion=self.args.criterion, **widths)
 
 
 class GroupNormRun(ExperimentRun):
@@ -98,5 +98,6 @@ class GroupNormRun(ExperimentRun):
 
 
 RUNNERS = {
-    'train': ExperimentRun, 'scratch': ScratchRun, 'shape': ShapeRun, 'ratios': RatiosRun, 'group_norm': GroupNormRun,
+    'train': ExperimentRun, 'scratch': ScratchRun, 'shape': ShapeRun, 'ratios': WidthsRun, 'scope': WidthsRun,
+    'group_norm': GroupNormRun,
 }

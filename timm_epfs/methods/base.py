@@ -73,6 +73,7 @@ class Learner:
         latency_batch_size: Images a batch, where time is measured.
         structures: What may go: ``'filters'`` (or ``'neurons'``, ``'channels'``), ``'heads'``, ``'groups'``,
             ``'blocks'``.
+        scope: As in ``timm_epfs.prune``, for what the method ranks units by.
         floor: Share of its units that each structure but a block keeps, at least one.
         round_to: As in ``timm_epfs.prune``.
         exclude: As in ``timm_epfs.prune``.
@@ -98,6 +99,7 @@ class Learner:
             latency: Optional[Union[float, str]] = None,
             latency_batch_size: int = 1,
             structures: Sequence[str] = ('filters', 'heads', 'groups'),
+            scope: str = 'global',
             floor: float = 0.05,
             round_to: Optional[int] = None,
             exclude: Sequence[str] = (),
@@ -113,11 +115,11 @@ class Learner:
         self.model = unwrap_model(model)
         if is_masked(self.model):
             raise PruningError('the model has a learner already; call remove() on that one first')
-        self.steps, self.floor, self.round_to, self.align = steps, floor, round_to, ALIGN
+        self.steps, self.scope, self.floor, self.round_to, self.align = steps, scope, floor, round_to, ALIGN
         self._selects_at = steps
         self._base = (base, {}) if base is not None else base_of(self.model)
         self._earlier = getattr(self.model, 'pruning_plan', None)
-        self._recipe = dict(macs=macs, steps=steps, structures=list(structures), floor=floor)
+        self._recipe = dict(macs=macs, steps=steps, structures=list(structures), scope=scope, floor=floor)
         self._example = tree_map(_meta, example_for(self.model, example_input))
         self.traced = trace_model(self.model, example_input, with_calls=latency is not None)
         if self.traced.returns != 'Tensor':
@@ -334,7 +336,9 @@ class Learner:
     def _allocate(self, scores: Dict[str, np.ndarray], **options: Any) -> Dict[str, np.ndarray]:
         """Units that stay; ``options`` differ from the learner's own where they are given."""
         given = {
-            'budget': self.budget, 'round_to': self.round_to, 'align': self.align, 'floor': self.floor, **options}
+            'budget': self.budget, 'scope': self.scope, 'round_to': self.round_to, 'align': self.align,
+            'floor': self.floor, **options,
+        }
         return allocate(self.traced.structures, scores, self.traced.cost, fixed=self.fixed, **given)
 
     def _budget_latency(self, latency: Union[float, str], batch_size: int) -> None:

@@ -20,7 +20,6 @@ class RankingLearner(Learner):
         model: As in ``Learner``.
         macs: As in ``Learner``.
         steps: As in ``Learner``.
-        scope: As in ``timm_epfs.prune``.
         **options: As in ``Learner``.
     """
 
@@ -31,20 +30,13 @@ class RankingLearner(Learner):
             model: nn.Module,
             macs: Optional[float] = None,
             steps: Optional[int] = None,
-            *,
-            scope: str = 'global',
             **options: Any,
     ):
-        self.scope = scope
         super().__init__(model, macs, steps, **options)
-        self._recipe['scope'] = scope
         self._mask = torch.ones(self.masks.units, dtype=torch.float64)
 
     def _advance(self, grad: torch.Tensor) -> None:
         """Nothing moves."""
-
-    def _allocate(self, scores: Dict[str, np.ndarray], **options: Any) -> Dict[str, np.ndarray]:
-        return super()._allocate(scores, scope=self.scope, **options)
 
     def _selected(self) -> torch.Tensor:
         return self._mask
