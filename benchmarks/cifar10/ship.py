@@ -2,8 +2,8 @@
 
 Writes the plan and the weights into timm_epfs/variants, what was measured and the card with its picture into
 model_cards, and what the tests compare with into tests/shipped.json. A variant is named for the share of the MACs that
-its experiment asked to remove, its weights for the images. Weights of more than 1.5 MB are stored in half precision;
-``--plan-only`` ships none.
+its experiment asked to remove, or as the experiment says, its weights for the images. Weights of more than 1.5 MB are
+stored in half precision; ``--plan-only`` ships none.
 """
 import argparse
 import json
@@ -25,6 +25,7 @@ from data import TAGS, Images, halved, name_of  # noqa: E402
 from timm_epfs.cards import check_metrics, write_card  # noqa: E402
 from timm_epfs.measure import count_macs  # noqa: E402
 from timm_epfs.plan import Plan  # noqa: E402
+from timm_epfs.structure import Structure  # noqa: E402
 from timm_epfs.surgery import build_base, rebuild  # noqa: E402
 from timm_epfs.variants import plan_path, weights_path  # noqa: E402
 
@@ -52,7 +53,8 @@ def main() -> None:
 def ship(result: Dict[str, Any], weights: Optional[Dict[str, Tensor]], images: Dict[str, Tensor]) -> str:
     """Returns the variant's name, with the tag where it has weights."""
     base, _, experiment = result['name'].partition('/')
-    name = f'{base}_epfs{int(100 * (1 - result["experiment"]["options"]["macs"]) + 1e-6)}'
+    asked = int(100 * (1 - result['experiment']['options']['macs']) + 1e-6)
+    name = result['experiment'].get('variant', f'{base}_epfs{asked}')
     plan = _told(Plan.from_dict(result['plan']), result, f'{base}/{experiment.rpartition("-")[0]}')
     plan.save(plan_path(name))
     model, metrics = rebuild(plan), _metrics(result)
@@ -79,9 +81,17 @@ def _told(plan: Plan, result: Dict[str, Any], experiment: str) -> Plan:
         'command': f'python benchmarks/cifar10/run.py {experiment}',
         **({'teacher': 'the dense model'} if result['experiment']['options'].get('distill') else {}),
     }
-    plan = replace(plan, base_args={}, recipe={**plan.recipe, **told})
-    pairs = zip(*(_cost(model.eval()) for model in (build_base(plan.base, {}, 'meta'), rebuild(plan, 'meta'))))
+    base = build_base(plan.base, {}, 'meta')
+    cuts = tuple(cut for cut in plan.cuts if len(cut.keep) < cut.structure.units or _fits(cut.structure, base))
+    plan = replace(plan, cuts=cuts, base_args={}, recipe={**plan.recipe, **told})
+    pairs = zip(*(_cost(model.eval()) for model in (base, rebuild(plan, 'meta'))))
     return replace(plan, cost=dict(zip(('macs', 'params'), pairs)))
+
+
+def _fits(structure: Structure, base: nn.Module) -> bool:
+    """Whether the base has a structure's sizes: trained with other arguments, what isn't cut may be smaller."""
+    tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
+    return all(tensors[m.tensor].shape[m.dim] == (m.length or m.index.size) for m in structure.members)
 
 
 def _cost(model: nn.Module) -> Tuple[float, float]:
