@@ -198,12 +198,14 @@ def test_neyman_keeps_units_by_the_root_of_their_cost_and_by_the_layers_that_the
     coupled = Structure('coupled', 'channels', 400, tuple(
         Member(f'{name}.weight', dim, role, np.arange(400)[:, None])
         for name, dim, role in (('conv', 0, 'out'), ('norm', 0, 'per'), ('next', 1, 'in'))))
-    structures, cost = independent(
-        (structure('cheap', 400), 1), (structure('dear', 400), 4), (structure('slim', 200), 4), (coupled, 16))
+    heads = structure('heads', 100, kind='heads', entries=4)
+    plain = (structure('cheap', 400), 1), (structure('dear', 400), 4), (structure('slim', 200), 4)
+    structures, cost = independent(*plain, (coupled, 16), (heads, 4))
     budget = budget_from(structures, cost, macs=0.4)
     left = counts(allocate(structures, random_scores(structures), cost, budget, scope='neyman', round_to=1))
-    # n ∝ units · layers / √cost: 400 · 1 / 1, 400 · 1 / 2, 200 · 1 / 2, 400 · 2 / 4
-    assert np.allclose([left[name] / left['cheap'] for name in ('dear', 'slim', 'coupled')], [1/2, 1/4, 1/2], atol=0.01)
+    # n ∝ units · layers · √channels / √cost: 400 · 1 / 1, 400 · 1 / 2, 200 · 1 / 2, 400 · 2 / 4, 100 · √4 / 2
+    shares = [left[name] / left['cheap'] for name in ('dear', 'slim', 'coupled', 'heads')]
+    assert np.allclose(shares, [1/2, 1/4, 1/2, 1/4], atol=0.01)
 
     scores = random_scores(structures, seed=1)
     kept = allocate(structures, scores, cost, budget, scope='neyman', round_to=1)

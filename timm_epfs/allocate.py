@@ -173,13 +173,15 @@ def _diminishing(structures: Sequence[Structure], cost: CostModel, budget: Budge
 
     Cut where they are worth the same, structures keep what Neyman's allocation of a sample to strata gives (Cochran,
     Sampling Techniques, 5.5): n ∝ N·S/√c. The sample are the units that stay of N, c is what one of them costs in the
-    dense model. For S, which is how far the units differ there, our reading is the number of layers that read or write
-    them: what is lost of a residual stream adds up over its layers.
+    dense model. S says how far the units of a stratum differ, our reading: by one for every layer that reads or writes
+    them, because what is lost of a residual stream adds up over its layers, and by √k where a unit is k channels, so
+    that a head is worth what its channels would be.
     """
     dense = cost.counts({s.name: s.units for s in structures})
     prices = np.maximum(cost.gradient(budget.quantity, dense), 1e-12 * cost(budget.quantity, dense))
-    layers = [max(1, sum(m.role != 'per' for m in s.members)) for s in structures]
-    return [s.units * n / price ** 0.5 / np.arange(1, s.units + 1) for s, n, price in zip(structures, layers, prices)]
+    spreads = [max(1.0, sum(m.index.shape[1] ** 0.5 for m in s.members if m.role != 'per')) for s in structures]
+    worth = [s.units * spread / price ** 0.5 for s, spread, price in zip(structures, spreads, prices)]
+    return [value / (np.arange(s.units) + 0.5) for s, value in zip(structures, worth)]  # n is rounded, not cut off
 
 
 def _shares(
