@@ -145,6 +145,7 @@ class Learner:
                 warnings.simplefilter('ignore')  # how near it will be is said in the end
                 self._allocate({s.name: np.ones(s.units) for s in self.structures})
         self._dense = self._price({s.name: s.units for s in self.traced.structures})
+        self._prepare()
         self.masks = Masks(self.model, self.structures, self.learns_masks)
         self._floors = np.array([0 if s.kind == 'blocks' else max(1, ceil(floor * s.units - 1e-9))
                                  for s in self.structures])
@@ -153,6 +154,9 @@ class Learner:
         self._skipped = self._overflows = 0
         self._stays: Optional[torch.Tensor] = None
         self._said: set = set()
+
+    def _prepare(self) -> None:
+        """Find out what may be refused while the model has no masks yet. What this needs is set before ``__init__``."""
 
     # The four calls.
 

@@ -75,17 +75,13 @@ class EPFS(ProximalLearner):
         if l2 not in _L2_RATIOS:
             raise PruningError(f"l2={l2!r} was asked; choose 'norm', 'elastic' or None")
         l2_ratio = _L2_RATIOS[l2] if l2_ratio is None else l2_ratio
+        self.l2, self.l2_ratio, self.center = l2, l2_ratio, center
         super().__init__(model, macs, steps, l1=l1, lr=lr, weigh=weigh, structures=structures, **options)
         self._recipe.update(l2=l2, l2_ratio=l2_ratio, center=center, momentum=momentum, restart=restart)
-        self.l2, self.l2_ratio, self.center = l2, l2_ratio, center
         self._center_loss: Optional[CenterLoss] = None
         self._last_center = 0.0
         if center:
-            try:
-                name, features, classes = find_classifier(self.model, *self._example)
-            except PruningError:
-                self.masks.remove()
-                raise
+            name, features, classes = self._classifier
             self._center_loss = CenterLoss(classes, features, center_alpha)
             self._feature = FeatureHook(self.model.get_submodule(name))
         units = torch.tensor([s.units for s in self.structures], dtype=torch.float64)
@@ -94,6 +90,10 @@ class EPFS(ProximalLearner):
         self._has_l2 = torch.tensor([float(s.kind != 'blocks') for s in self.structures], dtype=torch.float64)
         self._scale = 1 / self.costs.clamp(min=1)
         self.solver = Fista(torch.ones(self.masks.units, dtype=torch.float64), restart, momentum)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._classifier = find_classifier(self.model, *self._example) if self.center else None
 
     def penalty(self, target: Any = None) -> torch.Tensor:
         """Center Loss times λ_c. ℓ1 and ℓ2 are in the proximal step, and not here a second time.

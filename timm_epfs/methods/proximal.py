@@ -61,16 +61,20 @@ class ProximalLearner(Learner):
             **options: Any,
     ):
         _check(macs if macs is not None else options.get('latency'), steps, l1, lr, weigh, widths)
+        self.widths = widths
         super().__init__(model, macs, steps, **options)
         self.l1, self.lr, self.weigh, self.keep_pace, self.refit = l1, lr, weigh, keep_pace, refit
         self._recipe.update(l1=l1, weigh=weigh, keep_pace=keep_pace, refit=refit, widths=widths)
-        self._widths = self._widths_by(widths) if widths and self.budget is not None else {}
         if refit and steps is not None:
             self._selects_at = max(1, round(_SELECT * steps))
         self.costs = self._unit_costs() if weigh else torch.ones(self.masks.units, dtype=torch.float64)
         self._squares = torch.zeros_like(self.costs)
         self.controller = Controller(self.budget.target / self._dense, steps) if l1 is None else None
         self._rms, self._largest = 0.0, 1e-8
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        self._widths = self._widths_by(self.widths) if self.widths and self.budget is not None else {}
 
     @property
     def strength(self) -> float:
@@ -176,11 +180,7 @@ class ProximalLearner(Learner):
 
     def _widths_by(self, criterion: str) -> Dict[str, int]:
         """Units that the structures keep by a criterion at the budget, blocks left out."""
-        try:
-            scores = score(self.model, self.structures, criterion)
-        except PruningError:
-            self.masks.remove()
-            raise
+        scores = score(self.model, self.structures, criterion)
         highest = max(float(values.max()) for values in scores.values())
         blocks = [s.name for s in self.structures if s.kind == 'blocks']
         scores.update({name: np.full(1, highest + 1) for name in blocks})  # the last to go

@@ -103,11 +103,10 @@ class Scratch(OneShot):
 
     method = 'scratch'
 
-    def __init__(self, model: nn.Module, *args: Any, **options: Any):
-        super().__init__(model, *args, **options)
+    def _prepare(self) -> None:
+        super()._prepare()
         if self._base[0] is None:
-            self.masks.remove()
-            raise PruningError(f'Scratch: {type(model).__name__} has no name to be built from again; give base=')
+            raise PruningError(f'Scratch: {type(self.model).__name__} has no name to be built from again; give base=')
 
     def export(self, model: Optional[nn.Module] = None) -> nn.Module:
         """A copy cut as in ``OneShot``, its weights initialised again."""
