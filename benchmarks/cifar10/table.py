@@ -14,7 +14,10 @@ sys.path.insert(0, str(HERE.parent))
 
 from common import header_line, write_atomic  # noqa: E402
 
-COLUMNS = ('experiment', 'seeds', 'MACs', 'parameters', 'top-1 when cut, %', 'fine-tuned, %', 'Δ to dense', 'epochs')
+COLUMNS = (
+    'experiment', 'seeds', 'MACs', 'parameters', 'top-1 when cut, %', 'fine-tuned, %', 'Δ to dense',
+    'on training images, %', 'epochs',
+)
 
 
 Runs = List[Dict[str, Any]]
@@ -65,7 +68,8 @@ def _table(images: str, runs: Runs) -> List[str]:
     rows.sort(key=lambda row: -row[-1])
     machines = sorted({header_line(run['machine']) for run in runs})
     return [
-        f'{images}. Dense: {_range(starts.values())}. Where there are several seeds, mean ± standard deviation.',
+        f'{images}. Dense: {_range(starts.values())}. Where there are several seeds, mean ± standard deviation. '
+        'On training images: augmented, over the last epoch.',
         *machines,
         '',
         f'| {" | ".join(COLUMNS)} |', '|' + '---|' * len(COLUMNS),
@@ -92,6 +96,7 @@ def _row(name: str, runs: Runs, starts: Mapping[str, float]) -> List[Any]:
         name.rpartition('-')[0] or name, str(len(runs)),
         *(f'{mean(run[quantity][1] / run[quantity][0] for run in runs):.3f}' for quantity in ('macs', 'params')),
         _spread([run['top1']['cut'] for run in runs]), _spread(tuned), f'{gap:+.2f}',
+        f'{mean(run["history"][-1]["train_top1"] for run in runs):.2f}',
         ' + '.join(f'{count} {phase}' for phase, count in runs[0]['epochs'].items() if count), mean(tuned),
     ]
 
