@@ -109,8 +109,7 @@ def allocate(
     grids = [_grid(s, _step(s, round_to, align), floor, shares.get(s.name)) for s in ordered]
     finest = [grid if s.name in shares else _grid(s, 1, floor) for s, grid in zip(ordered, grids)]
     if scope == 'neyman':
-        _check_blocks(ordered, shares)
-        worth = _diminishing(ordered, cost, budget)
+        worth = _diminishing(ordered, cost, budget, shares)
     else:
         worth = [np.sort(values[s.name])[::-1] for s in ordered]
     search = Search(cost, budget, grids, worth)
@@ -163,12 +162,18 @@ def _sets(structures: Sequence[Structure], scope: str) -> np.ndarray:
     keys = []
     for s in structures:
         members = sorted((m.role, m.dim, m.tensor.rpartition('.')[2], m.index.shape[1]) for m in s.members)
-        keys.append({'local': (s.name,), 'isomorphic': (s.kind, s.units, *members)}.get(scope, ()))
+        shape = (s.kind, s.units, *members)
+        keys.append({'global': (), 'neyman': (), 'local': (s.name,), 'isomorphic': shape}[scope])
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return np.array([numbers[key] for key in keys])
 
 
-def _diminishing(structures: Sequence[Structure], cost: CostModel, budget: Budget) -> List[np.ndarray]:
+def _diminishing(
+        structures: Sequence[Structure],
+        cost: CostModel,
+        budget: Budget,
+        shares: Mapping[str, float],
+) -> List[np.ndarray]:
     """What one more unit is worth where so many are there already, shape (units,) by structure, descending.
 
     Cut where they are worth the same, structures keep what Neyman's allocation of a sample to strata gives (Cochran,
@@ -177,6 +182,11 @@ def _diminishing(structures: Sequence[Structure], cost: CostModel, budget: Budge
     them, because what is lost of a residual stream adds up over its layers, and by √k where a unit is k channels, so
     that a head is worth what its channels would be.
     """
+    blocks = [s.name for s in structures if s.kind == 'blocks' and s.name not in shares]
+    if blocks:
+        raise PruningError(
+            f"scope='neyman' says how wide layers are, not which blocks stay, and {blocks[0]} may go whole; leave "
+            f'blocks out, or choose another scope')
     dense = cost.counts({s.name: s.units for s in structures})
     prices = np.maximum(cost.gradient(budget.quantity, dense), 1e-12 * cost(budget.quantity, dense))
     spreads = [max(1.0, sum(m.index.shape[1] ** 0.5 for m in s.members if m.role != 'per')) for s in structures]
@@ -236,14 +246,6 @@ def _check_options(scope: str, round_to: Optional[int], floor: float) -> None:
         raise PruningError(f'round_to={round_to!r} was asked; give a whole number from 1 on, or None')
     if not is_number(floor) or not 0 <= floor < 1:
         raise PruningError(f'floor={floor!r} was asked; give the share of units that every structure keeps, as in 0.1')
-
-
-def _check_blocks(structures: Sequence[Structure], shares: Mapping[str, float]) -> None:
-    for s in structures:
-        if s.kind == 'blocks' and s.name not in shares:
-            raise PruningError(
-                f"scope='neyman' says how wide layers are, not which blocks stay, and {s.name} may go whole; leave "
-                f'blocks out, or choose another scope')
 
 
 def _check_reach(search: Search, finest: List[np.ndarray], floor: float) -> None:

@@ -7,7 +7,7 @@ from timm.utils import ParseKwargs
 
 from .surgery import TORCHVISION
 
-__all__ = ['KeyValues', 'add_latency_arguments', 'add_model_arguments', 'model_args', 'positive']
+__all__ = ['KeyValues', 'add_latency_arguments', 'add_model_arguments', 'given_model_args', 'model_args', 'positive']
 
 
 class KeyValues(ParseKwargs):
@@ -39,6 +39,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='further arguments of the model')
+
+
+def given_model_args(args: argparse.Namespace) -> Dict[str, Any]:
+    """Arguments of the model that the options of ``add_model_arguments`` name."""
+    given = {'num_classes': args.num_classes, 'in_chans': args.in_chans, **args.model_kwargs}
+    return model_args(args.model, args.img_size, given)
 
 
 def add_latency_arguments(budget: argparse._MutuallyExclusiveGroup, group: argparse._ArgumentGroup) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from .allocate import SCOPES
 from .api import create_base, prune
-from .arguments import KeyValues, add_latency_arguments, add_model_arguments, model_args, positive
+from .arguments import KeyValues, add_latency_arguments, add_model_arguments, given_model_args, positive
 from .autoload import autoload_path, is_on, switch_off, switch_on
 from .benchmark import add_benchmark_arguments
 from .calibrate import recalibrate_bn
@@ -187,7 +187,7 @@ def _inspect(args: argparse.Namespace) -> None:
     size = args.img_size
     example = None if size is None else torch.empty(1, args.in_chans or 3, size, size, device='meta')
     with step(f'inspecting {args.model}'):
-        report = inspect(args.model, example, **_model_args(args))
+        report = inspect(args.model, example, **given_model_args(args))
     print(json.dumps(report.to_dict(), indent=1) if args.json else report)
 
 
@@ -195,7 +195,7 @@ def _prune(args: argparse.Namespace) -> None:
     _check(args)
     torch.manual_seed(args.seed)
     with step(f'building {args.model}'):
-        dense = create_base(args.model, args.pretrained, **_model_args(args))
+        dense = create_base(args.model, args.pretrained, **given_model_args(args))
         if args.checkpoint:
             load_weights(dense, args.checkpoint)
         with one_line(f'device {args.device!r} can\'t be used'):
@@ -229,7 +229,7 @@ def _prune(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     from .training.run import train  # what it needs is slow to import
-    result = train(args, _model_args(args))
+    result = train(args, given_model_args(args))
     if result is None:  # the first process speaks for all
         return
     print(aligned(table(result.rows)))
@@ -267,11 +267,6 @@ def _check(args: argparse.Namespace) -> None:
         raise PruningError(f'criterion {args.criterion!r} needs data, found none: give --data-dir')
     if args.checkpoint:
         check_readable(args.checkpoint)
-
-
-def _model_args(args: argparse.Namespace) -> Dict[str, Any]:
-    given = {'num_classes': args.num_classes, 'in_chans': args.in_chans, **args.model_kwargs}
-    return model_args(args.model, args.img_size, given)
 
 
 def _loaders(args: argparse.Namespace, model: nn.Module, images: torch.Tensor) -> Tuple[Any, Any]:

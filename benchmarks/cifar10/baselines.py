@@ -10,12 +10,10 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from timm_epfs import prune
 from timm_epfs.allocate import top
 from timm_epfs.criteria import score
 from timm_epfs.plan import Plan
 from timm_epfs.surgery import apply_plan
-from timm_epfs.training.options import budget
 from timm_epfs.training.run import Run
 from timm_epfs.training.stage import Stage
 
@@ -76,8 +74,7 @@ class WidthsRun(ExperimentRun):
     """``ratios`` or ``scope`` of ``timm_epfs.prune`` says how wide layers become, the criterion which units stay."""
 
     def _one_shot(self) -> nn.Module:
-        widths = {key: self.experiment[key] for key in ('ratios', 'scope') if key in self.experiment}
-        return prune(self.model, **budget(self.args), criterion=self.args.criterion, **widths)
+        return super()._one_shot(**{key: self.experiment[key] for key in ('ratios', 'scope') if key in self.experiment})
 
 
 class GroupNormRun(ExperimentRun):

@@ -25,7 +25,7 @@ from baselines import RUNNERS  # noqa: E402
 from common import header, write_json  # noqa: E402
 from data import Images, halved, load, name_of  # noqa: E402
 
-from timm_epfs.arguments import model_args  # noqa: E402
+from timm_epfs.arguments import given_model_args  # noqa: E402
 from timm_epfs.cli import parse_args  # noqa: E402
 from timm_epfs.training.checkpoints import write_tensors  # noqa: E402
 from timm_epfs.training.data import Batches  # noqa: E402
@@ -112,8 +112,8 @@ def _run(args: argparse.Namespace, experiment: Dict[str, Any], name: str, seed: 
     check_options(options)
     init_distributed_device(options)
     runner = _with_images(RUNNERS[experiment.get('runner', 'train')], images)
-    own = model_args(model, options.img_size, {'num_classes': options.num_classes, **options.model_kwargs})
-    run = runner(options, own, experiment=experiment, seed=seed, results=args.results / group)
+    run = runner(
+        options, given_model_args(options), experiment=experiment, seed=seed, results=args.results / group)
     result = run()
     plan, rows = run.model.pruning_plan, {label: pair for label, (pair, _) in result.rows.items()}
     return {

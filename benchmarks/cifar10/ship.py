@@ -82,15 +82,15 @@ def _told(plan: Plan, result: Dict[str, Any], experiment: str) -> Plan:
         **({'teacher': 'the dense model'} if result['experiment']['options'].get('distill') else {}),
     }
     base = build_base(plan.base, {}, 'meta')
-    cuts = tuple(cut for cut in plan.cuts if len(cut.keep) < cut.structure.units or _fits(cut.structure, base))
+    tensors = base.state_dict()
+    cuts = tuple(cut for cut in plan.cuts if len(cut.keep) < cut.structure.units or _fits(cut.structure, tensors))
     plan = replace(plan, cuts=cuts, base_args={}, recipe={**plan.recipe, **told})
     pairs = zip(*(_cost(model.eval()) for model in (base, rebuild(plan, 'meta'))))
     return replace(plan, cost=dict(zip(('macs', 'params'), pairs)))
 
 
-def _fits(structure: Structure, base: nn.Module) -> bool:
+def _fits(structure: Structure, tensors: Dict[str, Tensor]) -> bool:
     """Whether the base has a structure's sizes: trained with other arguments, what isn't cut may be smaller."""
-    tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
     return all(tensors[m.tensor].shape[m.dim] == (m.length or m.index.size) for m in structure.members)
 
 

@@ -259,13 +259,13 @@ class Run:
         with step(f'setting up {self.args.method}'), one_line(f'--method {self.args.method} can\'t be set up'):
             return method(model, steps=steps, **budget(self.args), **options)
 
-    def _one_shot(self) -> nn.Module:
+    def _one_shot(self, **options: Any) -> nn.Module:
         criterion = self.args.criterion or 'l2'
         needs_data = criterion in CRITERIA and CRITERIA[criterion].needs_data
         with step(f'cutting {self.args.model}'):
             return prune(
                 self.model, **budget(self.args), criterion=criterion, seed=self.args.seed,
-                data=islice(self.batches.train, 32) if needs_data else None,
+                data=islice(self.batches.train, 32) if needs_data else None, **options,
             )
 
     def _task(self, phase: str) -> TrainingTask:
