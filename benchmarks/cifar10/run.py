@@ -70,7 +70,10 @@ def _make(args: argparse.Namespace, path: Path, seed: int, images: Dict[str, tor
     """Run an experiment and write down its result, for a dense baseline with the weights."""
     name = f'{path.parent.name}/{path.stem}-{seed}'
     print(f'== {name}', flush=True)
-    write_json(_result(args, path, seed), _run(args, json.loads(path.read_text()), name, seed, images))
+    experiment = json.loads(path.read_text())
+    if args.float32:
+        experiment['options'].pop('amp', None)
+    write_json(_result(args, path, seed), _run(args, experiment, name, seed, images))
     if path.stem == DENSE:
         weights = load_file(args.runs / name / 'dense.safetensors')
         write_tensors(_dense_weights(args, path.parent.name), halved(weights))
@@ -84,6 +87,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument('--weights-dir', type=Path, help='folder of the weights that dense baselines start from')
     parser.add_argument('--seeds', type=int, nargs='+', help='in place of the experiments\' own')
     parser.add_argument('--device', default='cpu')
+    parser.add_argument(
+        '--float32', action='store_true', help='without mixed precision, where the processor has no bfloat16')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
     parser.add_argument('--runs', type=Path, default=HERE / 'runs', help='checkpoints, models and reports')
     parser.add_argument('--results', type=Path, default=HERE / 'results')

@@ -16,7 +16,7 @@ from common import header_line, write_atomic  # noqa: E402
 
 COLUMNS = (
     'experiment', 'seeds', 'MACs', 'parameters', 'top-1 when cut, %', 'fine-tuned, %', 'Δ to dense',
-    'on training images, %', 'epochs',
+    'on training images, %', 'epochs', 'in',
 )
 
 
@@ -97,8 +97,14 @@ def _row(name: str, runs: Runs, starts: Mapping[str, float]) -> List[Any]:
         *(f'{mean(run[quantity][1] / run[quantity][0] for run in runs):.3f}' for quantity in ('macs', 'params')),
         _spread([run['top1']['cut'] for run in runs]), _spread(tuned), f'{gap:+.2f}',
         f'{mean(run["history"][-1]["train_top1"] for run in runs):.2f}',
-        ' + '.join(f'{count} {phase}' for phase, count in runs[0]['epochs'].items() if count), mean(tuned),
+        ' + '.join(f'{count} {phase}' for phase, count in runs[0]['epochs'].items() if count),
+        ', '.join(sorted({_precision(run) for run in runs})), mean(tuned),
     ]
+
+
+def _precision(run: Dict[str, Any]) -> str:
+    options = run['experiment']['options']
+    return options.get('amp-dtype', 'bfloat16') if options.get('amp') else 'float32'
 
 
 def _spread(values: Sequence[float]) -> str:
