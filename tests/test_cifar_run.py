@@ -103,7 +103,7 @@ def _cuts(result):
 
 
 def test_shares_that_are_set_by_hand_are_kept_and_the_rest_meets_the_budget(really_run):
-    result = really_run('wide', runner='ratios', ratios={'layer3.*.conv1': 0})
+    result = really_run('wide', options={'method-kwargs': {'ratios': {'layer3.*.conv1': 0}}})
     cuts = _cuts(result)
     assert not {name for name in cuts if name.startswith('layer3') and 'conv1' in name and len(cuts[name].keep) < 64}
     assert result['macs'][1] / result['macs'][0] == pytest.approx(0.5, abs=0.01)

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from argparse import Namespace
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from timm.task import ClassificationTask
 from torch import nn
 
 from timm_epfs import clock
-from timm_epfs.cli import main
+from timm_epfs.cli import main, parse_args
 from timm_epfs.training import checkpoints
 from timm_epfs.training import run as run_module
 from timm_epfs.training.checkpoints import Checkpoints
 from timm_epfs.training.data import Digits
+from timm_epfs.training.options import check_options
 from timm_epfs.training.stage import Stage
 
 # Small enough for five updates an epoch in half a second.
@@ -318,7 +320,9 @@ def test_folder_of_a_run_is_not_lost_by_mistake(tmp_path, capsys):
     (['--data-dir', 'x'], '--dataset digits has no folder, --data-dir x was given: drop it'),
     (['--dataset', ''], 'train needs images, found no --data-dir: give it, or --dataset digits for a first try'),
     (['--sparse-epochs', '1'], '--method none has no sparse phase, found --sparse-epochs 1: drop it'),
-    (['--method-kwargs', 'l1=1'], '--method none takes no --method-kwargs: choose a method, or drop them'),
+    (['--method-kwargs', 'l1=1'], '--method none takes arguments of timm_epfs.prune, found l1: drop it'),
+    (['--method-kwargs', 'macs=0.3'], "--method none can't cut"),
+    (['--method-kwargs', 'scope=magic'], "'magic'"),
     (['--method', 'epfs', '--criterion', 'l1'], '--criterion goes with --method none, found --method epfs'),
     (['--method', 'epfs', '--sparse-epochs', '0'], '--method epfs learns while sparse, found 0 epochs for that'),
     (['--dense-epochs', '3'], '3 dense and 0 sparse epochs were asked, --epochs has 2 for all phases'),
@@ -342,6 +346,15 @@ def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, capsys, arguments,
     assert train(tmp_path / 'run', *arguments) == 2
     assert message in error(capsys)
     assert not (tmp_path / 'run' / 'summary.csv').exists()  # before any training
+
+
+@pytest.mark.parametrize('capability, slow', [('AVX2', True), ('AVX512', False)])
+def test_bfloat16_on_a_processor_without_it_is_warned_of(tmp_path, monkeypatch, capability, slow):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        check_options(parse_args([*ONE_SHOT, '--output', str(tmp_path), '--amp']))
+    assert ['without AVX-512' in str(warning.message) for warning in said] == [True] * slow
 
 
 def test_data_that_can_not_be_used_is_refused_in_one_line(tmp_path, folder, capsys, monkeypatch):

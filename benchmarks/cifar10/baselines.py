@@ -70,13 +70,6 @@ class ShapeRun(ScratchRun):
         return apply_plan(model, model.pruning_plan)
 
 
-class WidthsRun(ExperimentRun):
-    """``ratios`` or ``scope`` of ``timm_epfs.prune`` says how wide layers become, the criterion which units stay."""
-
-    def _one_shot(self) -> nn.Module:
-        return super()._one_shot(**{key: self.experiment[key] for key in ('ratios', 'scope') if key in self.experiment})
-
-
 class GroupNormRun(ExperimentRun):
     """torch-pruning's sparse training (Fang et al., DepGraph, CVPR 2023) in the dense phase; then its group norm ranks.
 
@@ -94,7 +87,4 @@ class GroupNormRun(ExperimentRun):
         return stage
 
 
-RUNNERS = {
-    'train': ExperimentRun, 'scratch': ScratchRun, 'shape': ShapeRun, 'ratios': WidthsRun, 'scope': WidthsRun,
-    'group_norm': GroupNormRun,
-}
+RUNNERS = {'train': ExperimentRun, 'scratch': ScratchRun, 'shape': ShapeRun, 'group_norm': GroupNormRun}

@@ -1,8 +1,11 @@
 """Options of ``timm-epfs train``. Names and meanings are those of timm's train script, as far as it has them."""
 import argparse
 import os
+import warnings
 from pathlib import Path
 from typing import Any, Dict
+
+import torch
 
 from ..arguments import KeyValues, add_latency_arguments, positive
 from ..checkpoint import check_readable
@@ -41,7 +44,7 @@ def _add_method_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument('--criterion', metavar='NAME', help='ranks the units for --method none (l2)')
     group.add_argument(
         '--method-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-        help='further arguments of the method')
+        help='further arguments of the method, or of timm_epfs.prune for none')
 
 
 def _add_phase_arguments(group: argparse._ArgumentGroup) -> None:
@@ -162,12 +165,12 @@ def check_options(args: argparse.Namespace) -> None:
         raise PruningError(f'--macs {args.macs:g} was asked: give a share such as 0.5, or a count')
     if args.latency is not None:
         Asked(args.latency)
-    if args.method == 'none' and args.method_kwargs:
-        raise PruningError('--method none takes no --method-kwargs: choose a method, or drop them')
     if args.method != 'none' and args.criterion:
         raise PruningError(f'--criterion goes with --method none, found --method {args.method}: drop one of them')
     if args.amp and args.amp_dtype == 'float16' and args.device == 'cpu':
         raise PruningError('--amp-dtype float16 has no fast kernels on cpu: use bfloat16, or another --device')
+    if args.amp and args.device == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2':
+        warnings.warn('--amp on a processor without AVX-512 takes many times as long as float32: drop it', stacklevel=2)
     if args.workers is None:
         args.workers = 0 if args.dataset == 'digits' else min(4, os.cpu_count() or 1)
     phase_epochs(args)

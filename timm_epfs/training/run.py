@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional
+from typing import Any, Dict, Iterable, List, Mapping, Optional
 
 import safetensors.torch
 import timm
@@ -115,6 +115,10 @@ class Run:
         """Learn before any training what would be refused after it, on a copy."""
         model = self._placed(copy.deepcopy(self.model))
         if self.args.method == 'none':
+            strange = self.args.method_kwargs.keys() - inspect.signature(prune).parameters.keys()
+            if strange:
+                raise PruningError(f'--method none takes arguments of timm_epfs.prune, found {min(strange)}: drop it, '
+                                   'or choose another method')
             criterion = CRITERIA.get(self.args.criterion)
             if criterion and criterion.needs_data and self.args.distributed:
                 raise PruningError(f'--criterion {self.args.criterion} needs data, of which each process has its own: '
@@ -122,7 +126,7 @@ class Run:
             if self.args.latency is not None and self.args.distributed:
                 raise PruningError('--latency with --method none goes by a clock of which each process has its own: '
                                    'run it in one process')
-            prune(model, **budget(self.args), criterion='l2' if criterion else self.args.criterion or 'l2')
+            self._ranked(model, 'l2' if criterion else self.args.criterion)
             return
         learner = self._learner(model, 1, 1)
         earlier = getattr(model, 'pruning_plan', None)
@@ -259,13 +263,17 @@ class Run:
         with step(f'setting up {self.args.method}'), one_line(f'--method {self.args.method} can\'t be set up'):
             return method(model, steps=steps, **budget(self.args), **options)
 
-    def _one_shot(self, **options: Any) -> nn.Module:
-        criterion = self.args.criterion or 'l2'
-        needs_data = criterion in CRITERIA and CRITERIA[criterion].needs_data
+    def _one_shot(self) -> nn.Module:
+        criterion = CRITERIA.get(self.args.criterion)
+        data = islice(self.batches.train, 32) if criterion and criterion.needs_data else None
         with step(f'cutting {self.args.model}'):
+            return self._ranked(self.model, self.args.criterion, data)
+
+    def _ranked(self, model: nn.Module, criterion: Optional[str], data: Optional[Iterable] = None) -> nn.Module:
+        with one_line('--method none can\'t cut'):
             return prune(
-                self.model, **budget(self.args), criterion=criterion, seed=self.args.seed,
-                data=islice(self.batches.train, 32) if needs_data else None, **options,
+                model, **budget(self.args), criterion=criterion or 'l2', seed=self.args.seed, data=data,
+                **self.args.method_kwargs,
             )
 
     def _task(self, phase: str) -> TrainingTask:
