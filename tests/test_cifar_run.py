@@ -1,4 +1,5 @@
 """Which experiments of the comparison on CIFAR-10 are run, and what they start from."""
+import json
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from timm_epfs.plan import Plan
+from timm_epfs.training.options import check_options
 
 CIFAR10 = Path(__file__).parents[1] / 'benchmarks' / 'cifar10'
 DENSE, L1 = 'resnet20_cifar/dense-0', 'resnet20_cifar/l1-50-0'
@@ -43,7 +45,7 @@ def run(script, monkeypatch, tmp_path):
             save_file({'weight': torch.tensor([1 / 3]), 'steps': torch.tensor(7)}, weights)
         else:
             assert script._start(args, experiment, 'resnet20_cifar').is_file()
-        return {'name': name}
+        return {'name': name, 'amp': experiment['options'].get('amp', False)}
 
     def main(*patterns):
         done.clear()
@@ -60,6 +62,29 @@ def run(script, monkeypatch, tmp_path):
 def test_the_dense_baseline_comes_first_and_what_has_a_result_is_left_out(run):
     assert run('resnet20_cifar/l1-50') == [DENSE, L1]
     assert run('resnet20_cifar/l1-50') == run('resnet20_cifar/dense') == []
+
+
+def test_what_waits_for_a_gpu_is_passed_over_without_one(run, capsys):
+    assert run('resnet110_cifar*/epfs_filters-40') == []
+    assert 'resnet110_cifar.papers/epfs_filters-40 is too long for cpu: give --device cuda' in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings('ignore:--amp on a processor')
+@pytest.mark.parametrize('path', sorted((CIFAR10 / 'experiments').glob('*/*.json')), ids=lambda path: path.stem)
+def test_every_experiment_asks_for_what_there_is(script, tmp_path, path):
+    experiment = json.loads(path.read_text())
+    model = path.parent.name.partition('.')[0]
+    check_options(script.parse_args([
+        'train', model, '--output', str(tmp_path), '--data-dir', '.', *script._flags(experiment['options'])]))
+    assert timm.is_model(model) and (path.parents[1] / model / 'dense.json').exists()
+    assert experiment.get('runner', 'train') in script.RUNNERS
+    assert (path.parent / f'{experiment.get("shape_of", path.stem)}.json').exists()
+
+
+@pytest.mark.parametrize('asked, amp', [((), True), (('--float32',), False)])
+def test_what_an_experiment_ran_in_is_in_its_result(run, tmp_path, asked, amp):
+    run('resnet20_cifar/l1-50', *asked)
+    assert json.loads((tmp_path / f'{L1}.json').read_text())['amp'] == amp
 
 
 def test_the_dense_weights_are_kept_beside_their_result_in_half_precision(run, tmp_path):

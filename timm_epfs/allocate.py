@@ -9,7 +9,7 @@ import warnings
 from fnmatch import fnmatchcase
 from math import ceil, gcd
 from numbers import Integral
-from typing import Collection, Dict, List, Mapping, Optional, Sequence
+from typing import Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -114,20 +114,24 @@ def allocate(
         worth = [np.sort(values[s.name])[::-1] for s in ordered]
     search = Search(cost, budget, grids, worth)
     _check_reach(search, finest, floor)
-    sets = _sets(ordered, scope)
-    at = search.repair(search.walk(sets))
-    if abs(search.gap(at)) > TOLERANCE:
-        at = search.settle_coarsest(at, sets)
-    while round_to is None and abs(search.gap(at)) > TOLERANCE:
-        refined = search.refine(at, finest)
-        if refined is None:
-            break
-        search, at = refined[0], refined[0].repair(refined[1])
-
+    search, at = _met(search, _sets(ordered, scope), finest if round_to is None else None)
     if abs(search.gap(at)) > TOLERANCE:
         _warn(search, at, round_to, finest)
     left = dict(zip(cost.names, search.choices[at]))
     return {name: top(values[name], left[name]) for name in by_name}
+
+
+def _met(search: Search, sets: np.ndarray, finest: Optional[List[np.ndarray]]) -> Tuple[Search, np.ndarray]:
+    """The place on its grids that is nearest to the budget, with finer grids for a few structures if they are given."""
+    at = search.repair(search.walk(sets))
+    if abs(search.gap(at)) > TOLERANCE:
+        at = search.settle_coarsest(at, sets)
+    while finest is not None and abs(search.gap(at)) > TOLERANCE:
+        refined = search.refine(at, finest)
+        if refined is None:
+            break
+        search, at = refined[0], refined[0].repair(refined[1])
+    return search, at
 
 
 def top(scores: np.ndarray, left: int) -> np.ndarray:

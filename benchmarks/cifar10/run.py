@@ -3,7 +3,8 @@
 ``python benchmarks/cifar10/run.py --all --data-dir DIR --weights-dir DIR`` runs what has no result yet, one after the
 other, and goes on where it was interrupted. An experiment is a file of options of ``timm-epfs train`` in
 experiments/<model>/; its results are results/<model>/<experiment>-<seed>.json. ``table.py`` makes the tables of them.
-Short runs that a method is tuned by stand apart, in <model>.trials.
+Short runs that a method is tuned by stand apart, in <model>.trials, and in <model>.papers those with the budgets of the
+papers, which wait for a GPU.
 """
 import argparse
 import fnmatch
@@ -42,6 +43,10 @@ def main() -> None:
     if not chosen:
         sys.exit(f'no experiment is named {" or ".join(args.patterns)}; see {HERE.name}/experiments')
     for path in chosen:
+        wanted = json.loads(path.read_text()).get('device', args.device)
+        if torch.device(wanted).type != torch.device(args.device).type:
+            print(f'{path.parent.name}/{path.stem} is too long for {args.device}: give --device {wanted}', flush=True)
+            continue
         start = HERE / 'experiments' / _model(path.parent.name) / f'{DENSE}.json'
         for seed in _seeds(path, args.seeds):
             if _result(args, path, seed).exists():

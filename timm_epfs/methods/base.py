@@ -3,7 +3,7 @@ import copy
 import warnings
 from dataclasses import replace
 from math import ceil
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Set, Union
 
 import numpy as np
 import timm
@@ -125,13 +125,8 @@ class Learner:
         if self.traced.returns != 'Tensor':
             raise PruningError(
                 f'the model\'s forward returns a {self.traced.returns}; wrap it in one that returns the logits alone')
-        kinds = _kinds(structures)
-        fixed = left_alone(self.traced.structures, exclude, only, kinds)
-        fixed |= {s.name for s in self.traced.structures if (s.stream and not streams) or not is_maskable(s)}
-        if isinstance(self._earlier, Plan):
-            fixed |= self._earlier.uncomposable(self.traced.structures)
-        self.structures = [s for s in self.traced.structures if s.name not in fixed]
-        self.fixed = fixed
+        self.fixed = self._left_alone(_kinds(structures), exclude, only, streams)
+        self.structures = [s for s in self.traced.structures if s.name not in self.fixed]
         if not self.structures:
             raise PruningError(
                 f'nothing to learn: this model has none of {", ".join(structures)} that can be cut, or exclude= and '
@@ -140,10 +135,7 @@ class Learner:
         if latency is not None:
             self._budget_latency(latency, latency_batch_size)
         elif macs is not None:
-            self.budget = budget_from(self.traced.structures, self.traced.cost, macs=macs)
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # how near it will be is said in the end
-                self._allocate({s.name: np.ones(s.units) for s in self.structures})
+            self._budget_macs(macs)
         self._dense = self._price({s.name: s.units for s in self.traced.structures})
         self._prepare()
         self.masks = Masks(self.model, self.structures, self.learns_masks)
@@ -154,6 +146,26 @@ class Learner:
         self._skipped = self._overflows = 0
         self._stays: Optional[torch.Tensor] = None
         self._said: set = set()
+
+    def _left_alone(
+            self,
+            kinds: Collection[str],
+            exclude: Sequence[str],
+            only: Sequence[str],
+            streams: bool,
+    ) -> Set[str]:
+        """Names of the structures that get no masks."""
+        structures = self.traced.structures
+        fixed = left_alone(structures, exclude, only, kinds)
+        fixed |= {s.name for s in structures if (s.stream and not streams) or not is_maskable(s)}
+        return fixed | (self._earlier.uncomposable(structures) if isinstance(self._earlier, Plan) else set())
+
+    def _budget_macs(self, macs: float) -> None:
+        """What may be left, which equal shares show to be within reach."""
+        self.budget = budget_from(self.traced.structures, self.traced.cost, macs=macs)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # how near it will be is said in the end
+            self._allocate({s.name: np.ones(s.units) for s in self.structures})
 
     def _prepare(self) -> None:
         """Find out what may be refused while the model has no masks yet. What this needs is set before ``__init__``."""
