@@ -33,9 +33,10 @@ def _keep_heap() -> None:
 
     By default it may hand the top of the heap back to the system within every forward, whose pages are then missed in
     the next: a third more time for some models, by what the process happened to allocate before. Freeing a buffer of up
-    to 32 MB raises that limit to twice its size (mallopt(3), ``M_MMAP_THRESHOLD``).
+    to 32 MB raises that limit to twice its size (mallopt(3), ``M_MMAP_THRESHOLD``), unless it came from the heap: hence
+    four of them, for which the heap has hardly room.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    [torch.empty(31 << 20, dtype=torch.uint8) for _ in range(4)]
 
 
 def _now(device: torch.device) -> float:
