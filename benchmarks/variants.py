@@ -1,7 +1,7 @@
 """Make the plans of ``timm_epfs/variants``: ``python benchmarks/variants.py [NAME ...]``, all of them by default.
 
 None of these is learned: every layer is cut by about the same share and its first units stay. What a plan like this is
-good for is its widths, to be trained. A learned plan takes its place by taking its file.
+good for is its widths, to be trained. A learned plan takes its place by taking its file, and leaves the list below.
 """
 import argparse
 import warnings
@@ -17,7 +17,7 @@ import timm_epfs
 from timm_epfs.plan import Plan
 from timm_epfs.variants import plan_path
 
-CIFAR_RESNETS = ('resnet32_cifar', 'resnet44_cifar', 'resnet56_cifar', 'resnet110_cifar')
+CIFAR_RESNETS = ('resnet32_cifar', 'resnet44_cifar', 'resnet110_cifar')
 # Share of the MACs that is removed, by base; the name says it in whole percents.
 REMOVED: Dict[str, float] = {
     'resnet18': 0.552,

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -108,6 +109,11 @@ def test_a_plan_is_made_again_by_its_command(tmp_path):
     again, shipped = (json.loads((folder / 'resnet32_cifar_epfs50.json').read_text())
                       for folder in (tmp_path, variants.FOLDER))
     assert again['cuts'] == shipped['cuts'] and again['cost'] == shipped['cost']
+
+
+def test_no_plan_that_was_learned_is_made_anew_from_nothing():
+    made = runpy.run_path(str(ROOT / 'benchmarks' / 'variants.py'))['VARIANTS']
+    assert set(made) == {name for name in NAMES if Plan.load(variants.plan_path(name)).recipe['data'] == 'none'}
 
 
 def test_importing_is_cheap_and_opens_no_plan():
