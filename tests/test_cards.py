@@ -212,6 +212,12 @@ def test_the_snippets_run(slim, monkeypatch, tmp_path):
         assert torch.equal(names['model'].conv1.weight, slim.conv1.weight)
 
 
+def test_a_plan_without_weights_is_not_sent_to_the_hub_for_them(slim):
+    card = make_card(slim, 'me/half', METRICS, has_weights=False)
+    assert "timm.create_model('half', num_classes=7)" in card and 'It comes without weights' in card
+    assert 'hf-hub' not in card and 'pretrained=True' not in card
+
+
 # Whose card it is
 
 

@@ -14,8 +14,10 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from timm_epfs import variants
+from timm_epfs.cards import CARD, FIGURE, make_card
 
 ROOT = Path(__file__).parents[1]
+CARDS = ROOT / 'model_cards'
 SHIPPED = json.loads((ROOT / 'tests' / 'shipped.json').read_text())
 EACH = pytest.mark.parametrize('name', SHIPPED)
 SAMPLE = 1000
@@ -47,6 +49,12 @@ def test_a_name_without_tag_is_the_same(name):
     tagged = shipped(name).state_dict()
     for key, tensor in shipped(name.partition('.')[0]).state_dict().items():
         assert torch.equal(tensor, tagged[key])
+
+
+@EACH
+def test_its_card_is_made_of_what_was_measured(name):
+    metrics = json.loads((CARDS / f'{name}.json').read_text())
+    assert (CARDS / name / CARD).read_text() == make_card(shipped(name), f'timm-epfs/{name}', metrics, FIGURE)
 
 
 @EACH

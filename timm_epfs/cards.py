@@ -45,7 +45,13 @@ _HUB_LICENSES = (
 _STAMP = re.compile(r'\n*<!-- timm_epfs card ([0-9a-f]{16}) -->\s*\Z')
 
 
-def write_card(folder: Path, model: nn.Module, repo_id: str, metrics: Optional[Mapping[str, Any]] = None) -> None:
+def write_card(
+        folder: Path,
+        model: nn.Module,
+        repo_id: str,
+        metrics: Optional[Mapping[str, Any]] = None,
+        has_weights: bool = True,
+) -> None:
     """Write ``README.md``, and the picture that it shows where matplotlib is installed, into a folder.
 
     Raises:
@@ -53,7 +59,8 @@ def write_card(folder: Path, model: nn.Module, repo_id: str, metrics: Optional[M
     """
     metrics = check_metrics(metrics)
     figure = FIGURE if draw_layers(folder / FIGURE, model.pruning_plan) else None
-    (folder / CARD).write_text(make_card(model, repo_id, metrics, figure), encoding='utf-8', newline='\n')
+    text = make_card(model, repo_id, metrics, figure, has_weights)
+    (folder / CARD).write_text(text, encoding='utf-8', newline='\n')
 
 
 def make_card(
@@ -61,6 +68,7 @@ def make_card(
         repo_id: str,
         metrics: Optional[Mapping[str, Any]] = None,
         figure: Optional[str] = None,
+        has_weights: bool = True,
 ) -> str:
     """The text of a card, stamped as ours.
 
@@ -69,6 +77,7 @@ def make_card(
         repo_id: Where it is to be loaded from.
         metrics: What was measured, as the module's docstring shows.
         figure: File name of the picture of what was cut.
+        has_weights: Whether it's loaded with weights from there; otherwise it's a variant of the repo's name, a plan.
 
     Raises:
         PruningError: The metrics are none, or the plan's base can't be built.
@@ -94,6 +103,7 @@ def make_card(
         methods=[method for method in METHODS if any(step.get('method') == method for step in steps)],
         recipe=json.dumps(told['recipe'], indent=1, ensure_ascii=False),
         figure=figure,
+        has_weights=has_weights,
     )
     return stamp(str(card))
 

@@ -69,7 +69,7 @@ def ship(result: Dict[str, Any], weights: Optional[Dict[str, Tensor]], images: D
         metrics['pruned']['top1'] = _record(name, model.eval(), images)
     write_json(CARDS / f'{name}.json', check_metrics(metrics))
     (CARDS / name).mkdir(exist_ok=True)
-    write_card(CARDS / name, model, f'{OWNER}/{name}', metrics)
+    write_card(CARDS / name, model, f'{OWNER}/{name}', metrics, has_weights=weights is not None)
     return name
 
 
@@ -126,10 +126,13 @@ def _record(name: str, model: nn.Module, images: Dict[str, Tensor]) -> float:
 
 def _metrics(result: Dict[str, Any]) -> Dict[str, Any]:
     machine, latency = result['machine'], result['latency']
-    values = [
-        {'top1': round(top1, 2), 'latency_ms': round(ms, 3)}
-        for top1, ms in zip((result['top1'][when] for when in ('dense', 'finetuned')), result['latency_ms'])
-    ]
+    size = result['experiment']['options'].get('img-size')
+    values = [{'top1': round(result['top1'][when], 2)} for when in ('dense', 'finetuned')]
+    if size is not None:  # not the one that the variant's MACs are for, so the latency isn't either
+        dataset = f'{result["images"]}, at {size} × {size}'
+        return {'dataset': dataset, 'dense': values[0], 'pruned': values[1]}
+    for value, ms in zip(values, result['latency_ms']):
+        value['latency_ms'] = round(ms, 3)
     return {
         'dataset': result['images'], 'dense': values[0], 'pruned': values[1],
         'latency': {
