@@ -20,7 +20,6 @@ from timm_epfs.variants import plan_path
 CIFAR_RESNETS = ('resnet32_cifar', 'resnet44_cifar', 'resnet110_cifar')
 # Share of the MACs that is removed, by base; the name says it in whole percents.
 REMOVED: Dict[str, float] = {
-    'resnet18': 0.552,
     'resnet34': 0.5,
     'resnet50': 0.5,
     'vgg16_bn': 0.475,
