@@ -1,7 +1,7 @@
-"""Make the plans of ``timm_epfs/variants``: ``python benchmarks/variants.py [NAME ...]``, all of them by default.
+"""Make the plans of ``timm_epfs/variants`` that aren't learned: ``python benchmarks/variants.py [NAME ...]``, or all.
 
-None of these is learned: every layer is cut by about the same share and its first units stay. What a plan like this is
-good for is its widths, to be trained. A learned plan takes its place by taking its file, and leaves the list below.
+In these every layer is cut by about the same share and its first units stay. What a plan like this is good for is its
+widths, to be trained. A learned plan takes its place by taking its file, and its name leaves the list below.
 """
 import argparse
 import warnings

@@ -128,18 +128,15 @@ def _metrics(result: Dict[str, Any]) -> Dict[str, Any]:
     machine, latency = result['machine'], result['latency']
     size = result['experiment']['options'].get('img-size')
     values = [{'top1': round(result['top1'][when], 2)} for when in ('dense', 'finetuned')]
+    metrics = {'dataset': result['images'], 'dense': values[0], 'pruned': values[1]}
     if size is not None:  # not the one that the variant's MACs are for, so the latency isn't either
-        dataset = f'{result["images"]}, at {size} × {size}'
-        return {'dataset': dataset, 'dense': values[0], 'pruned': values[1]}
+        return {**metrics, 'dataset': f'{result["images"]}, at {size} × {size}'}
     for value, ms in zip(values, result['latency_ms']):
         value['latency_ms'] = round(ms, 3)
-    return {
-        'dataset': result['images'], 'dense': values[0], 'pruned': values[1],
-        'latency': {
-            'machine': f'{machine["cpu"]}, {machine["cores"]} cores, torch {machine["torch"]}, {latency["device"]}',
-            **{key: latency[key] for key in ('batch_size', 'dtype', 'threads')},
-        },
-    }
+    return {**metrics, 'latency': {
+        'machine': f'{machine["cpu"]}, {machine["cores"]} cores, torch {machine["torch"]}, {latency["device"]}',
+        **{key: latency[key] for key in ('batch_size', 'dtype', 'threads')},
+    }}
 
 
 if __name__ == '__main__':

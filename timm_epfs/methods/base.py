@@ -125,7 +125,7 @@ class Learner:
         if self.traced.returns != 'Tensor':
             raise PruningError(
                 f'the model\'s forward returns a {self.traced.returns}; wrap it in one that returns the logits alone')
-        self.fixed = self._left_alone(_kinds(structures), exclude, only, streams)
+        self.fixed = self._without_masks(_kinds(structures), exclude, only, streams)
         self.structures = [s for s in self.traced.structures if s.name not in self.fixed]
         if not self.structures:
             raise PruningError(
@@ -147,7 +147,7 @@ class Learner:
         self._stays: Optional[torch.Tensor] = None
         self._said: set = set()
 
-    def _left_alone(
+    def _without_masks(
             self,
             kinds: Collection[str],
             exclude: Sequence[str],
