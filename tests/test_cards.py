@@ -80,7 +80,7 @@ def test_what_is_not_measured_says_so(slim):
 
 def test_latency_comes_with_where_it_was_measured(slim):
     text = ' '.join(make_card(slim, 'me/half', METRICS).split())
-    assert 'Latency is that of a forward on AMD EPYC, batch size 1, float32, 2 threads.' in text
+    assert 'Latency is that of a forward on AMD EPYC, batch size 1, float32, threads: 2.' in text
     assert 'Latency' not in make_card(slim, 'me/half')
 
 

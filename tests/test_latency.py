@@ -188,7 +188,7 @@ def test_the_clock_shows_what_was_asked(fake_clock, name, asked):
     recipe = slim.pruning_plan.recipe
     assert recipe['latency'] == asked
     assert recipe['latency_ms'] == pytest.approx([1e3 * before, 1e3 * after])
-    assert recipe['latency_on'] == 'abacus, 1 threads, batch 2'
+    assert recipe['latency_on'] == 'abacus, threads: 1, batch 2'
     assert timm_epfs.Plan.from_json(slim.pruning_plan.to_json()).recipe == json.loads(json.dumps(recipe))
 
 
@@ -442,7 +442,7 @@ def test_training_takes_a_latency(fake_clock, monkeypatch, tmp_path, method):
     before, after = (whole(model, (images,), {}) for model in (timm.create_model('resnet20_cifar'), slim))
     assert after / before == pytest.approx(0.8, rel=0.05)
     assert slim.pruning_plan.recipe['latency'] == 0.8
-    assert slim.pruning_plan.recipe['latency_on'] == 'abacus, 1 threads, batch 2'
+    assert slim.pruning_plan.recipe['latency_on'] == 'abacus, threads: 1, batch 2'
 
 
 @pytest.mark.parametrize('asked, said', [

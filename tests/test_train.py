@@ -23,6 +23,7 @@ from torch import nn
 
 from timm_epfs import clock
 from timm_epfs.cli import main, parse_args
+from timm_epfs.errors import PruningError
 from timm_epfs.training import checkpoints
 from timm_epfs.training import run as run_module
 from timm_epfs.training.checkpoints import Checkpoints
@@ -405,6 +406,21 @@ def test_accumulated_batches_are_one_large_batch():
         assert stage.done == 3
         ends.append(model[1].weight.detach().clone())
     assert torch.allclose(*ends, atol=1e-6) and not torch.allclose(ends[0], start['1.weight'], atol=1e-3)
+
+
+@pytest.mark.parametrize('asked, said', [
+    (['--macs', '0.5', '--criterion', 'taylor'], '--criterion taylor needs data'),
+    (['--latency', '0.5'], '--latency with --method none goes by a clock'),
+    (['--macs', '0.5', '--method-kwargs', "round_to='auto'"], '--method-kwargs round_to=auto with --method none goes'),
+])
+def test_what_processes_would_not_agree_about_is_refused(tmp_path, monkeypatch, asked, said):
+    monkeypatch.setattr(run_module.Run, '_wait', lambda self: None)
+    args = parse_args([
+        'train', 'resnet20_cifar', '--dataset', 'digits', '--method', 'none', '-o', str(tmp_path), *asked])
+    check_options(args)
+    args.rank, args.distributed = 1, True
+    with pytest.raises(PruningError, match=f'^{said}.* of which each process has its own: run it in one process$'):
+        run_module.Run(args, {})
 
 
 def test_two_processes_evaluate_each_image_once(tmp_path, folder):

@@ -98,7 +98,7 @@ def benchmark(args: argparse.Namespace) -> None:
                 rows += _against_each_other(models, batch_size, args)
     conditions = _conditions(args)
     print(_table(rows))
-    print('{device}, {threads} threads, {dtype}, {layout}, {engine}; peak: weights, images and what torch allocates '
+    print('{device}, threads: {threads}, {dtype}, {layout}, {engine}; peak: weights, images and what torch allocates '
           'beside them'.format(**conditions))
     if args.json:
         text = json.dumps({'conditions': conditions, 'rows': [asdict(row) for row in rows]}, indent=1) + '\n'

@@ -223,7 +223,7 @@ def _prune(args: argparse.Namespace) -> None:
         folder = save_pretrained(slim, args.output, overwrite=args.overwrite)
     print(aligned(table(compare(dense, slim, accuracy, speed))))
     weights = args.checkpoint or ('pretrained' if args.pretrained else 'random')
-    print(f'weights: {weights}; latency: median at batch 1 on {args.device}, {torch.get_num_threads()} threads')
+    print(f'weights: {weights}; latency: median at batch 1 on {args.device}, threads: {torch.get_num_threads()}')
     print(f'saved in {args.output}: timm.create_model({f"local-dir:{folder}"!r}, pretrained=True)')
 
 

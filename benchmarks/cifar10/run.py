@@ -43,23 +43,18 @@ def main() -> None:
     if not chosen:
         sys.exit(f'no experiment is named {" or ".join(args.patterns)}; see {HERE.name}/experiments')
     for path in chosen:
-        wanted = json.loads(path.read_text()).get('device', args.device)
-        if torch.device(wanted).type != torch.device(args.device).type:
+        experiment = json.loads(path.read_text())
+        asked = [0] if path.stem == DENSE else args.seeds or experiment['seeds']
+        seeds = [seed for seed in asked if not _result(args, path, seed).exists()]
+        wanted = experiment.get('device', args.device)
+        if seeds and torch.device(wanted).type != torch.device(args.device).type:
             print(f'{path.parent.name}/{path.stem} is too long for {args.device}: give --device {wanted}', flush=True)
             continue
         start = HERE / 'experiments' / _model(path.parent.name) / f'{DENSE}.json'
-        for seed in _seeds(path, args.seeds):
-            if _result(args, path, seed).exists():
-                continue
+        for seed in seeds:
             if path != start and not _dense_weights(args, start.parent.name).exists():
                 _make(args, start, 0, images)
             _make(args, path, seed, images)
-
-
-def _seeds(path: Path, asked: Optional[List[int]]) -> List[int]:
-    if path.stem == DENSE:
-        return [0]
-    return json.loads(path.read_text())['seeds'] if asked is None else asked
 
 
 def _result(args: argparse.Namespace, path: Path, seed: int) -> Path:

@@ -127,7 +127,7 @@ class Bench:
     def place(self) -> str:
         """Where latencies are measured, for a plan's recipe."""
         machine = self._table.machine
-        return f'{machine["device"]}, {machine["threads"]} threads, batch {self.batch_size}'
+        return f'{machine["device"]}, threads: {machine["threads"]}, batch {self.batch_size}'
 
     def calls(self, left: Mapping[str, int]) -> List[Tuple[Kernel, float]]:
         """Every call and its seconds by the table, where these numbers of units are left."""

@@ -123,9 +123,11 @@ class Run:
             if criterion and criterion.needs_data and self.args.distributed:
                 raise PruningError(f'--criterion {self.args.criterion} needs data, of which each process has its own: '
                                    'run it in one process')
-            if self.args.latency is not None and self.args.distributed:
-                raise PruningError('--latency with --method none goes by a clock of which each process has its own: '
-                                   'run it in one process')
+            timed = {'--latency': self.args.latency is not None,
+                     '--method-kwargs round_to=auto': self.args.method_kwargs.get('round_to') == 'auto'}
+            if self.args.distributed and any(timed.values()):
+                raise PruningError(f'{max(timed, key=timed.get)} with --method none goes by a clock of which each '
+                                   'process has its own: run it in one process')
             self._ranked(model, 'l2' if criterion else self.args.criterion)
             return
         learner = self._learner(model, 1, 1)
@@ -323,6 +325,6 @@ class Run:
         with step('measuring latency'):
             speed = latencies(models, image.to(args.device))
         rows = compare(dense, slim, {'top-1, %': tuple(accuracy)}, speed)
-        notes = f'latency: median at batch 1 on {args.device}, {torch.get_num_threads()} threads'
+        notes = f'latency: median at batch 1 on {args.device}, threads: {torch.get_num_threads()}'
         write_report(self.folder, self.options, rows, notes, self.history, self.masks, slim.pruning_plan)
         return Result(folder, rows, notes, self.history)
