@@ -139,3 +139,10 @@ def test_a_shape_that_another_experiment_found_is_filled_with_the_units_that_a_c
     filled = _cuts(really_run('filled', runner='shape', shape_of='found'))
     assert {name: len(cut.keep) for name, cut in filled.items()} == {name: len(cut.keep) for name, cut in found.items()}
     assert any(list(cut.keep) != list(found[name].keep) for name, cut in filled.items())
+
+
+def test_center_loss_goes_on_while_fine_tuning(really_run):
+    plain, centered = (
+        really_run(name, **more, options={'epochs': 2, 'criterion': 'l2'})['history'][-1]
+        for name, more in (('plain', {}), ('centered', {'runner': 'centered', 'center': 10.0})))
+    assert centered['train_loss'] > 2 * plain['train_loss']

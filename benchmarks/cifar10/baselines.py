@@ -4,13 +4,15 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 import torch_pruning as tp
-from torch import nn
+from timm.task import TrainingTask
+from torch import Tensor, nn
 
 from timm_epfs.allocate import top
+from timm_epfs.center import CenterLoss, FeatureHook, find_classifier
 from timm_epfs.criteria import score
 from timm_epfs.plan import Plan
 from timm_epfs.surgery import apply_plan
@@ -87,4 +89,28 @@ class GroupNormRun(ExperimentRun):
         return stage
 
 
-RUNNERS = {'train': ExperimentRun, 'scratch': ScratchRun, 'shape': ShapeRun, 'group_norm': GroupNormRun}
+class CenteredRun(ExperimentRun):
+    """Center Loss on the deep feature while fine-tuning, too; the centres start anew where a run is resumed."""
+
+    def _task(self, phase: str) -> TrainingTask:
+        task = super()._task(phase)
+        return self._centered(task) if phase == 'finetune' else task
+
+    def _centered(self, task: TrainingTask) -> TrainingTask:
+        image = torch.empty(1, *self.config['input_size'], device='meta')
+        name, features, classes = find_classifier(self.model, (image,), {})
+        center, hook = CenterLoss(classes, features), FeatureHook(self.model.get_submodule(name))
+
+        def add(task: TrainingTask, args: Tuple[Tensor, Tensor], result: Dict[str, Tensor]) -> Dict[str, Tensor]:
+            loss = result['loss'] + self.experiment['center'] * center(hook.take(), args[1])
+            center.update()
+            return {**result, 'loss': loss}
+
+        task.register_forward_hook(add)
+        return task
+
+
+RUNNERS = {
+    'train': ExperimentRun, 'scratch': ScratchRun, 'shape': ShapeRun, 'group_norm': GroupNormRun,
+    'centered': CenteredRun,
+}
