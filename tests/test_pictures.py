@@ -138,7 +138,7 @@ def test_masks_over_time_are_those_of_the_sparse_phase():
     assert steered.get_xdata().tolist() == [1, 2] and steered.get_ydata() == pytest.approx([0.1, 0.2])
 
 
-class TestFronts:
+class TestComparison:
     """The pictures of the comparison on CIFAR-10."""
 
     @pytest.fixture
@@ -157,9 +157,10 @@ class TestFronts:
         return {
             f'{method}-{percent}': [
                 {
-                    'top1': {'finetuned': float(rng.uniform(80, 90))}, 'macs': [2.0, 2 - percent / 50],
+                    'top1': {'finetuned': float(rng.uniform(84, 90))}, 'macs': [2.0, 2 - percent / 50],
                     'latency_ms': [4.0, float(rng.uniform(2, 4))],
                     'latency': {'threads': 1, 'batch_size': 1, 'device': 'cpu'},
+                    'experiment': {'options': {'method': 'epfs' if method == 'epfs' else 'none'}},
                     'history': [{'phase': 'sparse', 'alive': 0.5, 'lambda': 0.1}] if method == 'epfs' else [],
                 }
                 for _ in range(seeds)
@@ -169,21 +170,32 @@ class TestFronts:
 
     def test_points_are_means_and_bars_deviations_over_the_seeds(self, pictures, experiments):
         figure = Figure()
-        pictures._fronts('images', 91.0, experiments, pictures._styles(experiments))(figure)
-        macs, latency = figure.axes
-        line = next(c for c in macs.containers if c.get_label().startswith('epfs'))
-        top1 = [run['top1']['finetuned'] for run in experiments['epfs-50']]
-        assert line[0].get_xdata().tolist() == pytest.approx([0.5, 0.75])
-        assert line[0].get_ydata()[0] == pytest.approx(mean(top1))
-        low, high = line[2][1].get_segments()[0][:, 1]
-        assert (high - low) / 2 == pytest.approx(stdev(top1))
+        pictures._ranks('images', 91.0, experiments)(figure)
+        top1, macs, latency = figure.axes
+        names = [label.get_text() for label in top1.get_yticklabels()]
+        at = names.index('epfs-50')
+        assert names[0] == 'epfs-25' and set(names[1:]) == {'epfs-50', 'l1-50'}
+        line = top1.containers[at]
+        values = [run['top1']['finetuned'] for run in experiments['epfs-50']]
+        assert (line[0].get_xdata()[0], line[0].get_ydata()[0]) == (pytest.approx(mean(values)), at)
+        low, high = line[2][0].get_segments()[0][:, 0]
+        assert (high - low) / 2 == pytest.approx(stdev(values))
+        assert [line[0].get_xdata()[0] for line in macs.containers] == pytest.approx([0.75, 0.5, 0.5])
         shares = [run['latency_ms'][1] / 4 for run in experiments['l1-50']]
-        line = next(c for c in latency.containers if c.get_label().startswith('l1'))
-        assert line[0].get_xdata().tolist() == pytest.approx([mean(shares)])
+        assert latency.containers[names.index('l1-50')][0].get_xdata()[0] == pytest.approx(mean(shares))
 
-    def test_as_many_experiments_as_there_are_look_different(self, pictures, experiments):
-        names = {path.stem for path in (ROOT / 'benchmarks/cifar10/experiments').glob('*/*.json')}
-        styles = pictures._styles(dict.fromkeys(names, experiments['l1-50']))
+    def test_what_is_far_below_dense_stands_at_the_edge_with_its_number(self, pictures, experiments):
+        experiments['l1-50'] = experiments['l1-50'][:1]
+        experiments['l1-50'][0]['top1']['finetuned'] = 12.34
+        figure = Figure()
+        pictures._ranks('images', 91.0, experiments)(figure)
+        top1 = figure.axes[0]
+        assert [text.get_text() for text in top1.texts] == ['◂ 12.34'] and top1.get_xlim()[0] > 70
+
+    def test_as_many_experiments_as_a_model_has_look_different(self, pictures):
+        folders = (ROOT / 'benchmarks/cifar10/experiments').iterdir()
+        names = max(([path.stem for path in folder.glob('*.json')] for folder in folders), key=len)
+        styles = pictures._styles(names)
         assert len({(style['color'], style['marker']) for style in styles.values()}) == len(styles) >= 20
 
     def test_committed_results_give_small_pictures(self, pictures, tmp_path, monkeypatch):

@@ -1,13 +1,13 @@
 """The pictures of ``run.py``'s results: ``python benchmarks/cifar10/pictures.py``.
 
-Writes, for each model and set of images, results/<model>.png (top-1 against MACs and against latency, one point an
-experiment, bars: standard deviation over its seeds), results/<model>-masks.png (what is alive, and λ, over epochs) and
+Writes, for each model and set of images, results/<model>.png (top-1, MACs and latency of each experiment, bars:
+standard deviation over its seeds), results/<model>-masks.png (what is alive, and λ, over epochs) and
 results/<model>-layers.png (what the best run left of each layer).
 """
 import argparse
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
 from table import RESULTS, Runs, by_experiment, by_images, read
 
@@ -17,6 +17,9 @@ from timm_epfs.training.pictures import masks_over_time
 
 MARKERS = 'osD^vPX*<>'
 COLOURS = ['#1f4e8c', '#c0562b', '#2e7d5b', '#6a4c93', '#b8860b', '#00838f', '#ad1457', '#555555']
+FAMILIES = {'epfs': ('EPFS', '#1f4e8c'), 'none': ('cut by a ranking, or from scratch', '#555555')}
+OTHERS = ('other methods that learn', '#c0562b')
+FAR = 8  # points below dense: what is further down isn't worth the room, and stands at the edge with its number
 
 
 def main() -> None:
@@ -31,48 +34,60 @@ def main() -> None:
 
 
 def _draw(results: Path, stem: str, images: str, dense: float, experiments: Mapping[str, Runs]) -> None:
-    styles = _styles(experiments)
-    draw(results / f'{stem}.png', (12, 4.5), _fronts(images, dense, experiments, styles))
+    draw(results / f'{stem}.png', (11, 1.6 + 0.2 * len(experiments)), _ranks(images, dense, experiments))
     learned = {name: runs for name, runs in experiments.items() if any(_sparse(run) for run in runs)}
     if learned:
-        draw(results / f'{stem}-masks.png', (12, 4), _masks(learned, styles))
-    best = max((run for runs in experiments.values() for run in runs), key=lambda run: run['top1']['finetuned'])
-    share, top1 = _macs(best), best['top1']['finetuned']
-    title = f'{best["name"]}: {100 * share:.0f} % of the MACs, top-1 {top1:.2f} % (dense {dense:.2f} %)'
+        draw(results / f'{stem}-masks.png', (12, max(4, 0.6 + 0.17 * len(learned))), _masks(learned))
+    best = max((run for runs in experiments.values() for run in runs), key=_top1)
+    title = f'{best["name"]}: {100 * _macs(best):.0f} % of the MACs, top-1 {_top1(best):.2f} % (dense {dense:.2f} %)'
     draw_layers(results / f'{stem}-layers.png', Plan.from_dict(best['plan']), title)
 
 
-def _styles(experiments: Mapping[str, Runs]) -> Dict[str, Dict[str, Any]]:
-    """A colour and a marker for each method, the same at every budget; the best first, as legends list them."""
-    ranked = sorted(experiments, key=lambda name: -mean(_top1(experiments[name])))
-    methods = dict.fromkeys(_method(name) for name in ranked)
-    return {
-        method: {'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[i // len(COLOURS) % len(MARKERS)]}
-        for i, method in enumerate(methods)
-    }
+def _ranks(images: str, dense: float, experiments: Mapping[str, Runs]) -> Callable[[Any], None]:
+    """One line an experiment, of one budget after the other, the best of each first."""
+    names = sorted(experiments, key=lambda name: (_removed(name), -mean(map(_top1, experiments[name]))))
 
-
-def _fronts(images: str, dense: float, experiments: Mapping[str, Runs], styles: Mapping[str, Dict[str, Any]]) -> Any:
     def paint(figure: Any) -> None:
-        macs, latency = figure.subplots(1, 2, sharey=True)
-        for axis, share in ((macs, _macs), (latency, _latency)):
-            for method, style in styles.items():
-                points = sorted(_points(experiments, method, share))
-                x, y, x_spread, y_spread = zip(*points)
-                label = f'{method} ({max(y):.2f} %)'
-                axis.errorbar(
-                    x, y, y_spread, x_spread, label=label, linewidth=1, markersize=5, capsize=2, **style)
-            axis.axhline(dense, color='#999999', linestyle='--', linewidth=1, label=f'dense ({dense:.2f} %)')
-            axis.margins(0.15)
-        macs.set(xlabel='MACs, share of dense', ylabel='top-1 after fine-tuning, %')
-        latency.set(xlabel=f'latency, share of dense ({_conditions(experiments)})')
-        lines, labels = macs.get_legend_handles_labels()
-        figure.legend(
-            lines, labels, title=images, loc='outside right upper', fontsize='x-small', title_fontsize='small')
+        axes = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1.1, 1.1))
+        for axis, value in zip(axes, (_top1, _macs, _latency)):
+            for at, name in enumerate(names):
+                values = [value(run) for run in experiments[name]]
+                x, (label, colour) = mean(values), _family(experiments[name])
+                if value is _top1 and x < dense - FAR:
+                    axis.text(0.01, at, f'◂ {x:.2f}', color=colour, fontsize='x-small', va='center',
+                              transform=axis.get_yaxis_transform())
+                else:
+                    spread = stdev(values) if len(values) > 1 else None
+                    axis.errorbar(x, at, xerr=spread, fmt='o', color=colour, markersize=4, capsize=2, label=label)
+            axis.grid(axis='y', linewidth=0.3)
+        axes[0].axvline(dense, color='#999999', linestyle='--', linewidth=1, label=f'dense ({dense:.2f} %)')
+        axes[0].set_yticks(range(len(names)), names, fontsize='x-small')
+        axes[0].set_ylim(len(names) - 0.4, -0.6)
+        for axis, text in zip(axes, (
+                f'top-1 after fine-tuning, % ({images})', 'MACs, share of dense',
+                f'latency, share of dense\n{_conditions(experiments)}')):
+            axis.set_xlabel(text, fontsize='small')
+        labels = {label: line for line, label in zip(*axes[0].get_legend_handles_labels())}
+        figure.legend(labels.values(), labels.keys(), loc='outside upper left', ncols=4, fontsize='x-small')
     return paint
 
 
-def _masks(experiments: Mapping[str, Runs], styles: Mapping[str, Dict[str, Any]]) -> Any:
+def _family(runs: Runs) -> Tuple[str, str]:
+    """What an experiment is called in the legend, and its colour."""
+    return FAMILIES.get(runs[0]['experiment']['options']['method'], OTHERS)
+
+
+def _styles(names: Iterable[str]) -> Dict[str, Dict[str, Any]]:
+    """A colour and a marker for each experiment."""
+    return {
+        name: {'color': COLOURS[i % len(COLOURS)], 'marker': MARKERS[i // len(COLOURS) % len(MARKERS)]}
+        for i, name in enumerate(names)
+    }
+
+
+def _masks(experiments: Mapping[str, Runs]) -> Callable[[Any], None]:
+    styles = _styles(experiments)
+
     def paint(figure: Any) -> None:
         alive, strength = figure.subplots(1, 2)
         labelled = set()
@@ -82,27 +97,20 @@ def _masks(experiments: Mapping[str, Runs], styles: Mapping[str, Dict[str, Any]]
             labelled.add(name)
             masks_over_time(
                 alive, strength if steered else None, run['history'], linewidth=1, markersize=3, label=label,
-                **styles[_method(name)])
+                **styles[name])
         lines, labels = alive.get_legend_handles_labels()
         figure.legend(lines, labels, title='each seed', loc='outside right upper', fontsize='x-small')
     return paint
 
 
-def _points(experiments: Mapping[str, Runs], method: str, share: Any) -> Iterator[Tuple[float, float, float, float]]:
-    """Mean share and top-1 of each experiment of a method, and their standard deviations over the seeds."""
-    for name, runs in experiments.items():
-        if _method(name) == method:
-            shares, top1 = [share(run) for run in runs], _top1(runs)
-            yield mean(shares), mean(top1), *((stdev(v) if len(v) > 1 else 0.0) for v in (shares, top1))
+def _removed(name: str) -> int:
+    """``epfs_filters-50``: the percent of the MACs that is asked to go."""
+    percent = name.rpartition('-')[2]
+    return int(percent) if percent.isdecimal() else 0
 
 
-def _method(name: str) -> str:
-    """``epfs_filters-50``, less the percent that is removed."""
-    return name.rpartition('-')[0] or name
-
-
-def _top1(runs: Runs) -> List[float]:
-    return [run['top1']['finetuned'] for run in runs]
+def _top1(run: Mapping[str, Any]) -> float:
+    return run['top1']['finetuned']
 
 
 def _macs(run: Mapping[str, Any]) -> float:
