@@ -22,7 +22,6 @@ CIFAR_RESNETS = ('resnet32_cifar', 'resnet44_cifar', 'resnet110_cifar')
 REMOVED: Dict[str, float] = {
     'resnet34': 0.5,
     'resnet50': 0.5,
-    'vgg16_bn': 0.475,
     'mobilenetv2_100': 0.5,
     'efficientnet_b0': 0.5,
     'convnext_tiny': 0.5,
