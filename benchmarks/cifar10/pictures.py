@@ -130,7 +130,7 @@ def _conditions(experiments: Mapping[str, Runs]) -> str:
     found = [run['latency'] for runs in experiments.values() for run in runs]
     threads, batches, devices = (sorted({f[key] for f in found}) for key in ('threads', 'batch_size', 'device'))
     either = ' or '.join
-    return f'batch {either(map(str, batches))}, {either(devices)}, threads: {either(map(str, threads))}'
+    return f'batch {either(map(str, batches))}, {either(devices)}\nthreads: {either(map(str, threads))}'
 
 
 if __name__ == '__main__':
