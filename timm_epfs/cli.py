@@ -22,7 +22,7 @@ from .autoload import autoload_path, is_on, switch_off, switch_on
 from .benchmark import add_benchmark_arguments
 from .calibrate import recalibrate_bn
 from .checkpoint import check_readable, load_weights
-from .clock import latencies
+from .clock import latencies, latency_note
 from .criteria import CRITERIA
 from .errors import PruningError
 from .export import add_export_arguments
@@ -223,7 +223,7 @@ def _prune(args: argparse.Namespace) -> None:
         folder = save_pretrained(slim, args.output, overwrite=args.overwrite)
     print(aligned(table(compare(dense, slim, accuracy, speed))))
     weights = args.checkpoint or ('pretrained' if args.pretrained else 'random')
-    print(f'weights: {weights}; latency: median at batch 1 on {args.device}, threads: {torch.get_num_threads()}')
+    print(f'weights: {weights}; {latency_note(args.device)}')
     print(f'saved in {args.output}: timm.create_model({f"local-dir:{folder}"!r}, pretrained=True)')
 
 

@@ -15,7 +15,7 @@ from .calibrate import eval_mode
 if TYPE_CHECKING:
     from torch.utils.benchmark import Measurement, Timer
 
-__all__ = ['device_of', 'in_turns', 'latencies', 'peak_memory', 'time_models', 'timer']
+__all__ = ['device_of', 'in_turns', 'latencies', 'latency_note', 'peak_memory', 'time_models', 'timer']
 
 Forward = Callable[[], object]
 
@@ -107,6 +107,11 @@ def latencies(models: Sequence[nn.Module], images: Tensor, seconds: float = 1.5)
         seconds: How long to measure.
     """
     return [1000 * taken.median for taken in time_models(models, (images,), {}, seconds)]
+
+
+def latency_note(device: str) -> str:
+    """What ``latencies`` of single images are, in a line for whoever reads them."""
+    return f'latency: median at batch 1 on {device}, threads: {torch.get_num_threads()}'
 
 
 def peak_memory(forward: Forward, device: torch.device) -> int:

@@ -94,9 +94,11 @@ class CenteredRun(ExperimentRun):
 
     def _task(self, phase: str) -> TrainingTask:
         task = super()._task(phase)
-        return self._centered(task) if phase == 'finetune' else task
+        if phase == 'finetune':
+            self._center(task)
+        return task
 
-    def _centered(self, task: TrainingTask) -> TrainingTask:
+    def _center(self, task: TrainingTask) -> None:
         image = torch.empty(1, *self.config['input_size'], device='meta')
         name, features, classes = find_classifier(self.model, (image,), {})
         center, hook = CenterLoss(classes, features), FeatureHook(self.model.get_submodule(name))
@@ -107,7 +109,6 @@ class CenteredRun(ExperimentRun):
             return {**result, 'loss': loss}
 
         task.register_forward_hook(add)
-        return task
 
 
 RUNNERS = {

@@ -5,6 +5,7 @@ standard deviation over its seeds), results/<model>-masks.png (what is alive, an
 results/<model>-layers.png (what the best run left of each layer).
 """
 import argparse
+import math
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
@@ -48,28 +49,32 @@ def _ranks(images: str, dense: float, experiments: Mapping[str, Runs]) -> Callab
     names = sorted(experiments, key=lambda name: (_removed(name), -mean(map(_top1, experiments[name]))))
 
     def paint(figure: Any) -> None:
-        axes = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1.1, 1.1))
-        for axis, value in zip(axes, (_top1, _macs, _latency)):
-            for at, name in enumerate(names):
-                values = [value(run) for run in experiments[name]]
-                x, (label, colour) = mean(values), _family(experiments[name])
-                if value is _top1 and x < dense - FAR:
-                    axis.text(0.01, at, f'◂ {x:.2f}', color=colour, fontsize='x-small', va='center',
-                              transform=axis.get_yaxis_transform())
-                else:
-                    spread = stdev(values) if len(values) > 1 else None
-                    axis.errorbar(x, at, xerr=spread, fmt='o', color=colour, markersize=4, capsize=2, label=label)
-            axis.grid(axis='y', linewidth=0.3)
-        axes[0].axvline(dense, color='#999999', linestyle='--', linewidth=1, label=f'dense ({dense:.2f} %)')
-        axes[0].set_yticks(range(len(names)), names, fontsize='x-small')
-        axes[0].set_ylim(len(names) - 0.4, -0.6)
-        for axis, text in zip(axes, (
-                f'top-1 after fine-tuning, % ({images})', 'MACs, share of dense',
-                f'latency, share of dense\n{_conditions(experiments)}')):
-            axis.set_xlabel(text, fontsize='small')
-        labels = {label: line for line, label in zip(*axes[0].get_legend_handles_labels())}
+        top1, macs, latency = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1.1, 1.1))
+        rows = [experiments[name] for name in names]
+        _panel(top1, f'top-1 after fine-tuning, % ({images})', rows, _top1, dense - FAR)
+        _panel(macs, 'MACs, share of dense', rows, _macs)
+        _panel(latency, f'latency, share of dense\n{_conditions(experiments)}', rows, _latency)
+        top1.axvline(dense, color='#999999', linestyle='--', linewidth=1, label=f'dense ({dense:.2f} %)')
+        top1.set_yticks(range(len(names)), names, fontsize='x-small')
+        top1.set_ylim(len(names) - 0.4, -0.6)
+        labels = {label: line for line, label in zip(*top1.get_legend_handles_labels())}
         figure.legend(labels.values(), labels.keys(), loc='outside upper left', ncols=4, fontsize='x-small')
     return paint
+
+
+def _panel(axis: Any, title: str, rows: List[Runs], value: Callable[[Any], float], least: float = -math.inf) -> None:
+    """The mean of a value over the seeds of each experiment; of less than ``least``, its number at the edge."""
+    for at, runs in enumerate(rows):
+        values = [value(run) for run in runs]
+        x, (label, colour) = mean(values), _family(runs)
+        if x < least:
+            axis.text(0.01, at, f'◂ {x:.2f}', color=colour, fontsize='x-small', va='center',
+                      transform=axis.get_yaxis_transform())
+        else:
+            spread = stdev(values) if len(values) > 1 else None
+            axis.errorbar(x, at, xerr=spread, fmt='o', color=colour, markersize=4, capsize=2, label=label)
+    axis.grid(axis='y', linewidth=0.3)
+    axis.set_xlabel(title, fontsize='small')
 
 
 def _family(runs: Runs) -> Tuple[str, str]:

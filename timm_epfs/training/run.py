@@ -19,8 +19,8 @@ from torch import nn
 
 from ..api import create_base, prune
 from ..checkpoint import load_weights
-from ..clock import latencies
-from ..criteria import CRITERIA
+from ..clock import latencies, latency_note
+from ..criteria import CRITERIA, Criterion
 from ..errors import PruningError
 from ..files import write_whole
 from ..hub import save_pretrained
@@ -120,20 +120,26 @@ class Run:
                 raise PruningError(f'--method none takes arguments of timm_epfs.prune, found {min(strange)}: drop it, '
                                    'or choose another method')
             criterion = CRITERIA.get(self.args.criterion)
-            if criterion and criterion.needs_data and self.args.distributed:
-                raise PruningError(f'--criterion {self.args.criterion} needs data, of which each process has its own: '
-                                   'run it in one process')
-            timed = {'--latency': self.args.latency is not None,
-                     '--method-kwargs round_to=auto': self.args.method_kwargs.get('round_to') == 'auto'}
-            if self.args.distributed and any(timed.values()):
-                raise PruningError(f'{max(timed, key=timed.get)} with --method none goes by a clock of which each '
-                                   'process has its own: run it in one process')
+            if self.args.distributed:
+                self._check_shared(criterion)
             self._ranked(model, 'l2' if criterion else self.args.criterion)
             return
         learner = self._learner(model, 1, 1)
         earlier = getattr(model, 'pruning_plan', None)
         if earlier is not None:
             earlier.compose(learner.plan())
+
+    def _check_shared(self, criterion: Optional[Criterion]) -> None:
+        """Refuse a one-shot cut that processes would not agree about."""
+        clock = 'with --method none goes by a clock'
+        reasons = (
+            (criterion is not None and criterion.needs_data, f'--criterion {self.args.criterion} needs data,'),
+            (self.args.latency is not None, f'--latency {clock}'),
+            (self.args.method_kwargs.get('round_to') == 'auto', f'--method-kwargs round_to=auto {clock}'),
+        )
+        for applies, reason in reasons:
+            if applies:
+                raise PruningError(f'{reason} of which each process has its own: run it in one process')
 
     def _open_batches(self) -> Batches:
         return open_batches(self.args, self.config, self.num_classes)
@@ -325,6 +331,6 @@ class Run:
         with step('measuring latency'):
             speed = latencies(models, image.to(args.device))
         rows = compare(dense, slim, {'top-1, %': tuple(accuracy)}, speed)
-        notes = f'latency: median at batch 1 on {args.device}, threads: {torch.get_num_threads()}'
+        notes = latency_note(args.device)
         write_report(self.folder, self.options, rows, notes, self.history, self.masks, slim.pruning_plan)
         return Result(folder, rows, notes, self.history)
