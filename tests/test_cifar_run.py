@@ -20,7 +20,7 @@ DENSE, L1 = 'resnet20_cifar/dense-0', 'resnet20_cifar/l1-50-0'
 def script(monkeypatch):
     """``run.py`` as a module, without a trace afterwards."""
     monkeypatch.setattr(sys, 'path', [str(CIFAR10), *sys.path])
-    modules = ('run', 'baselines', 'data', 'common')
+    modules = ('run', 'ship', 'baselines', 'data', 'common')
     for name in modules:
         monkeypatch.delitem(sys.modules, name, raising=False)
     import run
@@ -146,3 +146,11 @@ def test_center_loss_goes_on_while_fine_tuning(really_run):
         really_run(name, **more, options={'epochs': 2, 'criterion': 'l2'})['history'][-1]
         for name, more in (('plain', {}), ('centered', {'runner': 'centered', 'center': 10.0})))
     assert centered['train_loss'] > 2 * plain['train_loss']
+
+
+def test_a_plan_that_ships_tells_what_its_weights_were_trained_with(really_run):
+    import ship
+
+    result = really_run('taught', runner='centered', center=0.1, options={'distill': True})
+    recipe = ship._told(Plan.from_dict(result['plan']), result, 'resnet20_cifar/taught').recipe
+    assert (recipe['teacher'], recipe['finetune_center']) == ('the dense model', 0.1)

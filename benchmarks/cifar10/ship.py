@@ -10,7 +10,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Set, Tuple
 
 import safetensors.torch
 import torch
@@ -80,18 +80,20 @@ def _told(plan: Plan, result: Dict[str, Any], experiment: str) -> Plan:
         'date': result['machine']['date'], 'epochs': result['epochs'], 'seed': result['seed'],
         'command': f'python benchmarks/cifar10/run.py {experiment}',
         **({'teacher': 'the dense model'} if result['experiment']['options'].get('distill') else {}),
+        **({'finetune_center': result['experiment']['center']} if 'center' in result['experiment'] else {}),
     }
     base = build_base(plan.base, {}, 'meta')
     tensors = base.state_dict()
-    cuts = tuple(cut for cut in plan.cuts if len(cut.keep) < cut.structure.units or _fits(cut.structure, tensors))
+    # Of a base that was trained with other arguments, what isn't cut may have other sizes.
+    other = {key for key, length in plan.dense_lengths().items() if tensors[key[0]].shape[key[1]] != length}
+    cuts = tuple(cut for cut in plan.cuts if len(cut.keep) < cut.structure.units or not _has(cut.structure, other))
     plan = replace(plan, cuts=cuts, base_args={}, recipe={**plan.recipe, **told})
     pairs = zip(*(_cost(model.eval()) for model in (base, rebuild(plan, 'meta'))))
     return replace(plan, cost=dict(zip(('macs', 'params'), pairs)))
 
 
-def _fits(structure: Structure, tensors: Dict[str, Tensor]) -> bool:
-    """Whether the base has a structure's sizes: trained with other arguments, what isn't cut may be smaller."""
-    return all(tensors[m.tensor].shape[m.dim] == (m.length or m.index.size) for m in structure.members)
+def _has(structure: Structure, dims: Set[Tuple[str, int]]) -> bool:
+    return any((member.tensor, member.dim) in dims for member in structure.members)
 
 
 def _cost(model: nn.Module) -> Tuple[float, float]:
