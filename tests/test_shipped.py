@@ -13,7 +13,7 @@ import timm
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from timm_epfs import variants
+from timm_epfs import prune, variants
 from timm_epfs.cards import CARD, FIGURE, make_card
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +49,13 @@ def test_a_name_without_tag_is_the_same(name):
     tagged = shipped(name).state_dict()
     for key, tensor in shipped(name.partition('.')[0]).state_dict().items():
         assert torch.equal(tensor, tagged[key])
+
+
+@EACH
+def test_it_can_be_cut_further_wherever_its_base_can(name):
+    plan = shipped(name).pruning_plan
+    again = prune(timm.create_model(plan.base), macs=0.9).pruning_plan
+    assert {cut.structure.name for cut in plan.cuts} == {cut.structure.name for cut in again.cuts}
 
 
 @EACH
