@@ -10,8 +10,9 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Dict, Optional, Set, Tuple
+from typing import Any, Dict, Optional, Tuple
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,9 @@ from data import TAGS, Images, halved, name_of  # noqa: E402
 
 from timm_epfs.cards import check_metrics, write_card  # noqa: E402
 from timm_epfs.measure import count_macs  # noqa: E402
-from timm_epfs.plan import Plan  # noqa: E402
-from timm_epfs.structure import Structure  # noqa: E402
+from timm_epfs.plan import Cut, Plan  # noqa: E402
 from timm_epfs.surgery import build_base, rebuild  # noqa: E402
+from timm_epfs.trace import trace  # noqa: E402
 from timm_epfs.variants import plan_path, weights_path  # noqa: E402
 
 ROOT = HERE.parents[1]
@@ -82,24 +83,22 @@ def _told(plan: Plan, result: Dict[str, Any], experiment: str) -> Plan:
         **({'teacher': 'the dense model'} if result['experiment']['options'].get('distill') else {}),
         **({'finetune_center': result['experiment']['center']} if 'center' in result['experiment'] else {}),
     }
-    base = build_base(plan.base, {}, 'meta')
-    tensors = base.state_dict()
+    base = build_base(plan.base, {}, 'meta').eval()
+    whole = {s.name: Cut(s, np.arange(s.units)) for s in trace(base, _image(base)).structures}
     # Of a base that was trained with other arguments, what isn't cut may have other sizes.
-    other = {key for key, length in plan.dense_lengths().items() if tensors[key[0]].shape[key[1]] != length}
-    cuts = tuple(cut for cut in plan.cuts if len(cut.keep) < cut.structure.units or not _has(cut.structure, other))
+    cuts = tuple(cut if len(cut.keep) < cut.structure.units else whole[cut.structure.name] for cut in plan.cuts)
     plan = replace(plan, cuts=cuts, base_args={}, recipe={**plan.recipe, **told})
     pairs = zip(*(_cost(model.eval()) for model in (base, rebuild(plan, 'meta'))))
     return replace(plan, cost=dict(zip(('macs', 'params'), pairs)))
 
 
-def _has(structure: Structure, dims: Set[Tuple[str, int]]) -> bool:
-    return any((member.tensor, member.dim) in dims for member in structure.members)
-
-
 def _cost(model: nn.Module) -> Tuple[float, float]:
     """MACs of one image of the model's own size, and parameters."""
-    image = torch.empty(1, *model.pretrained_cfg['input_size'], device='meta')
-    return count_macs(model, (image,), {}), float(sum(parameter.numel() for parameter in model.parameters()))
+    return count_macs(model, _image(model), {}), float(sum(parameter.numel() for parameter in model.parameters()))
+
+
+def _image(model: nn.Module) -> Tuple[Tensor]:
+    return (torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'),)
 
 
 def _small(weights: Dict[str, Tensor], name: str) -> Dict[str, Tensor]:
