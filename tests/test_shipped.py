@@ -14,10 +14,10 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from timm_epfs import variants
+from timm_epfs.api import trace_model
 from timm_epfs.cards import CARD, FIGURE, make_card
 from timm_epfs.plan import Plan
 from timm_epfs.surgery import build_base
-from timm_epfs.trace import trace
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / 'model_cards'
@@ -57,8 +57,7 @@ def test_a_name_without_tag_is_the_same(name):
 @pytest.mark.parametrize('name', [path.stem.partition('.')[0] for path in sorted(CARDS.glob('*.json'))])
 def test_it_can_be_cut_further_wherever_its_base_can(name):
     plan = Plan.load(variants.plan_path(name))
-    base = build_base(plan.base, device='meta').eval()
-    found = trace(base, (torch.empty(1, *base.pretrained_cfg['input_size'], device='meta'),)).structures
+    found = trace_model(build_base(plan.base, device='meta')).structures
     assert {cut.structure.name for cut in plan.cuts} == {structure.name for structure in found}
 
 

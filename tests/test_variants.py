@@ -18,6 +18,7 @@ from timm.models._features_fx import GraphExtractNet, get_graph_node_names
 
 import timm_epfs
 from timm_epfs import variants
+from timm_epfs.api import example_for
 from timm_epfs.errors import PruningError
 from timm_epfs.measure import count_macs
 from timm_epfs.plan import Plan
@@ -81,7 +82,7 @@ def test_the_default_cfg_is_the_bases_without_its_weights(name):
 
 
 def macs_of(model):
-    return count_macs(model, (torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'),), {})
+    return count_macs(model, *example_for(model))
 
 
 @VARIANTS

@@ -122,14 +122,6 @@ class Plan:
             for tensor, dims in gone.items()
         }
 
-    def dense_lengths(self) -> Dict[Tuple[str, int], int]:
-        """Lengths of the dims of the dense model, by tensor and dim. Where a member doesn't say, structures own all."""
-        lengths: Dict[Tuple[str, int], int] = {}
-        for member in (member for cut in self.cuts for member in cut.structure.members):
-            key = member.tensor, member.dim
-            lengths[key] = max(lengths.get(key, 0), member.length or int(member.index.max()) + 1)
-        return lengths
-
     def keep_indices(self, shapes: Mapping[str, Sequence[int]]) -> Dict[str, Dict[int, np.ndarray]]:
         """Entries that stay, by tensor and dim, for the dims that change.
 

@@ -143,7 +143,7 @@ def inflate_checkpoint(state_dict: Mapping[str, Tensor], plan: Plan) -> Dict[str
     Raises:
         PruningError: The checkpoint is not of this plan's model.
     """
-    dense, lengths = dict(state_dict), plan.dense_lengths()
+    dense, lengths = dict(state_dict), _dense_lengths(plan)
     for name, dims in plan.removed().items():
         for dim, gone in dims.items() if name in dense else ():
             part, length = dense[name], lengths[name, dim]
@@ -302,7 +302,7 @@ def _tensor_misfits(plan: Plan, tensors: Mapping[str, Tensor], absent: Callable[
         absent: Whether a tensor of the plan may be missing.
     """
     problems = []
-    for (name, dim), length in plan.dense_lengths().items():
+    for (name, dim), length in _dense_lengths(plan).items():
         tensor = tensors.get(name)
         if tensor is None:
             if not absent(name):
@@ -317,6 +317,15 @@ def _emptied(plan: Plan, tensors: Mapping[str, Tensor]) -> List[str]:
         f'nothing would be left of {name}' for name, dims in plan.removed().items()
         if name in tensors and any(len(gone) == tensors[name].shape[dim] for dim, gone in dims.items())
     ]
+
+
+def _dense_lengths(plan: Plan) -> Dict[Tuple[str, int], int]:
+    """Lengths of the dense model's dims, by tensor and dim. Where a member doesn't say, structures own all of a dim."""
+    lengths: Dict[Tuple[str, int], int] = {}
+    for member in (member for cut in plan.cuts for member in cut.structure.members):
+        key = member.tensor, member.dim
+        lengths[key] = max(lengths.get(key, 0), member.length or int(member.index.max()) + 1)
+    return lengths
 
 
 def _attribute_misfits(model: nn.Module, attributes: Mapping[str, int]) -> List[str]:

@@ -23,11 +23,11 @@ sys.path.insert(0, str(HERE.parent))
 from common import write_json  # noqa: E402
 from data import TAGS, Images, halved, name_of  # noqa: E402
 
+from timm_epfs.api import example_for, trace_model  # noqa: E402
 from timm_epfs.cards import check_metrics, write_card  # noqa: E402
 from timm_epfs.measure import count_macs  # noqa: E402
 from timm_epfs.plan import Cut, Plan  # noqa: E402
 from timm_epfs.surgery import build_base, rebuild  # noqa: E402
-from timm_epfs.trace import trace  # noqa: E402
 from timm_epfs.variants import plan_path, weights_path  # noqa: E402
 
 ROOT = HERE.parents[1]
@@ -83,8 +83,8 @@ def _told(plan: Plan, result: Dict[str, Any], experiment: str) -> Plan:
         **({'teacher': 'the dense model'} if result['experiment']['options'].get('distill') else {}),
         **({'finetune_center': result['experiment']['center']} if 'center' in result['experiment'] else {}),
     }
-    base = build_base(plan.base, {}, 'meta').eval()
-    whole = {s.name: Cut(s, np.arange(s.units)) for s in trace(base, _image(base)).structures}
+    base = build_base(plan.base, {}, 'meta')
+    whole = {s.name: Cut(s, np.arange(s.units)) for s in trace_model(base).structures}
     # Of a base that was trained with other arguments, what isn't cut may have other sizes.
     cuts = tuple(cut if len(cut.keep) < cut.structure.units else whole[cut.structure.name] for cut in plan.cuts)
     plan = replace(plan, cuts=cuts, base_args={}, recipe={**plan.recipe, **told})
@@ -94,11 +94,7 @@ def _told(plan: Plan, result: Dict[str, Any], experiment: str) -> Plan:
 
 def _cost(model: nn.Module) -> Tuple[float, float]:
     """MACs of one image of the model's own size, and parameters."""
-    return count_macs(model, _image(model), {}), float(sum(parameter.numel() for parameter in model.parameters()))
-
-
-def _image(model: nn.Module) -> Tuple[Tensor]:
-    return (torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'),)
+    return count_macs(model, *example_for(model)), float(sum(parameter.numel() for parameter in model.parameters()))
 
 
 def _small(weights: Dict[str, Tensor], name: str) -> Dict[str, Tensor]:
