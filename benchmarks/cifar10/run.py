@@ -3,8 +3,8 @@
 ``python benchmarks/cifar10/run.py --all --data-dir DIR --weights-dir DIR`` runs what has no result yet, one after the
 other, and goes on where it was interrupted. An experiment is a file of options of ``timm-epfs train`` in
 experiments/<model>/; its results are results/<model>/<experiment>-<seed>.json. ``table.py`` makes the tables of them.
-Short runs that a method is tuned by stand apart, in <model>.trials, and in <model>.papers those with the budgets of the
-papers, which wait for a GPU.
+Short runs that a method is tuned by stand apart, in <model>.trials, longer ones of what ships in <model>.long, and in
+<model>.papers those with the budgets of the papers, which wait for a GPU.
 """
 import argparse
 import fnmatch
