@@ -79,6 +79,8 @@ def test_every_experiment_asks_for_what_there_is(script, tmp_path, path):
     assert timm.is_model(model) and (path.parents[1] / model / 'dense.json').exists()
     assert experiment.get('runner', 'train') in script.RUNNERS
     assert (path.parent / f'{experiment.get("shape_of", path.stem)}.json').exists()
+    removed = path.stem.rpartition('-')[2]
+    assert path.stem == 'dense' or abs(100 * (1 - experiment['options']['macs']) - int(removed)) <= 1
 
 
 @pytest.mark.parametrize('asked, amp', [((), True), (('--float32',), False)])
