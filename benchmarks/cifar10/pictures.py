@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
-from table import RESULTS, Runs, by_experiment, by_images, read
+from table import RESULTS, Runs, by_experiment, by_images, ranked, read
 
 from timm_epfs.pictures import draw, draw_layers
 from timm_epfs.plan import Plan
@@ -46,7 +46,7 @@ def _draw(results: Path, stem: str, images: str, dense: float, experiments: Mapp
 
 def _ranks(images: str, dense: float, experiments: Mapping[str, Runs]) -> Callable[[Any], None]:
     """One line an experiment, of one budget after the other, the best of each first."""
-    names = sorted(experiments, key=lambda name: (_removed(name), -mean(map(_top1, experiments[name]))))
+    names = ranked(experiments)
 
     def paint(figure: Any) -> None:
         top1, macs, latency = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1.1, 1.1))
@@ -106,12 +106,6 @@ def _masks(experiments: Mapping[str, Runs]) -> Callable[[Any], None]:
         lines, labels = alive.get_legend_handles_labels()
         figure.legend(lines, labels, title='each seed', loc='outside right upper', fontsize='x-small')
     return paint
-
-
-def _removed(name: str) -> int:
-    """``epfs_filters-50``: the percent of the MACs that is asked to go."""
-    percent = name.rpartition('-')[2]
-    return int(percent) if percent.isdecimal() else 0
 
 
 def _top1(run: Mapping[str, Any]) -> float:

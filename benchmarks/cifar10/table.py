@@ -1,6 +1,7 @@
 """The tables of ``run.py``'s results, and nothing that isn't in them: ``python benchmarks/cifar10/table.py``.
 
-Writes results/<model>.md, one table for each set of images; seeds of one experiment are one row.
+Writes results/<model>.md, one table for each set of images; seeds of one experiment are one row, and those of one
+budget stand together, the best first.
 """
 import json
 import sys
@@ -54,6 +55,21 @@ def by_experiment(runs: Sequence[Dict[str, Any]]) -> Tuple[float, Dict[str, Runs
     return dense['top1']['dense'], groups
 
 
+def ranked(experiments: Mapping[str, Runs]) -> List[str]:
+    """Names of one budget after the other, the best of each first."""
+    return sorted(experiments, key=lambda name: (_removed(name), -mean(_finetuned(experiments[name]))))
+
+
+def _removed(name: str) -> int:
+    """``epfs_filters-50``: the percent of the MACs that is asked to go."""
+    percent = name.rpartition('-')[2]
+    return int(percent) if percent.isdecimal() else 0
+
+
+def _finetuned(runs: Runs) -> List[float]:
+    return [run['top1']['finetuned'] for run in runs]
+
+
 def markdown(model: str, runs: Sequence[Dict[str, Any]]) -> str:
     parts = [f'# {model}', '']
     for images, found in by_images(runs).items():
@@ -64,8 +80,7 @@ def markdown(model: str, runs: Sequence[Dict[str, Any]]) -> str:
 def _table(images: str, runs: Runs) -> List[str]:
     _, experiments = by_experiment(runs)
     starts = {run['name']: _start(run, runs) for run in runs}
-    rows = [_row(name, found, starts) for name, found in experiments.items()]
-    rows.sort(key=lambda row: -row[-1])
+    rows = [_row(name, experiments[name], starts) for name in ranked(experiments)]
     machines = sorted({header_line(run['machine']) for run in runs})
     return [
         f'{images}. Dense: {_range(starts.values())}. Where there are several seeds, mean ± standard deviation. '
@@ -73,7 +88,7 @@ def _table(images: str, runs: Runs) -> List[str]:
         *machines,
         '',
         f'| {" | ".join(COLUMNS)} |', '|' + '---|' * len(COLUMNS),
-        *(f'| {" | ".join(row[:-1])} |' for row in rows),
+        *(f'| {" | ".join(row)} |' for row in rows),
     ]
 
 
@@ -89,16 +104,15 @@ def _range(values: Collection[float]) -> str:
     return f'{least} %' if least == most else f'{least} to {most} % (Δ is to the weights that a run started from)'
 
 
-def _row(name: str, runs: Runs, starts: Mapping[str, float]) -> List[Any]:
+def _row(name: str, runs: Runs, starts: Mapping[str, float]) -> List[str]:
     gap = mean(run['top1']['finetuned'] - starts[run['name']] for run in runs)
-    tuned = [run['top1']['finetuned'] for run in runs]
     return [
         name.rpartition('-')[0] or name, str(len(runs)),
         *(f'{mean(run[quantity][1] / run[quantity][0] for run in runs):.3f}' for quantity in ('macs', 'params')),
-        _spread([run['top1']['cut'] for run in runs]), _spread(tuned), f'{gap:+.2f}',
+        _spread([run['top1']['cut'] for run in runs]), _spread(_finetuned(runs)), f'{gap:+.2f}',
         f'{mean(run["history"][-1]["train_top1"] for run in runs):.2f}',
         ' + '.join(f'{count} {phase}' for phase, count in runs[0]['epochs'].items() if count),
-        ', '.join(sorted({_precision(run) for run in runs})), mean(tuned),
+        ', '.join(sorted({_precision(run) for run in runs})),
     ]
 
 
