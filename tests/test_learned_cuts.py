@@ -86,7 +86,7 @@ def test_every_method_meets_the_budget_and_cuts_what_it_masked(method):
 @pytest.mark.parametrize('method', ['epfs', 'sss'])
 def test_masks_only_select_and_what_stays_is_refitted_without_them(method):
     model = randomise(build())
-    learner = METHODS[method](model, macs=0.5, steps=20, example_input=EXAMPLE)
+    learner = METHODS[method](model, macs=0.5, steps=20, structures=('filters',), example_input=EXAMPLE)
     optimizer = sgd(model)
     train(model, learner, optimizer, 16)
     assert not learner.finished
@@ -95,6 +95,21 @@ def test_masks_only_select_and_what_stays_is_refitted_without_them(method):
     assert learner.finished and set(masks) == {0.0, 1.0} and learner.alive == pytest.approx(0.5, abs=0.01)
     train(model, learner, optimizer, 3, first=17)
     assert np.array_equal(np.concatenate([*learner.values().values()]), masks)
+    assert distance(outputs(model), outputs(learner.export())) < 1e-4
+
+
+@pytest.mark.parametrize('method', ['epfs', 'sss'])
+def test_blocks_that_stay_keep_their_size_beside_the_shortcut(method):
+    model = randomise(build('resnet20_cifar'))
+    learner = METHODS[method](model, macs=0.5, steps=20, structures=('filters', 'blocks'), example_input=EXAMPLE)
+    optimizer = sgd(model)
+    train(model, learner, optimizer, 16)
+    before = learner.values()
+    train(model, learner, optimizer, 1, first=16)
+    after, kinds = learner.values(), {s.name: s.kind for s in learner.structures}
+    blocks = [name for name, masks in after.items() if kinds[name] == 'blocks' and masks.any()]
+    assert blocks and all(0 < abs(after[name] - 1) and abs(after[name] - before[name]) < 0.2 for name in blocks)
+    assert set(np.concatenate([masks for name, masks in after.items() if kinds[name] != 'blocks'])) == {0.0, 1.0}
     assert distance(outputs(model), outputs(learner.export())) < 1e-4
 
 

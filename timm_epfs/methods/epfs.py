@@ -26,7 +26,7 @@ class EPFS(ProximalLearner):
     - λ₂ is ``l2_ratio`` times the structure's λ₁·w, so that it follows a λ₁ that is steered. Under ``'norm'`` and λ₁
       alone equal masks come to rest at 1 − 1/``l2_ratio``, from where those fall that the loss needs least.
     - In the end ℓ1 only selects (``refit``): masks that stay may be far from one by then, which is put right before
-      the cut.
+      the cut. Blocks' go into the weights as they are.
     - FISTA takes the gradient at the extrapolated point, which the network is trained with, restarts by O'Donoghue and
       Candès' gradient scheme, and its momentum is capped because gradients are noisy.
     - w is the unit's share of the MACs, over the root mean square of its mask's gradient (``weigh='fisher'``): an

@@ -35,6 +35,7 @@ class ProximalLearner(Learner):
             zero as soon as more is alive than it wants, and those that would leave less stay. False: only in the end.
         refit: Whether the selection is made after 85 % of ``steps``, and the masks of what stays are one from then on.
             ℓ1 chooses, but what it did to the masks that stay isn't kept (the relaxed lasso: Meinshausen, CSDA 2007).
+            Blocks keep theirs: what a block adds has learned the size of its shortcut, which no norm puts right.
             False: the selection is made in the end, and the masks go on into the weights.
         weigh: What λ₁ is multiplied by, with a mean of one. ``'macs'``: the unit's share of the model's MACs, or of its
             latency where that is the budget. ``'fisher'``: that over the root mean square of the mask's gradient so
@@ -217,7 +218,12 @@ class ProximalLearner(Learner):
         return self.solver.x
 
     def _settle(self, selected: torch.Tensor) -> None:
-        self.solver.x = self._stays.to(selected) if self.refit else selected
+        if self.refit:
+            for structure in self.structures:
+                if structure.kind != 'blocks':
+                    at = self.masks.slices[structure.name]
+                    selected[at] = self._stays[at].to(selected)
+        self.solver.x = selected
         self.masks.set(self.solver.x, self.solver.x)
 
     def _state(self) -> Dict[str, Any]:
