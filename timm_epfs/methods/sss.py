@@ -16,7 +16,7 @@ class SSS(ProximalLearner):
     The update is that of the authors' released code (``timm_epfs.proximal.Apg``); γ is theirs. They use the network's
     learning rate for the factors: set ``learner.lr`` along with the schedule to do the same. A factor at zero can come
     back while |g| > γ. Our reading: attention heads count as groups; a budget may steer γ, and what stays
-    is refitted, blocks with their factors and all else with factors of one (``refit``), neither of which the paper does.
+    is refitted (``refit``), neither of which the paper does.
 
     Args:
         model: As in ``Learner``.
