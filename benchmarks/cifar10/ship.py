@@ -2,7 +2,7 @@
 
 Writes the plan and the weights into timm_epfs/variants, what was measured and the card with its picture into
 model_cards, and what the tests compare with into tests/shipped.json. A variant is named for the share of the MACs that
-its experiment asked to remove, or as the experiment says, its weights for the images. Weights of more than 1.5 MB are
+its experiment asks to remove, or as that says, its weights for the images. Weights of more than 1.5 MB are
 stored in half precision; ``--plan-only`` ships none.
 """
 import argparse
@@ -53,10 +53,11 @@ def main() -> None:
 
 def ship(result: Dict[str, Any], weights: Optional[Dict[str, Tensor]], images: Dict[str, Tensor]) -> str:
     """Returns the variant's name, with the tag where it has weights."""
-    base, _, experiment = result['name'].partition('/')
-    asked = int(100 * (1 - result['experiment']['options']['macs']) + 1e-6)
-    name = result['experiment'].get('variant', f'{base}_epfs{asked}')
-    plan = _told(Plan.from_dict(result['plan']), result, f'{base}/{experiment.rpartition("-")[0]}')
+    experiment = result['name'].rpartition('-')[0]
+    asked = json.loads((HERE / 'experiments' / f'{experiment}.json').read_text())
+    percent = int(100 * (1 - asked['options']['macs']) + 1e-6)
+    name = asked.get('variant', f'{experiment.partition("/")[0]}_epfs{percent}')
+    plan = _told(Plan.from_dict(result['plan']), result, experiment)
     plan.save(plan_path(name))
     model, metrics = rebuild(plan), _metrics(result)
     if weights is not None:

@@ -43,7 +43,10 @@ _OF_THE_WEIGHTS = dict(
 
 
 def names() -> List[str]:
-    """Names of the variants that come with timm_epfs: base, ``_epfs``, percent of the MACs that are removed."""
+    """Names of the variants that come with timm_epfs: base, ``_epfs``, percent of the MACs that are removed.
+
+    ``_blocks`` follows where residual blocks were removed.
+    """
     return sorted(path.stem for path in FOLDER.glob('*.json'))
 
 
