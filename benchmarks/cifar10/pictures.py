@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
-from table import RESULTS, Runs, by_experiment, by_images, ranked, read
+from table import RESULTS, Runs, by_experiment, by_images, ranked, read, top1
 
 from timm_epfs.pictures import draw, draw_layers
 from timm_epfs.plan import Plan
@@ -39,8 +39,8 @@ def _draw(results: Path, stem: str, images: str, dense: float, experiments: Mapp
     learned = {name: runs for name, runs in experiments.items() if any(_sparse(run) for run in runs)}
     if learned:
         draw(results / f'{stem}-masks.png', (12, max(4, 0.6 + 0.17 * len(learned))), _masks(learned))
-    best = max((run for runs in experiments.values() for run in runs), key=_top1)
-    title = f'{best["name"]}: {100 * _macs(best):.0f} % of the MACs, top-1 {_top1(best):.2f} % (dense {dense:.2f} %)'
+    best = max((run for runs in experiments.values() for run in runs), key=top1)
+    title = f'{best["name"]}: {100 * _macs(best):.0f} % of the MACs, top-1 {top1(best):.2f} % (dense {dense:.2f} %)'
     draw_layers(results / f'{stem}-layers.png', Plan.from_dict(best['plan']), title)
 
 
@@ -49,15 +49,15 @@ def _ranks(images: str, dense: float, experiments: Mapping[str, Runs]) -> Callab
     names = ranked(experiments)
 
     def paint(figure: Any) -> None:
-        top1, macs, latency = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1.1, 1.1))
+        accuracy, macs, latency = figure.subplots(1, 3, sharey=True, width_ratios=(4, 1.1, 1.1))
         rows = [experiments[name] for name in names]
-        _panel(top1, f'top-1 after fine-tuning, % ({images})', rows, _top1, dense - FAR)
+        _panel(accuracy, f'top-1 after fine-tuning, % ({images})', rows, top1, dense - FAR)
         _panel(macs, 'MACs, share of dense', rows, _macs)
         _panel(latency, f'latency, share of dense\n{_conditions(experiments)}', rows, _latency)
-        top1.axvline(dense, color='#999999', linestyle='--', linewidth=1, label=f'dense ({dense:.2f} %)')
-        top1.set_yticks(range(len(names)), names, fontsize='x-small')
-        top1.set_ylim(len(names) - 0.4, -0.6)
-        labels = {label: line for line, label in zip(*top1.get_legend_handles_labels())}
+        accuracy.axvline(dense, color='#999999', linestyle='--', linewidth=1, label=f'dense ({dense:.2f} %)')
+        accuracy.set_yticks(range(len(names)), names, fontsize='x-small')
+        accuracy.set_ylim(len(names) - 0.4, -0.6)
+        labels = {label: line for line, label in zip(*accuracy.get_legend_handles_labels())}
         figure.legend(labels.values(), labels.keys(), loc='outside upper left', ncols=4, fontsize='x-small')
     return paint
 
@@ -106,10 +106,6 @@ def _masks(experiments: Mapping[str, Runs]) -> Callable[[Any], None]:
         lines, labels = alive.get_legend_handles_labels()
         figure.legend(lines, labels, title='each seed', loc='outside right upper', fontsize='x-small')
     return paint
-
-
-def _top1(run: Mapping[str, Any]) -> float:
-    return run['top1']['finetuned']
 
 
 def _macs(run: Mapping[str, Any]) -> float:

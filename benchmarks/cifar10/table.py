@@ -57,7 +57,7 @@ def by_experiment(runs: Sequence[Dict[str, Any]]) -> Tuple[float, Dict[str, Runs
 
 def ranked(experiments: Mapping[str, Runs]) -> List[str]:
     """Names of one budget after the other, the best of each first."""
-    return sorted(experiments, key=lambda name: (_removed(name), -mean(_finetuned(experiments[name]))))
+    return sorted(experiments, key=lambda name: (_removed(name), -mean(map(top1, experiments[name]))))
 
 
 def _removed(name: str) -> int:
@@ -66,8 +66,9 @@ def _removed(name: str) -> int:
     return int(percent) if percent.isdecimal() else 0
 
 
-def _finetuned(runs: Runs) -> List[float]:
-    return [run['top1']['finetuned'] for run in runs]
+def top1(run: Mapping[str, Any]) -> float:
+    """In percent, after fine-tuning."""
+    return run['top1']['finetuned']
 
 
 def markdown(model: str, runs: Sequence[Dict[str, Any]]) -> str:
@@ -105,11 +106,11 @@ def _range(values: Collection[float]) -> str:
 
 
 def _row(name: str, runs: Runs, starts: Mapping[str, float]) -> List[str]:
-    gap = mean(run['top1']['finetuned'] - starts[run['name']] for run in runs)
+    gap = mean(top1(run) - starts[run['name']] for run in runs)
     return [
         name.rpartition('-')[0] or name, str(len(runs)),
         *(f'{mean(run[quantity][1] / run[quantity][0] for run in runs):.3f}' for quantity in ('macs', 'params')),
-        _spread([run['top1']['cut'] for run in runs]), _spread(_finetuned(runs)), f'{gap:+.2f}',
+        _spread([run['top1']['cut'] for run in runs]), _spread([top1(run) for run in runs]), f'{gap:+.2f}',
         f'{mean(run["history"][-1]["train_top1"] for run in runs):.2f}',
         ' + '.join(f'{count} {phase}' for phase, count in runs[0]['epochs'].items() if count),
         ', '.join(sorted({_precision(run) for run in runs})),
