@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from timm_epfs.plan import Plan
@@ -45,7 +46,7 @@ def run(script, monkeypatch, tmp_path):
             save_file({'weight': torch.tensor([1 / 3]), 'steps': torch.tensor(7)}, weights)
         else:
             assert script._start(args, experiment, 'resnet20_cifar').is_file()
-        return {'name': name, 'amp': experiment['options'].get('amp', False)}
+        return {'name': name, 'images': script.name_of(images), 'amp': experiment['options'].get('amp', False)}
 
     def main(*patterns):
         done.clear()
@@ -55,13 +56,43 @@ def run(script, monkeypatch, tmp_path):
         return list(done)
 
     monkeypatch.setattr(script, '_run', train)
-    monkeypatch.setattr(script, 'load', lambda *_: {})
+    monkeypatch.setattr(script, 'load', lambda *_: {'test.pixels': torch.zeros(1)})
     return main
 
 
 def test_the_dense_baseline_comes_first_and_what_has_a_result_is_left_out(run):
     assert run('resnet20_cifar/l1-50') == [DENSE, L1]
     assert run('resnet20_cifar/l1-50') == run('resnet20_cifar/dense') == []
+
+
+def test_results_of_other_images_are_not_added_to(run, script, monkeypatch):
+    run('resnet20_cifar/l1-50')
+    monkeypatch.setattr(script, 'load', lambda *_: {'test.pixels': torch.ones(1)})
+    with pytest.raises(SystemExit, match=r'images \w+, and resnet20_cifar/dense-0.json was made on .* by --results'):
+        run('resnet20_cifar.trials/fpgm-50')
+
+
+def test_images_are_decoded_once_and_again_where_another_folder_is_named(script, tmp_path):
+    cache, value = tmp_path / 'images.safetensors', 10
+
+    def folder(name):
+        for split, n in (('train', 3), ('test', 2)):
+            for i in range(n):
+                path = tmp_path / name / split / 'cat' / f'{i}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new('RGB', (32, 32), (value, 0, 0)).save(path)
+        return tmp_path / name
+
+    first = folder('first')
+    assert script.load(first, cache)['train.pixels'].shape == (3, 3, 32, 32)
+    written = cache.stat().st_mtime_ns
+    script.load(first, cache)
+    assert cache.stat().st_mtime_ns == written
+    value = 20
+    assert script.load(folder('second'), cache)['test.pixels'][:, 0].eq(20).all()
+    with pytest.raises(SystemExit, match='nowhere has no CIFAR-10 that can be read'):
+        script.load(tmp_path / 'nowhere', cache)
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ['images.safetensors']
 
 
 def test_what_waits_for_a_gpu_is_passed_over_without_one(run, capsys):
@@ -156,3 +187,13 @@ def test_a_plan_that_ships_tells_what_its_weights_were_trained_with(really_run):
     result = really_run('taught', runner='centered', center=0.1, options={'distill': True})
     recipe = ship._told(Plan.from_dict(result['plan']), result, 'resnet20_cifar/taught').recipe
     assert (recipe['teacher'], recipe['finetune_center']) == ('the dense model', 0.1)
+
+
+def test_what_can_not_ship_is_said_before_anything_is_written(script, monkeypatch, tmp_path):
+    import ship
+    monkeypatch.setattr(sys, 'argv', ['ship.py', L1, '--runs', str(tmp_path), '--results', str(tmp_path)])
+    for missing in ('images.safetensors', f'{L1}.json', f'{L1}/pruned/model.safetensors'):
+        with pytest.raises(SystemExit, match=f'{missing} is not there: run.py makes it'):
+            ship.main()
+        (tmp_path / missing).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / missing).touch()

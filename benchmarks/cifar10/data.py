@@ -7,9 +7,13 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from common import one_line
+from safetensors import safe_open
 from timm.data import create_dataset
 from torch import Tensor
 from tqdm import tqdm
+
+from timm_epfs.files import write_whole
 
 __all__ = ['TAGS', 'Images', 'halved', 'load', 'name_of']
 
@@ -24,15 +28,29 @@ def load(data_dir: Path, cache: Path) -> Dict[str, Tensor]:
 
     Args:
         data_dir: Folder with ``train`` and ``test`` (folders or tar files), or torchvision's copy.
-        cache: File that holds what was decoded.
+        cache: File that holds what was decoded, and of which folder; it's written anew for another one.
+
+    Raises:
+        SystemExit: With one line, if there are no such images.
     """
-    if not cache.exists():
+    source = {'data_dir': str(data_dir.resolve())}
+    if not cache.exists() or _metadata(cache) != source:
         tensors: Dict[str, Tensor] = {}
-        for split in ('train', 'test'):
-            tensors.update(_decode(open_split(data_dir, split), split))
+        try:
+            for split in ('train', 'test'):
+                tensors.update(_decode(open_split(data_dir, split), split))
+        except Exception as e:
+            raise SystemExit(
+                f'{data_dir} has no CIFAR-10 that can be read, be it folders train and test or torchvision\'s copy: '
+                f'name it by --data-dir ({one_line(e)})') from e
         cache.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(tensors, cache)
+        write_whole(cache, lambda part: safetensors.torch.save_file(tensors, part, source))
     return safetensors.torch.load_file(cache)
+
+
+def _metadata(path: Path) -> Dict[str, str]:
+    with safe_open(path, 'pt') as file:
+        return file.metadata() or {}
 
 
 def open_split(data_dir: Path, split: str) -> Any:

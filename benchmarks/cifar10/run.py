@@ -42,6 +42,7 @@ def main() -> None:
     chosen = list(_experiments(args))
     if not chosen:
         sys.exit(f'no experiment is named {" or ".join(args.patterns)}; see {HERE.name}/experiments')
+    _check_images(args, chosen, name_of(images))
     for path in chosen:
         experiment = json.loads(path.read_text())
         asked = [0] if path.stem == DENSE else args.seeds or experiment['seeds']
@@ -55,6 +56,17 @@ def main() -> None:
             if path != start and not _dense_weights(args, start.parent.name).exists():
                 _make(args, start, 0, images)
             _make(args, path, seed, images)
+
+
+def _check_images(args: argparse.Namespace, chosen: List[Path], images: str) -> None:
+    """What is there of the experiments' models, weights to start from too, has to be from the same images."""
+    for folder in sorted({group for path in chosen for group in (path.parent.name, _model(path.parent.name))}):
+        for path in sorted((args.results / folder).glob('*.json')):
+            found = json.loads(path.read_text())['images']
+            if found != images:
+                sys.exit(
+                    f'--data-dir {args.data_dir} has {images}, and {folder}/{path.name} was made on {found}: '
+                    f'give these images a folder of their own by --results')
 
 
 def _result(args: argparse.Namespace, path: Path, seed: int) -> Path:

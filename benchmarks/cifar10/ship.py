@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
@@ -44,11 +45,15 @@ def main() -> None:
     parser.add_argument('--runs', type=Path, default=HERE / 'runs', help='with the decoded images')
     parser.add_argument('--results', type=Path, default=HERE / 'results')
     args = parser.parse_args()
-    images = safetensors.torch.load_file(args.runs / 'images.safetensors')
-    for name in args.names:
-        result = json.loads((args.results / f'{name}.json').read_text())
-        weights = safetensors.torch.load_file(args.runs / name / 'pruned' / 'model.safetensors')
-        print(ship(result, None if args.plan_only else weights, images))
+    decoded = args.runs / 'images.safetensors'
+    results = [args.results / f'{name}.json' for name in args.names]
+    weights = [args.runs / name / 'pruned' / 'model.safetensors' for name in args.names if not args.plan_only]
+    for path in (decoded, *results, *weights):
+        if not path.is_file():
+            raise SystemExit(f'{path} is not there: run.py makes it, where its --runs and --results say')
+    images = safetensors.torch.load_file(decoded)
+    for result, file in zip_longest(results, weights):
+        print(ship(json.loads(result.read_text()), file and safetensors.torch.load_file(file), images))
 
 
 def ship(result: Dict[str, Any], weights: Optional[Dict[str, Tensor]], images: Dict[str, Tensor]) -> str:
@@ -58,15 +63,16 @@ def ship(result: Dict[str, Any], weights: Optional[Dict[str, Tensor]], images: D
     percent = int(100 * (1 - asked['options']['macs']) + 1e-6)
     name = asked.get('variant', f'{experiment.partition("/")[0]}_epfs{percent}')
     plan = _told(Plan.from_dict(result['plan']), result, experiment)
-    plan.save(plan_path(name))
     model, metrics = rebuild(plan), _metrics(result)
     if weights is not None:
         if name_of(images) != result['images']:
             raise SystemExit(f'{result["name"]} was trained on {result["images"]}, the images here are others')
         tag = TAGS[result['images']]
         weights = _small(weights, result['name'])
-        safetensors.torch.save_file(weights, weights_path(name, tag), metadata={'format': 'pt'})
         model.load_state_dict(weights)
+        safetensors.torch.save_file(weights, weights_path(name, tag), metadata={'format': 'pt'})
+    plan.save(plan_path(name))
+    if weights is not None:
         name = f'{name}.{tag}'
         metrics['pruned']['top1'] = _record(name, model.eval(), images)
     write_json(CARDS / f'{name}.json', check_metrics(metrics))
