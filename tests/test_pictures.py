@@ -184,6 +184,20 @@ class TestComparison:
         shares = [run['latency_ms'][1] / 4 for run in experiments['l1-50']]
         assert latency.containers[names.index('l1-50')][0].get_xdata()[0] == pytest.approx(mean(shares))
 
+    def test_what_a_run_lost_is_told_from_the_last_weights_before_it(self, pictures):
+        def run(name, date, dense, trained=0):
+            return {
+                'name': f'net/{name}-50-0', 'machine': {'date': date}, 'epochs': {'dense': trained},
+                'top1': {'dense': dense},
+            }
+
+        runs = [run('l1', '2026-01-01', 88.2), run('l2', '2026-01-03', 88.3), run('fpgm', '2026-01-09', 88.4)]
+        sparse = [run('group_norm', day, 85.0, trained=6) for day in ('2026-01-02', '2026-01-05', '2025-12-31')]
+        table = sys.modules['table']
+        assert [table._start(run, [*sparse, *runs]) for run in sparse] == [88.2, 88.3, 85.0]
+        dense = {**run('', '2026-01-03', 88.25, trained=6), 'name': 'net/dense-0'}
+        assert table.by_experiment([dense, *runs])[0] == 88.3  # as it was stored
+
     def test_what_is_far_below_dense_stands_at_the_edge_with_its_number(self, pictures, experiments):
         experiments['l1-50'] = experiments['l1-50'][:1]
         experiments['l1-50'][0]['top1']['finetuned'] = 12.34

@@ -52,7 +52,7 @@ def by_experiment(runs: Sequence[Dict[str, Any]]) -> Tuple[float, Dict[str, Runs
     for run in runs:
         groups[run['name'].partition('/')[2].rpartition('-')[0]].append(run)
     dense = groups.pop('dense', runs)[0]
-    return dense['top1']['dense'], groups
+    return _start(dense, runs), groups
 
 
 def ranked(experiments: Mapping[str, Runs]) -> List[str]:
@@ -94,10 +94,15 @@ def _table(images: str, runs: Runs) -> List[str]:
 
 
 def _start(run: Dict[str, Any], runs: Runs) -> float:
-    """Top-1 of the weights that a run started from, which other runs of its date tell where it trained them on."""
-    same = (other for other in runs
-            if other['machine']['date'] == run['machine']['date'] and not other['epochs']['dense'])
-    return next(same, run)['top1']['dense'] if run['epochs']['dense'] else run['top1']['dense']
+    """Top-1 of the weights that a run started from, which the last of the others tell where it trained them on."""
+    if not run['epochs']['dense']:
+        return run['top1']['dense']
+    others = [other for other in runs if not other['epochs']['dense'] and _date(other) <= _date(run)]
+    return max(others, key=_date, default=run)['top1']['dense']
+
+
+def _date(run: Mapping[str, Any]) -> str:
+    return run['machine']['date']
 
 
 def _range(values: Collection[float]) -> str:
