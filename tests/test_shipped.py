@@ -70,7 +70,7 @@ def test_its_card_is_made_of_what_was_measured(name):
 @EACH
 @pytest.mark.skipif('CIFAR10_DIR' not in os.environ, reason='CIFAR10_DIR names no images')
 def test_top1_on_the_first_images(name, monkeypatch):
-    monkeypatch.setattr(sys, 'path', [str(ROOT / 'benchmarks' / 'cifar10'), *sys.path])
+    monkeypatch.setattr(sys, 'path', [str(ROOT / 'benchmarks' / 'cifar10'), str(ROOT / 'benchmarks'), *sys.path])
     from data import open_split
 
     model = shipped(name)
