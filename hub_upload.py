@@ -16,9 +16,8 @@ from typing import List, Optional, Sequence
 import timm
 from torch import nn
 
-from timm_epfs.errors import PruningError
-from timm_epfs.push import push_to_hub
-from timm_epfs.surgery import one_line
+from timm_epfs.core import PruningError, one_line
+from timm_epfs.hub import push_to_hub
 
 CARDS = Path(__file__).parent / 'model_cards'
 
@@ -49,7 +48,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 def variants() -> List[str]:
     """Full names of the variants whose weights are in the package."""
-    from timm_epfs import variants
+    from timm_epfs.zoo import variants
     return [f'{name}.{tag}' for name in variants.names() for tag in variants.tags(name)]
 
 

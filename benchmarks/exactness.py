@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from zoo_checks import module_of
 
-from timm_epfs import api
+from timm_epfs.pruner import api
 from timm_epfs.surgery import TORCHVISION, apply_plan, build_base
 from timm_epfs.trace import Trace
 

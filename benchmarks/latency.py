@@ -22,10 +22,9 @@ from torch import nn
 from torch_pruning_recipe import one_shot
 
 import timm_epfs
-from timm_epfs.api import example_for, trace_model
-from timm_epfs.clock import time_models
-from timm_epfs.latency import Bench, race
-from timm_epfs.measure import count_macs
+from timm_epfs.latency import Bench, race, time_models
+from timm_epfs.pruner import example_for, trace_model
+from timm_epfs.report import count_macs
 
 ROWS = (
     'resnet18', 'resnet18@32', 'mobilenetv2_100', 'efficientnet_b0', 'resnet50', 'deit_small_patch16_224',

@@ -20,8 +20,8 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_epfs
-from timm_epfs.measure import top1
-from timm_epfs.models.cifar import checkpoint_filter_fn
+from timm_epfs.report import top1
+from timm_epfs.zoo.cifar import checkpoint_filter_fn
 
 sys.path.insert(0, str(Path(__file__).parent / 'cifar10'))
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch_pruning_recipe import one_shot
 
 import timm_epfs
-from timm_epfs.measure import count_macs
+from timm_epfs.report import count_macs
 
 MODELS = (
     'resnet18', 'resnet50', 'mobilenetv2_100', 'efficientnet_b0', 'densenet121', 'vgg16_bn', 'convnext_tiny',

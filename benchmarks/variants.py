@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import timm_epfs
 from timm_epfs.plan import Plan
-from timm_epfs.variants import plan_path
+from timm_epfs.zoo.variants import plan_path
 
 CIFAR_RESNETS = ('resnet32_cifar', 'resnet44_cifar', 'resnet110_cifar')
 # Share of the MACs that is removed, by base; the name says it in whole percents.

@@ -13,9 +13,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch_pruning_recipe import DrawnMagnitude, NoInit, one_shot
 
 import timm_epfs
-from timm_epfs import api
-from timm_epfs.measure import count_macs
 from timm_epfs.plan import Plan
+from timm_epfs.pruner import api
+from timm_epfs.report import count_macs
 from timm_epfs.surgery import TORCHVISION, build_base, rebuild
 
 STAGES = ('build', 'trace', 'cut', 'forward', 'backward', 'cost', 'rebuild')

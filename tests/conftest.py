@@ -17,7 +17,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def no_progress(monkeypatch):
     """A busy machine is slow: what a test expects on stderr must not depend on it."""
-    monkeypatch.setattr('timm_epfs.progress.DELAY', 600.0)
+    monkeypatch.setattr('timm_epfs.core.progress_bar.DELAY', 600.0)
 
 
 @pytest.fixture(autouse=True)

@@ -4,8 +4,8 @@ from typing import Callable, Sequence
 import numpy as np
 from torch import nn
 
+from timm_epfs.core import Member, Structure
 from timm_epfs.plan import Cut, Plan
-from timm_epfs.structure import Member, Structure
 
 NORM_TENSORS = ('weight', 'bias', 'running_mean', 'running_var')
 

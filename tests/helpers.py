@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from timm_epfs.api import create_base
-from timm_epfs.structure import Structure
+from timm_epfs.core import Structure
+from timm_epfs.zoo import create_model
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ class Row:
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
-        return randomise(create_base(self.name, **self.args))
+        return randomise(create_model(self.name, **self.args))
 
     def images(self, batch: int = 2) -> torch.Tensor:
         return torch.randn(batch, 3, self.size, self.size, generator=torch.Generator().manual_seed(1))

@@ -418,6 +418,6 @@ def connect(monkeypatch: Any, hub: Hub, home: Path, token: str) -> Clock:
     monkeypatch.setenv('NO_PROXY', '*')
     close_session()  # a client keeps the proxies that it was made with
     clock = Clock()
-    for module in ('huggingface_hub.utils._http', 'huggingface_hub.file_download', 'timm_epfs.push'):
+    for module in ('huggingface_hub.utils._http', 'huggingface_hub.file_download', 'timm_epfs.hub.push'):
         monkeypatch.setattr(f'{module}.time', clock)
     return clock

@@ -8,7 +8,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_epfs import api
+from timm_epfs.pruner import api
 
 Entry = Tuple[str, int, int]  # tensor, dim, index
 

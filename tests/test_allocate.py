@@ -9,10 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import timm_epfs
-from timm_epfs.allocate import SCOPES, Budget, allocate, budget_from
-from timm_epfs.cost import CostModel
-from timm_epfs.errors import PruningError
-from timm_epfs.structure import Member, Size, Structure
+from timm_epfs.allocate import SCOPES, allocate, budget_from
+from timm_epfs.allocate.allocation import Budget
+from timm_epfs.core import CostModel, Member, PruningError, Size, Structure
 
 repeatable = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from timm_epfs.autoload import autoload_path, is_on, switch_off, switch_on
 from timm_epfs.cli import main
-from timm_epfs.errors import PruningError
+from timm_epfs.core import PruningError
+from timm_epfs.zoo.autoload import autoload_path, is_on, switch_off, switch_on
 
 ROOT = Path(__file__).parents[1]
 TIMM = 'names = []'

@@ -9,11 +9,12 @@ import pytest
 import timm
 import torch
 
-from timm_epfs import benchmark, clock, export
-from timm_epfs.api import prune
 from timm_epfs.cli import main, parse_args
-from timm_epfs.errors import PruningError
-from timm_epfs.hub import save_pretrained
+from timm_epfs.core import PruningError
+from timm_epfs.deploy import benchmark, export
+from timm_epfs.latency import clock
+from timm_epfs.pruner import prune
+from timm_epfs.zoo import save_pretrained
 
 SHORT = ['--img-size', '32', '--seconds', '0']
 

@@ -10,9 +10,9 @@ from helpers import distance, masked, randomise
 from torch import nn
 
 import timm_epfs
-from timm_epfs import api
-from timm_epfs.errors import PruningError
-from timm_epfs.measure import count_macs
+from timm_epfs.core import PruningError
+from timm_epfs.pruner import api
+from timm_epfs.report import count_macs
 from timm_epfs.surgery import apply_plan, inflate_checkpoint, slice_checkpoint
 
 PROJECTED = ('downsample', 'act2')

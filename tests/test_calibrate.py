@@ -4,8 +4,8 @@ import torch
 from timm.layers import BatchNormAct2d
 from torch import nn
 
-from timm_epfs.calibrate import recalibrate_bn
-from timm_epfs.errors import PruningError
+from timm_epfs.core import PruningError
+from timm_epfs.importance import recalibrate_bn
 
 
 class Net(nn.Module):

@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import timm_epfs
-from timm_epfs import PruningError, cards
-from timm_epfs.cards import check_metrics, is_ours, make_card, stamp, write_card
+from timm_epfs import PruningError
+from timm_epfs.hub import cards, check_metrics, is_ours, make_card, stamp, write_card
 from timm_epfs.surgery import apply_plan, build_base
 
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content:DeprecationWarning')
@@ -268,5 +268,5 @@ def test_metrics_that_make_no_sense(metrics, message):
 
 def test_the_template_is_one_file():
     link = Path(__file__).parents[1] / 'model_cards' / 'template.md'
-    assert link.resolve().name == cards.TEMPLATE.name and link.resolve().parent.name == 'timm_epfs'
+    assert link.resolve().name == cards.TEMPLATE.name and link.resolve().parent.name == 'hub'
     assert link.read_text(encoding='utf-8') == cards.TEMPLATE.read_text(encoding='utf-8')

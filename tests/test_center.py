@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import timm_epfs
-from timm_epfs.center import CenterLoss, find_classifier
-from timm_epfs.errors import PruningError
+from timm_epfs.core import PruningError
+from timm_epfs.learn.center_loss import CenterLoss, find_classifier
 
 CLASSES, FEATURES = 4, 6
 

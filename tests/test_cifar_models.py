@@ -8,9 +8,9 @@ import torch
 import torch.nn as nn
 from timm.models._features_fx import FeatureGraphNet
 
-import timm_epfs.models  # noqa: F401 (registers the models)
-from timm_epfs.measure import count_macs
-from timm_epfs.models.cifar import PadShortcut, checkpoint_filter_fn
+import timm_epfs  # noqa: F401 (registers the models)
+from timm_epfs.report import count_macs
+from timm_epfs.zoo.cifar import PadShortcut, checkpoint_filter_fn
 
 SHARED = Path(__file__).parents[2] / 'shared'
 TEST_TAR = SHARED / 'data/cifar10-jpeg/test.tar'

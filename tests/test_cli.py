@@ -15,15 +15,14 @@ import torch
 from PIL import Image
 from timm.data import resolve_data_config
 
-from timm_epfs import cli, clock, measure
-from timm_epfs import progress as progress_module
-from timm_epfs.api import prune
-from timm_epfs.checkpoint import load_weights
 from timm_epfs.cli import main
-from timm_epfs.errors import PruningError
-from timm_epfs.hub import save_pretrained
-from timm_epfs.progress import step
-from timm_epfs.report import inspect
+from timm_epfs.cli import shell as cli
+from timm_epfs.core import PruningError, step
+from timm_epfs.core import progress_bar as progress_module
+from timm_epfs.latency import clock
+from timm_epfs.pruner import inspect, prune
+from timm_epfs.report import comparison as measure
+from timm_epfs.zoo import load_weights, save_pretrained
 
 SHARED = Path(__file__).parents[2] / 'shared'
 

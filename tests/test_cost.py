@@ -5,9 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from timm_epfs.cost import QUANTITIES, CostModel
-from timm_epfs.measure import count_macs
-from timm_epfs.structure import Size
+from timm_epfs.core import QUANTITIES, CostModel, Size
+from timm_epfs.report import count_macs
 
 NAMES = ('a', 'b', 'c')
 

@@ -10,9 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import timm_epfs
-from timm_epfs.criteria import CRITERIA, score
-from timm_epfs.errors import PruningError
-from timm_epfs.structure import Member, Structure
+from timm_epfs.core import Member, PruningError, Structure
+from timm_epfs.importance import CRITERIA, score
 
 
 class ConvNet(nn.Module):

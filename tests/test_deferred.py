@@ -10,7 +10,7 @@ from timm.models._efficientnet_builder import _init_weight_goog
 from torch import nn
 from torch.nn import init
 
-from timm_epfs.deferred import DeferredInit
+from timm_epfs.surgery import DeferredInit
 
 
 def built(make, deferred):

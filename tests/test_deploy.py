@@ -15,7 +15,7 @@ from torch.fx.proxy import TraceError
 from torch.nn.parallel import DistributedDataParallel
 
 import timm_epfs
-from timm_epfs.export import trace_program, write_onnx
+from timm_epfs.deploy.export import trace_program, write_onnx
 
 # One of each kind: name, image size, arguments that make it small.
 KINDS = {

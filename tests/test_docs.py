@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import timm_epfs
-from timm_epfs import cli
+from timm_epfs.cli import shell as cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]

@@ -12,13 +12,13 @@ import timm
 import torch
 from torch import nn
 
-from timm_epfs import hub
-from timm_epfs.api import prune
 from timm_epfs.cli import main
-from timm_epfs.errors import PruningError
-from timm_epfs.hub import save_pretrained
+from timm_epfs.core import PruningError
 from timm_epfs.plan import FORMAT, Plan
+from timm_epfs.pruner import prune
 from timm_epfs.surgery import apply_plan, rebuild, slice_checkpoint
+from timm_epfs.zoo import save_pretrained
+from timm_epfs.zoo import saving as hub
 
 
 class Failing(nn.Module):
@@ -239,7 +239,7 @@ def test_a_kill_in_the_middle_leaves_no_folder_and_the_old_one_whole(slim, tmp_p
     before = {path.name: path.read_bytes() for path in (tmp_path / 'old').iterdir()}
     script = textwrap.dedent('''
         import os, signal, sys, timm
-        from timm_epfs import hub
+        from timm_epfs.zoo import saving as hub
         model = timm.create_model(f'local-dir:{sys.argv[1]}/old', pretrained=True)
         hub._save_config = lambda *args: os.kill(os.getpid(), signal.SIGKILL)
         hub.save_pretrained(model, sys.argv[1] + '/' + sys.argv[2], overwrite=True)
@@ -325,7 +325,7 @@ def test_a_folder_that_is_taken_is_refused_before_any_work(bad_files, monkeypatc
     def work(*args, **kwargs):
         raise AssertionError('built a model first')
 
-    monkeypatch.setattr('timm_epfs.cli.create_base', work)
+    monkeypatch.setattr('timm_epfs.cli.shell.create_base', work)
     monkeypatch.chdir(bad_files)
     assert main('prune test_resnet --macs 0.5 -o TAKEN'.split()) == 2
     assert '--overwrite' in capsys.readouterr().err

@@ -10,11 +10,11 @@ from hand_plans import VIT, VIT_ARGS, resnet_plan, vit_plan
 from timm.models import resolve_model_input_args, save_for_hf
 from torch import nn
 
-from timm_epfs import hub
-from timm_epfs.errors import PruningError
-from timm_epfs.hub import save_pretrained
+from timm_epfs.core import PruningError
 from timm_epfs.plan import Plan
 from timm_epfs.surgery import apply_plan, build_base, slice_checkpoint
+from timm_epfs.zoo import save_pretrained
+from timm_epfs.zoo import saving as hub
 
 
 def pruned(base, make_plan, **args):
@@ -281,7 +281,7 @@ def test_a_save_that_fails_leaves_what_was_there(saved, tmp_path, monkeypatch, s
     def fail(*args, **kwargs):
         raise error
 
-    owner, _, name = f'timm_epfs.hub.{step}'.rpartition('.')
+    owner, _, name = f'timm_epfs.zoo.saving.{step}'.rpartition('.')
     with monkeypatch.context() as patch:
         patch.setattr(f'{owner}.{name}', fail)
         for folder, overwrite in (('new', False), ('old', True)):

@@ -46,7 +46,7 @@ def script(models, monkeypatch, tmp_path):
     monkeypatch.setattr(script, 'variants', lambda: NAMES)
     monkeypatch.setattr(script, 'build', models.__getitem__)
     monkeypatch.setattr(script, 'CARDS', tmp_path)
-    monkeypatch.setattr('timm_epfs.cards.draw_layers', lambda path, plan: False)
+    monkeypatch.setattr('timm_epfs.hub.cards.draw_layers', lambda path, plan: False)
     return script
 
 

@@ -14,8 +14,8 @@ from timm.layers.format import get_channel_dim
 from torch.utils._pytree import tree_leaves
 
 import timm_epfs
-from timm_epfs import api
-from timm_epfs.measure import count_macs
+from timm_epfs.pruner import api
+from timm_epfs.report import count_macs
 from timm_epfs.surgery import apply_plan
 from timm_epfs.trace import meta_copy
 

@@ -17,11 +17,12 @@ from torch.overrides import resolve_name
 
 import timm_epfs
 from timm_epfs.allocate import allocate
-from timm_epfs.api import example_for, make_plan, trace_model
 from timm_epfs.cli import main
-from timm_epfs.errors import PruningError
+from timm_epfs.core import PruningError
 from timm_epfs.latency import Asked, Bench, LatencyModel, Table, kernels, race
-from timm_epfs.latency import bench as bench_room
+from timm_epfs.latency import measured as bench_room
+from timm_epfs.plan import make_plan
+from timm_epfs.pruner import example_for, trace_model
 from timm_epfs.trace import meta_copy
 from timm_epfs.trace.calls import Calls, tensors_in
 from timm_epfs.training import run as run_room
@@ -463,7 +464,7 @@ def test_training_says_what_is_wrong_with_a_latency(fake_clock, tmp_path, capsys
 
 HEAP = '''
 import resource, statistics, torch
-from timm_epfs.clock import timer
+from timm_epfs.latency.clock import timer
 
 def forward():
     first = torch.ones(2 << 20)

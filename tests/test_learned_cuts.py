@@ -12,8 +12,8 @@ from timm.models.resnet import BasicBlock
 from torch import nn
 
 import timm_epfs
-from timm_epfs.errors import PruningError
-from timm_epfs.methods import METHODS
+from timm_epfs.core import PruningError
+from timm_epfs.learn import METHODS
 
 MODELS = [
     ('resnet18', {}, 64, ('filters', 'blocks')),

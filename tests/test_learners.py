@@ -12,8 +12,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 import timm_epfs
-from timm_epfs.errors import PruningError
-from timm_epfs.methods import METHODS
+from timm_epfs.core import PruningError
+from timm_epfs.learn import METHODS
 
 
 def test_the_model_keeps_its_parameters_and_gets_its_weights_back():

@@ -6,7 +6,7 @@ import torch
 from loop import build, sgd, train
 
 import timm_epfs
-from timm_epfs.methods import METHODS
+from timm_epfs.learn import METHODS
 
 
 def test_lambda_is_steered_to_the_budget():

@@ -6,8 +6,8 @@ from loop import CLASSES, EXAMPLE, batch, build, sgd, small_vgg, train
 from torch import nn
 
 import timm_epfs
-from timm_epfs.errors import PruningError
-from timm_epfs.methods import METHODS
+from timm_epfs.core import PruningError
+from timm_epfs.learn import METHODS
 
 
 class Pair(nn.Module):

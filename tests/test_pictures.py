@@ -12,10 +12,10 @@ from PIL import Image
 from torch import nn
 
 import timm_epfs
-from timm_epfs.errors import PruningError
-from timm_epfs.pictures import draw_layers
+from timm_epfs.core import PruningError
 from timm_epfs.plan import Plan
-from timm_epfs.training.pictures import masks_over_time
+from timm_epfs.report import draw_layers
+from timm_epfs.training.run_pictures import masks_over_time
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,7 +86,7 @@ def test_a_plan_its_file_its_folder_and_its_model_give_one_picture(slim, tmp_pat
 
 
 def test_a_deep_model_stays_readable_and_small(tmp_path):
-    plan = Plan.load(timm_epfs.variants.plan_path('resnet110_cifar_epfs50'))
+    plan = Plan.load(timm_epfs.zoo.variants.plan_path('resnet110_cifar_epfs50'))
     assert sum(cut.structure.kind != 'blocks' for cut in plan.cuts) > 50
     figure = timm_epfs.plot(plan)
     assert len(figure.axes[-1].get_xticklabels()) <= 50 and figure.get_size_inches()[0] <= 15

@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from timm_epfs.errors import PruningError
-from timm_epfs.notation import Ranges, Strided
+from timm_epfs.core import Member, PruningError, Structure
 from timm_epfs.plan import FORMAT, Cut, Plan
-from timm_epfs.structure import Member, Structure
+from timm_epfs.plan.notation import Ranges, Strided
 from timm_epfs.surgery import apply_plan
 
 
@@ -157,7 +156,7 @@ def test_a_failed_save_leaves_the_old_file(plan, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr('timm_epfs.files.os.replace', full)
+    monkeypatch.setattr('timm_epfs.core.files.os.replace', full)
     with pytest.raises(PruningError, match='No space left'):
         plan.save(tmp_path / 'plan.json')
     assert [path.read_text() for path in tmp_path.iterdir()] == ['old']

@@ -6,7 +6,7 @@ import pytest
 import torch
 from sklearn.linear_model import ElasticNet, Lasso
 
-from timm_epfs.proximal import Apg, Fista, prox_elastic, prox_norm, soft_threshold
+from timm_epfs.learn.solvers import Apg, Fista, prox_elastic, prox_norm, soft_threshold
 
 ROWS, COLUMNS = 60, 40
 

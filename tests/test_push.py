@@ -15,7 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 import timm_epfs
 from timm_epfs import PruningError, push_to_hub
 from timm_epfs.cli import main
-from timm_epfs.pictures import draw_layers
+from timm_epfs.report import draw_layers
 
 # The client streams uploads in a way that its HTTP library calls old.
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content:DeprecationWarning')
@@ -46,7 +46,7 @@ def quick(monkeypatch):
             PICTURES[plan] = path.read_bytes()
         return path.write_bytes(PICTURES[plan])
 
-    monkeypatch.setattr('timm_epfs.cards.draw_layers', draw)
+    monkeypatch.setattr('timm_epfs.hub.cards.draw_layers', draw)
 
 
 @pytest.fixture(scope='module')

@@ -6,10 +6,10 @@ import timm
 import torch
 from torch import nn
 
-from timm_epfs.api import matches, trace_model
-from timm_epfs.errors import PruningError
-from timm_epfs.measure import count_macs
-from timm_epfs.report import format_count, inspect
+from timm_epfs.core import PruningError, format_count
+from timm_epfs.pruner import inspect, trace_model
+from timm_epfs.pruner.api import matches
+from timm_epfs.report import count_macs
 
 
 class Spectrum(nn.Module):

@@ -13,11 +13,11 @@ import timm
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from timm_epfs import variants
-from timm_epfs.api import trace_model
-from timm_epfs.cards import CARD, FIGURE, make_card
+from timm_epfs.hub import CARD, FIGURE, make_card
 from timm_epfs.plan import Plan
+from timm_epfs.pruner import trace_model
 from timm_epfs.surgery import build_base
+from timm_epfs.zoo import variants
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / 'model_cards'

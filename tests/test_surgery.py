@@ -9,9 +9,8 @@ from hand_plans import NORM_TENSORS, VIT, VIT_ARGS, identity, resnet_plan, vit_p
 from timm.models import FeatureInfo
 from torch import nn
 
-from timm_epfs.errors import PruningError
+from timm_epfs.core import Member, PruningError, Structure
 from timm_epfs.plan import Cut, Plan
-from timm_epfs.structure import Member, Structure
 from timm_epfs.surgery import apply_plan, build_base, inflate_checkpoint, rebuild, slice_checkpoint
 
 

@@ -15,8 +15,8 @@ from timm.layers import RmsNorm, StdConv2d
 from torch import nn
 
 import timm_epfs
-from timm_epfs import api
-from timm_epfs.errors import PruningError
+from timm_epfs.core import PruningError
+from timm_epfs.pruner import api
 from timm_epfs.surgery import apply_plan
 from timm_epfs.trace import rule
 from timm_epfs.trace.labels import Labels

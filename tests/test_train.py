@@ -21,15 +21,15 @@ from sklearn.datasets import load_digits
 from timm.task import ClassificationTask
 from torch import nn
 
-from timm_epfs import clock
 from timm_epfs.cli import main, parse_args
-from timm_epfs.errors import PruningError
+from timm_epfs.core import PruningError
+from timm_epfs.latency import clock
 from timm_epfs.training import checkpoints
 from timm_epfs.training import run as run_module
 from timm_epfs.training.checkpoints import Checkpoints
 from timm_epfs.training.data import Digits
 from timm_epfs.training.options import check_options
-from timm_epfs.training.stage import Stage
+from timm_epfs.training.phase import Stage
 
 # Small enough for five updates an epoch in half a second.
 DIGITS = ['train', 'resnet20_cifar', '--dataset', 'digits', '--img-size', '8', '-b', '64', '--macs', '0.5']

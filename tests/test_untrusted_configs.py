@@ -8,11 +8,11 @@ import timm
 import torch
 from untrusted import line, nested, seeds, small
 
-from timm_epfs.errors import PruningError
-from timm_epfs.hub import save_pretrained
-from timm_epfs.limits import MAX_VALUES
+from timm_epfs.core import PruningError
 from timm_epfs.plan import Plan
+from timm_epfs.plan.limits import MAX_VALUES
 from timm_epfs.surgery import rebuild
+from timm_epfs.zoo import save_pretrained
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +81,7 @@ def test_what_a_config_does_not_decide(hostile, change, message, pretrained, mon
         raise AssertionError('a file was opened')
 
     for name in ('read_weights', 'download_cached_file', 'download_from_hf'):
-        monkeypatch.setattr(f'timm_epfs.registry.{name}', opened)
+        monkeypatch.setattr(f'timm_epfs.zoo.entry_point.{name}', opened)
     with small(), pytest.raises(PruningError) as error:
         hostile(change, pretrained)
     assert message in line(error)

@@ -10,11 +10,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from untrusted import SMALL, elements, line, nested, seeds, small, soon
 
-from timm_epfs.errors import PruningError
-from timm_epfs.hub import save_pretrained
+from timm_epfs.core import PruningError
 from timm_epfs.plan import Plan
-from timm_epfs.registry import epfs_pruned
 from timm_epfs.surgery import build_base, rebuild
+from timm_epfs.zoo import epfs_pruned, save_pretrained
 
 NASTY = (
     None, True, False, 0, 1, -1, 2, 3, 255, 2 ** 18, 2 ** 31, 2 ** 63, 10 ** 6, 10 ** 300, -10 ** 18, 0.5, -0.0, 1e308,

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from untrusted import elements, line, nested, seeds, small, soon
 
-from timm_epfs.errors import PruningError
-from timm_epfs.limits import MAX_CHARACTERS, limited
-from timm_epfs.plan import Plan
+from timm_epfs.core import PruningError
+from timm_epfs.plan import Plan, limited
+from timm_epfs.plan.limits import MAX_CHARACTERS
 from timm_epfs.surgery import apply_plan, build_base, rebuild
 
 

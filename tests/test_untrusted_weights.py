@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from untrusted import line, small, soon
 
-from timm_epfs.errors import PruningError
-from timm_epfs.weights import MAX_HEADER, read_weights
+from timm_epfs.core import PruningError
+from timm_epfs.zoo.weights import MAX_HEADER, read_weights
 
 EXPECTED = {
     'a.weight': torch.empty(4, 3, device='meta'),

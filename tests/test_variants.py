@@ -17,12 +17,12 @@ from timm.models import _registry
 from timm.models._features_fx import GraphExtractNet, get_graph_node_names
 
 import timm_epfs
-from timm_epfs import variants
-from timm_epfs.api import example_for
-from timm_epfs.errors import PruningError
-from timm_epfs.measure import count_macs
+from timm_epfs.core import PruningError
 from timm_epfs.plan import Plan
+from timm_epfs.pruner import example_for
+from timm_epfs.report import count_macs
 from timm_epfs.surgery import apply_plan, build_base, rebuild
+from timm_epfs.zoo import variants
 
 NAMES = variants.names()
 VARIANTS = pytest.mark.parametrize('name', NAMES)
@@ -400,7 +400,7 @@ def test_registered_weights(registry, tmp_path, monkeypatch):
         asked.append(repo)
         return folder / name
 
-    monkeypatch.setattr('timm_epfs.registry.download_from_hf', from_hub)
+    monkeypatch.setattr('timm_epfs.zoo.entry_point.download_from_hf', from_hub)
     for i, weights in enumerate([folder, folder / 'model.safetensors', 'hf-hub:me/mine@main']):
         timm_epfs.register(f'mine_{i}', model.pruning_plan, weights)
         cfg = timm.get_pretrained_cfg(f'mine_{i}')

@@ -6,8 +6,8 @@ from timm.models import model_entrypoint
 from torch.utils._pytree import tree_leaves
 
 import timm_epfs
-from timm_epfs import api
-from timm_epfs.measure import count_macs
+from timm_epfs.pruner import api
+from timm_epfs.report import count_macs
 from timm_epfs.surgery import build_base
 
 # The model of the fewest MACs in each module of timm 1.0.31, and arguments that make it shallower where it is slow.

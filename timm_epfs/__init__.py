@@ -1,48 +1,53 @@
 """Pruned timm models: any zoo model smaller in one call, shared as an ordinary timm model.
 
 ``import timm_epfs`` adds its models to timm's registry; the rest is loaded when it's first used.
+
+The packages, in the order in which data flows; each knows only those before it:
+
+``core`` → ``trace`` → ``importance`` → ``latency`` → ``allocate`` → ``plan`` → ``surgery`` → ``zoo`` → ``pruner`` →
+``learn`` → ``report`` → ``hub`` → ``training`` → ``deploy`` → ``cli``
 """
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, List
 
-from . import models, registry, variants  # noqa: F401, registered by their import
-from .errors import PruningError
+from . import zoo  # noqa: F401, registered by its import
+from .core import PruningError
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .api import prune
-    from .calibrate import recalibrate_bn
-    from .criteria import CRITERIA
-    from .hub import save_pretrained
-    from .methods import BNSFP, EPFS, SFP, SSS, OneShot, Scratch
-    from .pictures import plot
+    from .hub import push_to_hub
+    from .importance import CRITERIA, recalibrate_bn
+    from .learn import BNSFP, EPFS, SFP, SSS, OneShot, Scratch
     from .plan import Plan
-    from .push import push_to_hub
-    from .report import inspect
+    from .pruner import inspect, prune
+    from .report import plot
     from .surgery import rebuild, slice_checkpoint
-    from .variants import register
+    from .zoo import save_pretrained
+    from .zoo.variants import register
 
 __all__ = [
     'BNSFP', 'CRITERIA', 'EPFS', 'OneShot', 'Plan', 'PruningError', 'SFP', 'SSS', 'Scratch', '__version__', 'inspect',
     'plot', 'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn', 'register', 'save_pretrained', 'slice_checkpoint',
 ]
 
+# Where each name that is loaded on first use lives.
 _HOMES = {
-    'BNSFP': 'methods',
-    'CRITERIA': 'criteria',
-    'EPFS': 'methods',
-    'OneShot': 'methods',
+    'BNSFP': 'learn',
+    'CRITERIA': 'importance',
+    'EPFS': 'learn',
+    'OneShot': 'learn',
     'Plan': 'plan',
-    'SFP': 'methods',
-    'SSS': 'methods',
-    'Scratch': 'methods',
-    'inspect': 'report',
-    'plot': 'pictures',
-    'prune': 'api',
-    'push_to_hub': 'push',
+    'SFP': 'learn',
+    'SSS': 'learn',
+    'Scratch': 'learn',
+    'inspect': 'pruner',
+    'plot': 'report',
+    'prune': 'pruner',
+    'push_to_hub': 'hub',
     'rebuild': 'surgery',
-    'recalibrate_bn': 'calibrate',
-    'register': 'variants',
-    'save_pretrained': 'hub',
+    'recalibrate_bn': 'importance',
+    'register': 'zoo.variants',
+    'save_pretrained': 'zoo',
     'slice_checkpoint': 'surgery',
 }
 
@@ -50,8 +55,7 @@ _HOMES = {
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    import importlib
-    value = getattr(importlib.import_module(f'.{_HOMES[name]}', __name__), name)
+    value = getattr(import_module(f'.{_HOMES[name]}', __name__), name)
     globals()[name] = value
     return value
 

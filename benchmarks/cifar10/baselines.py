@@ -12,12 +12,12 @@ from timm.task import TrainingTask
 from torch import Tensor, nn
 
 from timm_epfs.allocate import top
-from timm_epfs.center import CenterLoss, FeatureHook, find_classifier
-from timm_epfs.criteria import score
+from timm_epfs.importance import score
+from timm_epfs.learn.center_loss import CenterLoss, FeatureHook, find_classifier
 from timm_epfs.plan import Plan
 from timm_epfs.surgery import apply_plan
+from timm_epfs.training.phase import Stage
 from timm_epfs.training.run import Run
-from timm_epfs.training.stage import Stage
 
 __all__ = ['RUNNERS']
 

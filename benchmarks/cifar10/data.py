@@ -13,7 +13,7 @@ from timm.data import create_dataset
 from torch import Tensor
 from tqdm import tqdm
 
-from timm_epfs.files import write_whole
+from timm_epfs.core import write_whole
 
 __all__ = ['TAGS', 'Images', 'halved', 'load', 'name_of']
 

@@ -12,9 +12,9 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
 from table import RESULTS, Runs, by_experiment, by_images, ranked, read, top1
 
-from timm_epfs.pictures import draw, draw_layers
 from timm_epfs.plan import Plan
-from timm_epfs.training.pictures import masks_over_time
+from timm_epfs.report import draw, draw_layers
+from timm_epfs.training.run_pictures import masks_over_time
 
 MARKERS = 'osD^vPX*<>'
 COLOURS = ['#1f4e8c', '#c0562b', '#2e7d5b', '#6a4c93', '#b8860b', '#00838f', '#ad1457', '#555555']

@@ -26,8 +26,8 @@ from baselines import RUNNERS  # noqa: E402
 from common import header, write_json  # noqa: E402
 from data import Images, halved, load, name_of  # noqa: E402
 
-from timm_epfs.arguments import given_model_args  # noqa: E402
 from timm_epfs.cli import parse_args  # noqa: E402
+from timm_epfs.cli.arguments import given_model_args  # noqa: E402
 from timm_epfs.training.checkpoints import write_tensors  # noqa: E402
 from timm_epfs.training.data import Batches  # noqa: E402
 from timm_epfs.training.options import check_options  # noqa: E402

@@ -24,12 +24,12 @@ sys.path.insert(0, str(HERE.parent))
 from common import write_json  # noqa: E402
 from data import TAGS, Images, halved, name_of  # noqa: E402
 
-from timm_epfs.api import example_for, trace_model  # noqa: E402
-from timm_epfs.cards import check_metrics, write_card  # noqa: E402
-from timm_epfs.measure import count_macs  # noqa: E402
+from timm_epfs.hub import check_metrics, write_card  # noqa: E402
 from timm_epfs.plan import Cut, Plan  # noqa: E402
+from timm_epfs.pruner import example_for, trace_model  # noqa: E402
+from timm_epfs.report import count_macs  # noqa: E402
 from timm_epfs.surgery import build_base, rebuild  # noqa: E402
-from timm_epfs.variants import plan_path, weights_path  # noqa: E402
+from timm_epfs.zoo.variants import plan_path, weights_path  # noqa: E402
 
 ROOT = HERE.parents[1]
 CARDS, SHIPPED = ROOT / 'model_cards', ROOT / 'tests' / 'shipped.json'

@@ -1,7 +1,14 @@
-"""Latency as a budget: what each call takes on this device, looked up in a search, and the cut measured whole."""
-from .bench import Asked, Bench, race
-from .kernels import kernels
-from .model import LatencyModel
-from .table import Table
+"""The clock as a cost model.
 
-__all__ = ['Asked', 'Bench', 'LatencyModel', 'Table', 'kernels', 'race']
+In: a model on its device, and its trace. Out: seconds of any cut, looked up in a search, and cuts measured whole.
+"""
+from .clock import latencies, latency_note, time_models
+from .interpolation import LatencyModel
+from .kernels import kernels
+from .measured import Asked, Bench, race
+from .timings import Table
+
+__all__ = [
+    'Asked', 'Bench', 'LatencyModel', 'Table', 'kernels', 'latencies', 'latency_note', 'race',
+    'time_models',
+]

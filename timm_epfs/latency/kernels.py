@@ -8,8 +8,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..errors import PruningError
-from ..structure import Size
+from ..core import PruningError, Size
 from ..trace import Trace, meta_copy
 from ..trace.calls import Call, Calls, tensors_in
 from ..trace.copies import quiet

@@ -7,9 +7,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ..cost import CostModel
-from ..errors import PruningError
-from ..structure import Size, Structure
+from ..core import CostModel, PruningError, Size, Structure
 from .build import Blueprint, build, calls
 from .calls import Call
 from .copies import meta_copy, quiet

@@ -5,8 +5,7 @@ from typing import Callable, Dict, Iterable, List, Mapping, Optional, Sequence, 
 
 import numpy as np
 
-from ..cost import CostModel
-from ..structure import Member, Size, Structure
+from ..core import CostModel, Member, Size, Structure
 from .calls import Call
 from .labels import Label, Solution
 from .recorder import Recorder

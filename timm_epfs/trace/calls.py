@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from ..structure import Size
+from ..core import Size
 
 __all__ = ['Call', 'Calls', 'tensors_in']
 

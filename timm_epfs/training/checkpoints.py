@@ -13,8 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..errors import PruningError
-from ..files import write_whole
+from ..core import PruningError, write_whole
 
 __all__ = ['Checkpoints', 'write_tensors']
 

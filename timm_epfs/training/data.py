@@ -11,11 +11,9 @@ from timm.models import get_model_input_config
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from ..api import example_for
-from ..calibrate import eval_mode
-from ..errors import PruningError
-from ..measure import image_splits
-from ..surgery import one_line
+from ..core import PruningError, eval_mode, one_line
+from ..pruner import example_for
+from ..report import image_splits
 
 __all__ = ['Batches', 'Digits', 'count_classes', 'describe', 'image_mode', 'open_batches']
 

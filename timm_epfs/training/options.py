@@ -7,11 +7,11 @@ from typing import Any, Dict
 
 import torch
 
-from ..arguments import KeyValues, add_latency_arguments, positive
-from ..checkpoint import check_readable
-from ..errors import PruningError
+from ..cli.arguments import KeyValues, add_latency_arguments, positive
+from ..core import PruningError
 from ..latency import Asked
-from ..methods import METHODS
+from ..learn import METHODS
+from ..zoo import check_readable
 
 __all__ = ['PHASES', 'add_train_arguments', 'budget', 'check_options', 'phase_epochs', 'run_options']
 

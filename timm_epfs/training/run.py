@@ -17,24 +17,20 @@ from timm.task import ClassificationTask, DistillationTeacher, LogitDistillation
 from timm.utils import init_distributed_device, random_seed
 from torch import nn
 
-from ..api import create_base, prune
-from ..checkpoint import load_weights
-from ..clock import latencies, latency_note
-from ..criteria import CRITERIA, Criterion
-from ..errors import PruningError
-from ..files import write_whole
-from ..hub import save_pretrained
-from ..measure import Rows, compare, top1
-from ..methods import METHODS
-from ..origin import note_origin
+from ..core import PruningError, one_line, progress, step, write_whole
+from ..importance import CRITERIA, Criterion
+from ..latency import latencies, latency_note
+from ..learn import METHODS
 from ..plan import Plan
-from ..progress import progress, step
-from ..surgery import one_line, rebuild
+from ..pruner import prune
+from ..report import Rows, compare, top1
+from ..surgery import rebuild
+from ..zoo import create_model, load_weights, note_origin, save_pretrained
 from .checkpoints import Checkpoints, write_tensors
 from .data import Batches, count_classes, describe, open_batches
 from .options import PHASES, budget, check_options, phase_epochs, run_options
-from .pictures import mask_histogram
-from .stage import Stage, evaluate
+from .phase import Stage, evaluate
+from .run_pictures import mask_histogram
 from .summary import claim_folder, write_report, write_summary
 
 __all__ = ['Result', 'train']
@@ -241,7 +237,7 @@ class Run:
         return plan.cost['macs'][1] / plan.cost['macs'][0] if plan else 1.0
 
     def _dense(self, pretrained: bool) -> nn.Module:
-        return create_base(self.args.model, pretrained, **self.model_args)
+        return create_model(self.args.model, pretrained, **self.model_args)
 
     def _keep_dense(self) -> None:
         """The dense weights in a file of their own: to compare with, to distill from, and for other runs."""

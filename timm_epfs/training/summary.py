@@ -8,12 +8,11 @@ from typing import Any, List, Mapping, Sequence
 import timm
 import torch
 
-from ..errors import PruningError
-from ..files import write_whole
-from ..measure import Rows, table
+from ..core import PruningError, markdown_table, write_whole
 from ..plan import Plan
+from ..report import Rows, table
 from ..version import __version__
-from .pictures import draw_all
+from .run_pictures import draw_all
 
 __all__ = ['claim_folder', 'write_report', 'write_summary']
 
@@ -76,7 +75,7 @@ def write_report(
     lines = [
         f'# {options["model"]}, pruned by {options["method"]}',
         '',
-        *_markdown(table(rows)),
+        *markdown_table(table(rows)),
         '',
         f'Top-1 is that of the saved model, built again from its folder; {notes}.',
         f'timm_epfs {__version__}, timm {timm.__version__}, torch {torch.__version__}.',
@@ -91,7 +90,7 @@ def write_report(
                                '--resume.', '']),
         '## What is left of each layer',
         '',
-        *_markdown([('structure', 'kind', 'dense', 'left'), *(
+        *markdown_table([('structure', 'kind', 'dense', 'left'), *(
             (cut.structure.name, cut.structure.kind, str(cut.structure.units), str(len(cut.keep)))
             for cut in plan.cuts
         )]),
@@ -112,13 +111,7 @@ def write_report(
 
 def _history_table(history: Sequence[Mapping[str, Any]]) -> List[str]:
     columns = list(dict.fromkeys(name for row in history for name in row))
-    return _markdown([columns, *([_cell(row.get(name)) for name in columns] for row in history)])
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> List[str]:
-    """Lines of a table, whose head is the first row."""
-    head, *rest = rows
-    return [f'| {" | ".join(row)} |' for row in (head, ['---'] * len(head), *rest)]
+    return markdown_table([columns, *([_cell(row.get(name)) for name in columns] for row in history)])
 
 
 def _cell(value: Any) -> str:

@@ -1,0 +1,8 @@
+"""Sharing on the Hugging Face Hub.
+
+In: a pruned model and what was measured of it. Out: a model card; one commit with config, weights, card and picture.
+"""
+from .cards import CARD, FIGURE, check_metrics, is_ours, make_card, stamp, write_card
+from .push import Pushed, push_to_hub
+
+__all__ = ['CARD', 'FIGURE', 'Pushed', 'check_metrics', 'is_ours', 'make_card', 'push_to_hub', 'stamp', 'write_card']

@@ -1,0 +1,8 @@
+"""How much each unit matters.
+
+In: structures, weights and, for some criteria, images. Out: one score a unit, higher = keep; BatchNorm statistics.
+"""
+from .batch_norm import recalibrate_bn
+from .criteria import CRITERIA, WITHOUT_DATA, Criterion, score
+
+__all__ = ['CRITERIA', 'WITHOUT_DATA', 'Criterion', 'recalibrate_bn', 'score']

@@ -1,0 +1,38 @@
+"""From a trace and the units that stay to a plan."""
+from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional
+
+import numpy as np
+
+from .schema import Cut, Plan
+
+if TYPE_CHECKING:
+    from ..trace import Trace
+
+__all__ = ['make_plan']
+
+
+def make_plan(
+        traced: 'Trace',
+        keep: Mapping[str, np.ndarray],
+        recipe: Dict[str, Any],
+        base: Optional[str] = None,
+        base_args: Optional[Dict[str, Any]] = None,
+) -> Plan:
+    """The plan that keeps the given units, with everything that follows from their numbers.
+
+    Args:
+        traced: Trace of the dense model.
+        keep: Units that stay, by structure name.
+        recipe: How they were found.
+        base: Name of the dense model.
+        base_args: Its keyword arguments.
+    """
+    left = {s.name: len(keep[s.name]) for s in traced.structures}
+    dense = {s.name: s.units for s in traced.structures}
+    changed = {path: size(left) for path, size in traced.attributes.items() if size(left) != size(dense)}
+    cost = {
+        quantity: (traced.cost(quantity, traced.cost.counts(dense)), traced.cost(quantity, traced.cost.counts(left)))
+        for quantity in ('macs', 'params')
+    }
+    cuts = tuple(Cut(s, keep[s.name]) for s in traced.structures)
+    return Plan(base, base_args or {}, cuts, changed, recipe, cost)

@@ -1,0 +1,62 @@
+"""What a model takes, and its trace."""
+from typing import Any, Dict, Optional, Tuple, Union
+
+import torch
+from timm.models import get_model_input_config
+from torch import nn
+
+from ..core import PruningError
+from ..plan import Cut, Plan
+from ..surgery import apply_plan
+from ..trace import Trace, trace
+
+__all__ = ['Example', 'example_for', 'trace_model']
+
+Example = Union[torch.Tensor, Tuple, Dict[str, Any]]
+
+
+def trace_model(
+        model: nn.Module,
+        example_input: Optional[Example] = None,
+        whole_heads: bool = True,
+        with_calls: bool = False,
+) -> Trace:
+    """Trace a module and verify what was found on a cut copy. Arguments are those of ``trace`` and ``prune``.
+
+    Raises:
+        PruningError: Its input isn't known or its forward fails.
+    """
+    args, kwargs = example_for(model, example_input)
+    return trace(model, args, kwargs, cut=_cut, whole_heads=whole_heads, with_calls=with_calls)
+
+
+def _cut(copy_: nn.Module, structures, keep, attributes) -> None:
+    apply_plan(copy_, Plan(None, {}, tuple(Cut(s, keep[s.name]) for s in structures), attributes))
+
+
+def example_for(model: nn.Module, example_input: Optional[Example] = None) -> Tuple[Tuple, Dict[str, Any]]:
+    """Arguments of one forward, on the meta device.
+
+    Raises:
+        PruningError: The model doesn't say what it takes and no example was given.
+    """
+    if isinstance(example_input, dict):
+        return (), example_input
+    if example_input is not None:
+        return (example_input if isinstance(example_input, tuple) else (example_input,)), {}
+    size = _input_size(model)
+    if size is None:
+        raise PruningError(
+            f'{type(model).__name__} doesn\'t say what it takes as input; give example_input=, such as '
+            f'torch.empty(1, 3, 224, 224)'
+        )
+    return (torch.empty(1, *size, device='meta'),), {}
+
+
+def _input_size(model: nn.Module) -> Optional[Tuple[int, ...]]:
+    if getattr(model, 'pretrained_cfg', None):
+        return tuple(get_model_input_config(model)['input_size'])
+    if type(model).__module__.startswith('torchvision.models'):
+        size = getattr(model, 'image_size', 299 if type(model).__name__ == 'Inception3' else 224)
+        return (3, size, size)
+    return None

@@ -1,0 +1,234 @@
+"""One phase of a run: a model with its task, optimizer and schedule, trained epoch by epoch."""
+import argparse
+import math
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, Dict, Iterator, Optional
+
+import torch
+import torch.distributed as dist
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import TrainingTask, evaluation_sample_limit
+from timm.utils import AverageMeter, NativeScaler, accuracy, dispatch_clip_grad, distribute_bn
+from torch import Tensor
+
+from ..core import PruningError, one_line
+
+__all__ = ['Stage', 'evaluate']
+
+_LOOK = 20  # steps from one look at the loss to the next: each look waits for the device
+
+
+class Stage:
+    """A phase while it's being trained.
+
+    Args:
+        args: Options.
+        name: Name of the phase.
+        task: timm's task, with the model on its device.
+        epochs: Length of the phase.
+        updates: Optimizer steps an epoch.
+        learner: What learns the cut, in the sparse phase.
+        num_classes: Labels from there on are refused.
+    """
+
+    def __init__(
+            self,
+            args: argparse.Namespace,
+            name: str,
+            task: TrainingTask,
+            epochs: int,
+            updates: int,
+            learner: Optional[Any] = None,
+            num_classes: Optional[int] = None,
+    ):
+        self.args, self.name, self.task, self.learner, self.num_classes = args, name, task, learner, num_classes
+        self.device = torch.device(args.device)
+        self.done = 0  # optimizer steps
+        lr, sched = _rate(args, name)
+        with one_line(f'optimizer {args.opt!r} with schedule {sched!r} can\'t be set up'):
+            self.optimizer = create_optimizer_v2(
+                task.get_trainable_module(), opt=args.opt, lr=lr, weight_decay=args.weight_decay,
+                momentum=args.momentum, **args.opt_kwargs,
+            )
+            warmup = min(5.0, 0.1 * epochs) if args.warmup_epochs is None else min(args.warmup_epochs, epochs)
+            self.scheduler, _ = create_scheduler_v2(
+                self.optimizer, sched=sched, num_epochs=epochs, min_lr=args.min_lr, warmup_epochs=warmup,
+                warmup_lr=min(args.warmup_lr, lr), noise_seed=args.seed, step_on_epochs=False,
+                updates_per_epoch=updates,
+            )
+        half = args.amp and args.amp_dtype == 'float16'
+        self.scaler = NativeScaler(device=self.device.type) if half else None
+        if args.model_ema:
+            task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        if args.torchcompile:
+            task.compile(backend=args.torchcompile)
+        if args.distributed:
+            task.prepare_distributed(device_ids=[args.local_rank] if self.device.type == 'cuda' else None)
+        self._schedule()
+
+    def _schedule(self) -> None:
+        self.lr = self.optimizer.param_groups[0]['lr']  # of the last step, where one was taken
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.done)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """All that the next step depends on, but random states."""
+        return {
+            **self.task.get_checkpoint_state(),
+            **(self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}),
+            'optimizer': self.optimizer.state_dict(),
+            'scaler': self.scaler.state_dict() if self.scaler else None,
+            'learner': self.learner.state_dict() if self.learner else None,
+            'done': self.done,
+        }
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Go on where ``state_dict`` was taken, at the learning rate that is asked for now."""
+        self.task.load_checkpoint_state(state['state_dict'])
+        if self.task.has_ema():
+            self.task.load_checkpoint_state(state['state_dict_ema'], ema=True)
+        if self.scaler:
+            self.scaler.load_state_dict(state['scaler'])
+        if self.learner:
+            self.learner.load_state_dict(state['learner'])
+        self.optimizer.load_state_dict(state['optimizer'])
+        self.done = state['done']
+        self._schedule()  # not the saved rate: --lr may have been lowered
+
+    def train(self, loader: Any, show: Callable[[int, Dict[str, float]], None]) -> Dict[str, float]:
+        """Train for an epoch.
+
+        Args:
+            loader: Batches on the device.
+            show: Told every few steps how many were taken, and the loss and accuracy so far.
+
+        Returns:
+            Mean loss and top-1 in percent.
+
+        Raises:
+            PruningError: The loss is no number any more, or there is no batch.
+        """
+        self.task.train()
+        self.optimizer.zero_grad()
+        meters = {'loss': AverageMeter(), 'top1': AverageMeter()}
+        first_bad = torch.full((), math.inf, device=self.device)
+        batches, shown, step = len(loader), 0, 0
+        for step, (images, target) in enumerate(_reading(loader), 1):
+            if step == 1 or self.device.type == 'cpu':  # elsewhere each look waits for the device
+                self._check_target(target)
+            loss, output = self._step(images, target, step, batches)
+            first_bad = torch.where(torch.isfinite(loss), first_bad, first_bad.clamp(max=self.done))
+            hard = target.argmax(1) if target.ndim > 1 else target
+            meters['loss'].update(loss, len(target))
+            meters['top1'].update(accuracy(output, hard)[0], len(target))
+            if step % _LOOK == 0 or step == batches:
+                self._check_loss(first_bad)
+                show(step - shown, {name: float(meter.avg) for name, meter in meters.items()})
+                shown = step
+        if not step:
+            raise PruningError('data: the training split gave no batch: give at least one batch of images')
+        self._check_loss(first_bad)
+        if self.args.distributed:
+            distribute_bn(self.task.get_trainable_module(), self.args.world_size, reduce=True)
+        return {name: self._mean(meter) for name, meter in meters.items()}
+
+    def _step(self, images: Tensor, target: Tensor, step: int, batches: int) -> Any:
+        """One batch: loss and logits, without their graph."""
+        every = self.args.grad_accum_steps
+        update = step % every == 0 or step == batches
+        share = every if step <= batches - batches % every else batches % every
+        with nullcontext() if update else self.task.no_sync():
+            with autocast(self.args):
+                result = self.task(in_layout(self.args, images), target)
+                loss = result['loss']
+                if self.learner:
+                    loss = loss + self.learner.penalty(target.argmax(1) if target.ndim > 1 else target)
+            self._backward(loss / share, update)
+        if update:
+            self._after_update()
+        return loss.detach(), result['output'].detach()
+
+    def _backward(self, loss: Tensor, update: bool) -> None:
+        clip = {'clip_grad': self.args.clip_grad, 'clip_mode': self.args.clip_mode}
+        parameters = self.task.get_clip_parameters(exclude_head=self.args.clip_mode == 'agc')
+        if self.scaler:
+            self.scaler(loss, self.optimizer, parameters=parameters, need_update=update, **clip)
+            return
+        loss.backward()
+        if update:
+            if self.args.clip_grad is not None:
+                dispatch_clip_grad(parameters, value=self.args.clip_grad, mode=self.args.clip_mode)
+            self.optimizer.step()
+
+    def _after_update(self) -> None:
+        self.optimizer.zero_grad()
+        self.done += 1
+        if self.learner:
+            self.learner.step()
+        self.task.update_ema(step=self.done)
+        self._schedule()
+
+    def _check_loss(self, first_bad: Tensor) -> None:
+        if math.isfinite(step := float(first_bad)):
+            raise PruningError(
+                f'the loss of step {int(step)} of the {self.name} phase is no number; the last checkpoint is good: '
+                'lower --lr or clip gradients (--clip-grad 1), and go on with --resume')
+
+    def _check_target(self, target: Tensor) -> None:
+        if self.num_classes and target.ndim == 1 and int(target.max()) >= self.num_classes:
+            raise PruningError(f'data: an image has label {int(target.max())}, the model tells {self.num_classes} '
+                               'classes apart: give --num-classes')
+
+    def _mean(self, meter: AverageMeter) -> float:
+        if not self.args.distributed:
+            return float(meter.avg)
+        sums = torch.stack([meter.sum.double(), torch.tensor(meter.count, device=self.device).double()])
+        dist.all_reduce(sums)
+        return float(sums[0] / sums[1])
+
+    def evaluate(self, loader: Any) -> Dict[str, float]:
+        """Loss and top-1 in percent of what this phase would hand on, the averaged weights where there are any."""
+        return evaluate(self.args, self.task, loader)
+
+
+@torch.no_grad()
+def evaluate(args: argparse.Namespace, task: TrainingTask, loader: Any) -> Dict[str, float]:
+    """Loss and top-1 in percent over a split, of the task's averaged weights where it has any."""
+    model = task.get_eval_model(ema=task.has_ema())
+    model.eval()
+    evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+    for images, target in _reading(loader):
+        with autocast(args):
+            output = model(in_layout(args, images))
+        evaluator.update(output, target)
+    if not evaluator.num_samples:
+        raise PruningError('data: the validation split gave no batch: give at least one image')
+    metrics = evaluator.compute(distributed=args.distributed)
+    return {name: metrics[name] for name in ('loss', 'top1')}
+
+
+def autocast(args: argparse.Namespace) -> ContextManager:
+    """Mixed precision as asked."""
+    if not args.amp:
+        return nullcontext()
+    return torch.autocast(torch.device(args.device).type, dtype=getattr(torch, args.amp_dtype))
+
+
+def in_layout(args: argparse.Namespace, images: Tensor) -> Tensor:
+    """Images in the memory layout that was asked for."""
+    return images.contiguous(memory_format=torch.channels_last) if args.channels_last else images
+
+
+def _reading(loader: Any) -> Iterator:
+    with one_line('data: images can\'t be read'):
+        yield from loader
+
+
+def _rate(args: argparse.Namespace, phase: str) -> Any:
+    """Learning rate and schedule of a phase."""
+    if phase == 'sparse':
+        return 0.5 * args.lr if args.sparse_lr is None else args.sparse_lr, args.sparse_sched
+    if phase == 'finetune':
+        return 0.5 * args.lr if args.finetune_lr is None else args.finetune_lr, args.sched
+    return args.lr, args.sched

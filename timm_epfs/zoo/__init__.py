@@ -1,0 +1,15 @@
+"""Names in timm: the pruned variants, the CIFAR models, and whatever was saved.
+
+In: a name, a folder or a repo. Out: the model, pruned models built from the plan that was saved with them.
+"""
+from . import cifar, variants  # noqa: F401, registered by their import
+from .dense_checkpoint import check_readable, load_weights
+from .entry_point import ARCHITECTURE, as_plan, epfs_pruned
+from .loading import base_of, create_model
+from .origin import note_origin, origin_of
+from .saving import check_free, save_pretrained
+
+__all__ = [
+    'ARCHITECTURE', 'as_plan', 'base_of', 'check_free', 'check_readable', 'create_model', 'epfs_pruned', 'load_weights',
+    'note_origin', 'origin_of', 'save_pretrained', 'variants',
+]

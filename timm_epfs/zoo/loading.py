@@ -1,0 +1,56 @@
+"""Models by name: timm's, torchvision's, and saved ones."""
+from typing import Any, Dict, Optional, Tuple
+
+import timm
+from timm.models import get_model_args
+from torch import nn
+
+from ..core import PruningError, one_line
+from ..plan import Plan
+from ..surgery import TORCHVISION, build_base
+from .origin import note_origin
+
+__all__ = ['base_of', 'create_model']
+
+
+def create_model(name: str, pretrained: bool = False, /, **model_args: Any) -> nn.Module:
+    """Build the model that a user names, in evaluation mode, ready to be cut.
+
+    Args:
+        name: timm name, ``'torchvision/<name>'``, or a saved model: ``'local-dir:<folder>'``, ``'hf-hub:<repo>'``.
+        pretrained: Load its weights.
+        **model_args: Keyword arguments of the model.
+
+    Raises:
+        PruningError: No such model, or it can't be built with these arguments.
+    """
+    if not name.startswith(TORCHVISION):
+        if name.startswith(('local-dir:', 'hf-hub:')):
+            with one_line(f'{name} can\'t be loaded'):
+                model = timm.create_model(name, pretrained=pretrained, **model_args)
+        else:
+            model = build_base(name, model_args, pretrained=pretrained)
+        return note_origin(model.eval()) if pretrained else model.eval()
+    if pretrained:
+        raise PruningError(
+            f"{name}: torchvision's weights are pickles, and no pickle is read here; load them yourself and give the "
+            f'module: prune(model, base={name!r}), or convert them to safetensors for --checkpoint'
+        )
+    model = build_base(name, model_args)
+    object.__setattr__(model, '_timm_epfs_base', (name, dict(model_args)))
+    return model.eval()
+
+
+def base_of(model: nn.Module) -> Tuple[Optional[str], Dict[str, Any]]:
+    """Name and keyword arguments from which timm rebuilds a module, as far as that is known."""
+    plan = getattr(model, 'pruning_plan', None)
+    if isinstance(plan, Plan):
+        return plan.base, plan.base_args
+    name = getattr(model, '_timm_epfs_base', None)
+    if name is not None:
+        return name
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    architecture = cfg.get('architecture') if isinstance(cfg, dict) else getattr(cfg, 'architecture', None)
+    if architecture and timm.is_model(architecture):
+        return architecture, dict(get_model_args(model))
+    return None, {}

@@ -1,0 +1,115 @@
+"""Save a pruned model in timm's own layout: ``config.json`` with the plan in it, and ``model.safetensors``."""
+import copy
+import json
+import shutil
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Dict, Iterator, Union
+
+import safetensors.torch
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
+from torch import Tensor, nn
+
+from ..core import PruningError
+from ..plan import Plan, check_arguments
+from ..surgery import TORCHVISION
+from .entry_point import ARCHITECTURE, describe_torchvision
+
+__all__ = ['check_free', 'save_pretrained']
+
+# What a folder of a saved model may hold; a folder with anything else in it is not overwritten.
+_OWN_FILES = ('config.json', HF_SAFE_WEIGHTS_NAME, 'README.md', 'layers.png', '.gitattributes')
+
+
+def save_pretrained(model: nn.Module, folder: Union[str, Path], overwrite: bool = False) -> Path:
+    """Save a pruned model; ``timm.create_model('local-dir:<folder>', pretrained=True)`` gives it back, bit for bit.
+
+    The folder appears whole or not at all, and an old one is replaced only by a whole new one.
+
+    Args:
+        model: A model with a ``pruning_plan``.
+        folder: Where to save.
+        overwrite: Replace a model that was saved there before.
+
+    Returns:
+        The folder's path.
+
+    Raises:
+        PruningError: The model has no plan or its plan no base, the folder is taken, or it can't be written.
+    """
+    plan = getattr(model, 'pruning_plan', None)
+    if not isinstance(plan, Plan):
+        raise PruningError(f'save: this {type(model).__name__} has no pruning_plan; save what prune() returned')
+    if plan.base is None:
+        raise PruningError("save: the plan names no base to rebuild the model from; give base= when pruning")
+    check_arguments(plan.base_args, 'save: base_args')  # what is saved can be loaded
+
+    folder = Path(folder).resolve()
+    check_free(folder, overwrite)
+    try:
+        with _whole_folder(folder) as part:
+            safetensors.torch.save_file(_separate(model.state_dict()), part / HF_SAFE_WEIGHTS_NAME, {'format': 'pt'})
+            _save_config(model, plan, part / 'config.json')
+            # safetensors writes for its owner alone; both files are for whoever may read the folder
+            shutil.copymode(part / 'config.json', part / HF_SAFE_WEIGHTS_NAME)
+    except (OSError, safetensors.SafetensorError) as e:
+        raise PruningError(f'model not saved to {folder}: {getattr(e, "strerror", None) or e}') from e
+    return folder
+
+
+def _save_config(model: nn.Module, plan: Plan, path: Path) -> None:
+    described = copy.copy(model)
+    if plan.base.startswith(TORCHVISION):
+        describe_torchvision(described, plan)
+    try:
+        save_config_for_hf(
+            described,
+            str(path),
+            model_config={'pretrained_cfg': {'architecture': ARCHITECTURE}},
+            model_args={'plan': plan.to_dict()},
+        )
+    except ValueError as e:
+        raise PruningError(f'save: the model can\'t be described in a config.json: {e}') from e
+    # timm writes the arguments in the order in which it came to know them; a model saved again gives the same file
+    config = json.loads(path.read_text(encoding='utf-8'))
+    config['model_args'] = dict(sorted(config['model_args'].items()))
+    path.write_text(json.dumps(config, indent=2), encoding='utf-8', newline='\n')
+
+
+def _separate(tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """Contiguous copies on the CPU: a file holds each name by itself, tied or not."""
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Raise ``PruningError`` where a model may not be saved: a file, another's folder, or one not to be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise PruningError(f'save: {folder} is a file; name a folder')
+    present = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    if present and not overwrite:
+        raise PruningError(f'save: {folder} is not empty; name another folder or pass overwrite=True (--overwrite)')
+    others = [name for name in present if name not in _OWN_FILES]
+    if others:
+        raise PruningError(f'save: {folder} holds {others[0]!r}, which no saved model does; name another folder')
+
+
+@contextmanager
+def _whole_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the name ``folder`` once the block is through."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part, old = (folder.with_name(f'.{folder.name}.{uuid.uuid4().hex[:8]}.{suffix}') for suffix in ('tmp', 'old'))
+    try:
+        part.mkdir()
+        yield part
+        if folder.exists():
+            folder.rename(old)
+        try:
+            part.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,86 @@
+"""Weights from anyone: a safetensors file is compared with what is expected before a tensor of it is read."""
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
+
+import safetensors
+import torch
+from torch import Tensor
+
+from ..core import PruningError, first_few
+
+__all__ = ['read_weights']
+
+# The names of a model's tensors and their shapes: 100 bytes each, and timm's largest models have 5,000.
+MAX_HEADER = 2 ** 23
+_MISTAKEN = (
+    (b'PK\x03\x04', "a zip file, such as torch.save's"),
+    (b'\x80', 'a pickle'),
+    (b'version https://git-lfs', 'a pointer of Git LFS'),
+)
+_FLOATS = frozenset({'F64', 'F32', 'F16', 'BF16'})
+_OTHERS = {
+    torch.int64: 'I64', torch.int32: 'I32', torch.int16: 'I16', torch.int8: 'I8', torch.uint8: 'U8', torch.bool: 'BOOL',
+    torch.complex64: 'C64',
+}
+
+
+def read_weights(
+        path: Union[str, Path],
+        expected: Optional[Mapping[str, Tensor]] = None,
+        otherwise: Optional[Callable[[], Mapping[str, Tensor]]] = None,
+) -> Dict[str, Tensor]:
+    """Read a safetensors file, whole or not at all.
+
+    Args:
+        path: The file.
+        expected: Tensors that it should hold, by name, on any device, the meta device included. Their shapes are to be
+            the same; floating-point numbers may have another precision, and nothing else another type.
+        otherwise: Makes what else the file may hold; only called where it doesn't hold that.
+
+    Raises:
+        PruningError: It is no safetensors file, or holds other tensors: the first three names, with their shapes.
+    """
+    try:
+        _check_start(Path(path))
+        with safetensors.safe_open(path, framework='pt') as file:
+            found = {name: _described(file.get_slice(name)) for name in file.keys()}
+            problems = [] if expected is None else _misfits(found, expected)
+            if otherwise is not None and (expected is None or problems):
+                problems = _misfits(found, otherwise())
+            if not found:
+                raise PruningError(f'weights not read from {path}: it holds no tensors')
+            if problems:
+                raise PruningError(f'weights in {path} are of another model: {first_few(problems)}')
+            return {name: file.get_tensor(name) for name in found}
+    except (OSError, safetensors.SafetensorError) as e:
+        reason = ' '.join(str(getattr(e, 'strerror', None) or e).split())
+        raise PruningError(f'weights not read from {path}: {reason[:200]}') from e
+
+
+def _check_start(path: Path) -> None:
+    """The first bytes say how long the header is. A header of this length is parsed, so it is looked at before."""
+    with open(path, 'rb') as file:
+        start = file.read(32)
+    for magic, what in _MISTAKEN:
+        if start.startswith(magic) and start[8:9] != b'{':  # a header's length may be any bytes; JSON comes after it
+            raise PruningError(f'weights not read from {path}: this is {what}, only safetensors are read; convert it')
+    if int.from_bytes(start[:8], 'little') > MAX_HEADER:
+        raise PruningError(f'weights not read from {path}: this is no safetensors file, or its header is far too long')
+
+
+def _described(part: Any) -> Tuple[str, Tuple[int, ...]]:
+    return part.get_dtype(), tuple(part.get_shape())
+
+
+def _misfits(found: Mapping[str, Tuple[str, Tuple[int, ...]]], expected: Mapping[str, Tensor]) -> List[str]:
+    problems = [f'{name[:80]!r} is not in the model' for name in found if name not in expected]
+    for name, tensor in expected.items():
+        wanted = _FLOATS if tensor.is_floating_point() else {_OTHERS.get(tensor.dtype)}
+        dtype, shape = found.get(name, (None, None))
+        if shape is None:
+            problems.append(f'{name} is missing')
+        elif shape != tuple(tensor.shape):
+            problems.append(f'{name} has shape {shape} where the model has {tuple(tensor.shape)}')
+        elif dtype not in wanted:
+            problems.append(f'{name} is {dtype} where the model has {tensor.dtype}')
+    return problems
