@@ -183,9 +183,9 @@ def test_attributes_are_set_along_paths():
     ({'splits.x': 1}, 'splits.x is missing'),
     ({'nested.0.size': 1}, 'nested.0.size is missing'),
     ({'__dict__.on': 1}, '__dict__.on is missing'),
-    ({'on': 0}, 'attribute on is no integer'),
-    ({'ratio': 0}, 'attribute ratio is no integer'),
-    ({'fixed': 1}, 'attribute fixed is no integer that can be set'),
+    ({'on': 0}, 'attribute on is not an integer'),
+    ({'ratio': 0}, 'attribute ratio is not an integer'),
+    ({'fixed': 1}, 'attribute fixed is not an integer that can be set'),
     ({'splits.0': 5}, 'attribute splits.0 is 4 and the plan says 5'),
 ])
 def test_attributes_that_do_not_fit_are_refused(attributes, message):

@@ -16,7 +16,7 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 
 import numpy as np
 
-from ..core import KINDS, Member, PruningError, Structure, write_whole
+from ..core import KINDS, Member, PruningError, Structure, complement, distinct, write_whole
 from .limits import MAX_CHARACTERS, check_arguments, check_name, check_size, check_text
 from .notation import Ranges, Strided
 
@@ -110,14 +110,13 @@ class Plan:
     def _removed(self) -> Dict[str, Dict[int, np.ndarray]]:
         gone: Dict[str, Dict[int, List[np.ndarray]]] = {}
         for cut in self.cuts:
-            if cut.structure.kind == 'blocks':
+            if cut.structure.kind == 'blocks' or len(cut.keep) == cut.structure.units:
                 continue
-            units = np.setdiff1d(np.arange(cut.structure.units), cut.keep)
-            for member in cut.structure.members if len(units) else ():
+            units = complement(cut.keep, cut.structure.units)
+            for member in cut.structure.members:
                 gone.setdefault(member.tensor, {}).setdefault(member.dim, []).append(member.index[units].ravel())
         return {
-            tensor: {dim: np.unique(np.concatenate(parts)) for dim, parts in dims.items()}
-            for tensor, dims in gone.items()
+            tensor: {dim: distinct(parts) for dim, parts in dims.items()} for tensor, dims in gone.items()
         }
 
     def keep_indices(self, shapes: Mapping[str, Sequence[int]]) -> Dict[str, Dict[int, np.ndarray]]:
@@ -127,7 +126,7 @@ class Plan:
             shapes: Dense shapes by tensor name. Structures need not cover a dim, so its length must be given.
         """
         return {
-            tensor: {dim: np.setdiff1d(np.arange(shapes[tensor][dim]), gone) for dim, gone in dims.items()}
+            tensor: {dim: complement(gone, shapes[tensor][dim]) for dim, gone in dims.items()}
             for tensor, dims in self.removed().items()
         }
 

@@ -1,19 +1,16 @@
 """One shot: from the units' scores and a budget to a cut copy of the model, with its plan."""
-import copy
 import warnings
 from dataclasses import dataclass
 from typing import Any, Collection, Dict, Mapping, Optional, Tuple
 
 import numpy as np
-import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from ..allocate import allocate
 from ..allocate.allocation import Budget
 from ..core import OutOfReach
 from ..plan import make_plan
-from ..surgery import apply_plan
+from ..surgery import apply_plan, cut_copy
 from ..trace import Trace
 
 __all__ = ['Cutter']
@@ -52,9 +49,7 @@ class Cutter:
             OutOfReach: The budget is out of reach.
         """
         plan = make_plan(self.traced, self._keep(budget), self.recipe, *self.base)
-        slim = apply_plan(self.model if self.in_place else _shallow_copy(self.model), plan)
-        if not self.in_place:
-            _unshare(slim, self.model)
+        slim = apply_plan(self.model, plan) if self.in_place else cut_copy(self.model, plan)
         slim.pruning_plan = plan
         return slim
 
@@ -79,30 +74,3 @@ class Cutter:
 
     def _allocate(self, budget: Budget, fixed: Collection[str]) -> Dict[str, np.ndarray]:
         return allocate(self.traced.structures, self.scores, self.traced.cost, budget, fixed=fixed, **self.options)
-
-
-def _shallow_copy(model: nn.Module) -> nn.Module:
-    """A copy whose tensors are still the original's: what is cut gets new ones, the rest is unshared after."""
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    for module in model.modules():  # what a module keeps of a forward may have a history, which can't be copied
-        for leaf in tree_leaves(dict(vars(module))):
-            if isinstance(leaf, torch.Tensor) and not leaf.is_leaf:
-                memo[id(leaf)] = leaf.detach()
-    plan = getattr(model, 'pruning_plan', None)
-    memo[id(plan)] = plan
-    return copy.deepcopy(model, memo)
-
-
-def _unshare(slim: nn.Module, model: nn.Module) -> None:
-    theirs = {id(t) for t in (*model.parameters(), *model.buffers())}
-    memo: Dict[int, torch.Tensor] = {}
-    for module in slim.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is not None and id(tensor) in theirs:
-                    if id(tensor) not in memo:
-                        clone = tensor.detach().clone()
-                        if isinstance(tensor, nn.Parameter):
-                            clone = nn.Parameter(clone, requires_grad=tensor.requires_grad)
-                        memo[id(tensor)] = clone
-                    tensors[name] = memo[id(tensor)]
