@@ -1,5 +1,6 @@
 """Cutting: the cut model is the masked one, rebuilt ones are the cut one, and nothing is half cut."""
 import copy
+import doctest
 
 import numpy as np
 import pytest
@@ -11,7 +12,15 @@ from torch import nn
 
 from timm_epfs.core import Member, PruningError, Structure
 from timm_epfs.plan import Cut, Plan
-from timm_epfs.surgery import apply_plan, build_base, inflate_checkpoint, rebuild, slice_checkpoint
+from timm_epfs.surgery import (
+    apply_plan,
+    attributes,
+    build_base,
+    cut_copy,
+    inflate_checkpoint,
+    rebuild,
+    slice_checkpoint,
+)
 
 
 def resnet():
@@ -115,6 +124,25 @@ def test_composed_plans_cut_as_one_after_the_other():
     once = apply_plan(model, first.compose(later))
     want = twice.state_dict()
     assert all(torch.equal(tensor, want[name]) for name, tensor in once.state_dict().items())
+
+
+def test_a_cut_copy_shares_nothing_and_copies_nothing_that_goes():
+    model, plan = resnet()
+    model.layer1[1].bn2.weight = model.layer1[0].bn2.weight  # neither is cut
+    model.pruning_plan = plan
+    model.kept = model(images(plan))  # has a history, which a deep copy refuses
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    want = apply_plan(timm.create_model('resnet18', num_classes=5), plan)
+    slim = cut_copy(model, plan)
+    assert shapes(slim) == shapes(want) and slim.pruning_plan is plan
+    addresses = [{t.data_ptr() for t in (*m.parameters(), *m.buffers())} for m in (model, slim)]
+    assert not addresses[0] & addresses[1]
+    assert slim.layer1[1].bn2.weight is slim.layer1[0].bn2.weight
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_examples_run():
+    assert doctest.testmod(attributes).failed == 0
 
 
 def layer_plan(name, tensors, units, keep, **attributes):

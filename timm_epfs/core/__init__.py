@@ -10,10 +10,11 @@ from .modules import device_of, eval_mode
 from .progress_bar import progress, step
 from .structure import KINDS, Member, Size, Structure
 from .text import aligned_table, format_count, markdown_table, nearest, percent, shorten
+from .validation import ANYTHING, DICT, FLAG, INTEGER, LIST, TEXT, Rule, check, invalid
 
 __all__ = [
-    'KINDS', 'LABELS', 'QUANTITIES', 'Budget', 'CostModel', 'Member', 'OutOfReach', 'PruningError', 'Size', 'Structure',
-    'aligned_table', 'check_place', 'complement', 'device_of', 'distinct', 'eval_mode', 'first_few', 'format_count',
-    'is_number', 'markdown_table', 'nearest', 'one_line', 'percent', 'progress', 'shorten', 'step', 'whole_folder',
-    'write_whole',
+    'ANYTHING', 'DICT', 'FLAG', 'INTEGER', 'KINDS', 'LABELS', 'LIST', 'QUANTITIES', 'TEXT', 'Budget', 'CostModel',
+    'Member', 'OutOfReach', 'PruningError', 'Rule', 'Size', 'Structure', 'aligned_table', 'check', 'check_place',
+    'complement', 'device_of', 'distinct', 'eval_mode', 'first_few', 'format_count', 'invalid', 'is_number',
+    'markdown_table', 'nearest', 'one_line', 'percent', 'progress', 'shorten', 'step', 'whole_folder', 'write_whole',
 ]

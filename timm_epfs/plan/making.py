@@ -3,7 +3,8 @@ from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional
 
 import numpy as np
 
-from .schema import Cut, Plan
+from .cuts import Cut
+from .pruning_plan import Plan
 
 if TYPE_CHECKING:
     from ..trace import Trace

@@ -1,8 +1,9 @@
 """Dense models by name: timm's and torchvision's."""
 import inspect
 import reprlib
+from contextlib import contextmanager
 from math import inf
-from typing import Any, Dict, Iterable, Mapping, Optional, Union
+from typing import Any, Dict, Iterable, Iterator, Mapping, Optional, Union
 
 import timm
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 from ..core import PruningError, nearest, one_line
 from ..plan import MAX_ELEMENTS, MAX_PARTS, RESERVED_ARGS, TooLarge, is_usual, limited
+from .construction import SkipInit
 
 __all__ = ['TORCHVISION', 'build_base']
 
@@ -44,7 +46,7 @@ def build_base(
     if not is_usual(base_args, cfg):
         _check_growth(base, base_args, {'pretrained_cfg': cfg})
     try:
-        return _build_on(device or torch.get_default_device(), base, base_args, create_args)
+        return _build_on(device, base, base_args, create_args)
     except PruningError as e:
         # A constructor that reads what it computes with tensors can't do so without data.
         if not isinstance(e.__cause__, NotImplementedError) or torch.device(device or 'cpu').type != 'meta':
@@ -71,18 +73,28 @@ def _check_growth(base: str, base_args: Dict[str, Any], create_args: Dict[str, A
 
 
 def _build_on(
-        device: Union[str, torch.device],
+        device: Optional[Union[str, torch.device]],
         base: str,
         base_args: Dict[str, Any],
         create_args: Dict[str, Any],
 ) -> nn.Module:
-    with torch.device(device):
+    with _default_device(device):
         if base.startswith(TORCHVISION):
             return _build_torchvision(base, base_args)
         if '/' in base or ':' in base or not timm.is_model(base.partition('.')[0]):
             raise _unknown_base(base, timm.list_models())
         with one_line(f'{base} can\'t be built with {reprlib.repr(base_args)}'):
             return timm.create_model(base, **{**create_args, **base_args})
+
+
+@contextmanager
+def _default_device(device: Optional[Union[str, torch.device]]) -> Iterator[None]:
+    """Make tensors on a device, or wherever they are made at the moment."""
+    if device is None:
+        yield
+        return
+    with torch.device(device), SkipInit():
+        yield
 
 
 def _build_torchvision(base: str, args: Mapping[str, Any]) -> nn.Module:

@@ -1,6 +1,6 @@
 """Cut a model to a plan: the only room that changes the shapes of a model's tensors."""
 from collections import OrderedDict
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, Sequence, Set
 
 import numpy as np
 from torch import Tensor, nn
@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from ..core import distinct
 from ..plan import Plan
 from .attributes import attribute_misfits, refresh_shapes, repeated_sizes, set_attribute
-from .deferred import DeferredInit
 from .tensors import cut_tensor, tensor_misfits, wrong_base
 
 __all__ = ['apply_plan']
 
 
-def apply_plan(model: nn.Module, plan: Plan, deferred: Optional[DeferredInit] = None) -> nn.Module:
+def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     """Cut a model in place. The model is the caller's own copy; on any error it is as it was.
 
     Tied tensors are cut once and stay tied. Tensors of a layer that was replaced by ``nn.Identity`` (a classifier at
@@ -23,7 +22,6 @@ def apply_plan(model: nn.Module, plan: Plan, deferred: Optional[DeferredInit] = 
     Args:
         model: The plan's base, on any device, the meta device included.
         plan: What stays.
-        deferred: Where the model was built; what is not initialised yet is then made anew in its cut shape.
 
     Raises:
         PruningError: The model is not the base that the plan was made for.
@@ -35,14 +33,11 @@ def apply_plan(model: nn.Module, plan: Plan, deferred: Optional[DeferredInit] = 
         raise wrong_base(plan, problems, 'cut the model that the plan was made for')
 
     repeated = repeated_sizes(model)
-    changed = _cut_tensors(model, tensors, plan, deferred)
+    changed = _cut_tensors(model, tensors, plan)
     for path, value in plan.attributes.items():
         set_attribute(model, path, value)
-    for name, dense in changed.items():
-        module = model.get_submodule(name)
+    for module in changed:
         refresh_shapes(module)
-        if deferred is not None:
-            deferred.refit(module, dense)
     for module, name, layer, attribute in repeated:
         setattr(module, name, getattr(layer, attribute))
     for name, children in blocks.items():
@@ -93,19 +88,14 @@ def _named_tensors(model: nn.Module) -> Dict[str, Tensor]:
     }
 
 
-def _cut_tensors(
-        model: nn.Module,
-        tensors: Mapping[str, Tensor],
-        plan: Plan,
-        deferred: Optional[DeferredInit],
-) -> Dict[str, Dict[str, Tuple[int, ...]]]:
-    """Cut every tensor of the plan; returns the dense shapes of those that changed, by module and name within it."""
+def _cut_tensors(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> Set[nn.Module]:
+    """Cut every tensor of the plan; returns the modules that own one."""
     removed = plan.removed()
     aliases: Dict[int, List[str]] = {}
     for name, tensor in tensors.items():
         aliases.setdefault(id(tensor), []).append(name)
 
-    changed: Dict[str, Dict[str, Tuple[int, ...]]] = {}
+    changed: Set[nn.Module] = set()
     for names in aliases.values():
         dims: Dict[int, np.ndarray] = {}
         for name in names:
@@ -114,16 +104,14 @@ def _cut_tensors(
         if not dims:
             continue
         dense = tensors[names[0]]
-        shape = [length - len(dims.get(dim, ())) for dim, length in enumerate(dense.shape)]
-        cut = deferred.resized(dense, shape) if deferred is not None else None
-        if cut is None:
-            cut = cut_tensor(dense, dims)
+        cut = cut_tensor(dense, dims)
         if isinstance(dense, nn.Parameter):
             cut = nn.Parameter(cut, requires_grad=dense.requires_grad)
         for name in names:
             owner, _, leaf = name.rpartition('.')
-            setattr(model.get_submodule(owner), leaf, cut)
-            changed.setdefault(owner, {})[leaf] = tuple(dense.shape)
+            module = model.get_submodule(owner)
+            setattr(module, leaf, cut)
+            changed.add(module)
     return changed
 
 

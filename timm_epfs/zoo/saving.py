@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..core import PruningError, whole_folder
 from ..plan import Plan, check_arguments
 from ..surgery import TORCHVISION
-from .entry_point import ARCHITECTURE, describe_torchvision
+from .description import ARCHITECTURE
+from .entry_point import describe_torchvision
 
 __all__ = ['check_free', 'save_pretrained']
 
