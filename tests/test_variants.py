@@ -420,9 +420,9 @@ def test_a_registered_torchvision_model(registry):
 @pytest.mark.parametrize('name, plan, weights, message', [
     ('resnet18', None, None, "timm has a model named 'resnet18' already; choose another name"),
     ('resnet18_epfs55', None, None, 'already'),
-    ('my.resnet', None, None, 'no name for timm; use letters'),
-    ('my/resnet', None, None, 'no name for timm'),
-    ('', None, None, 'no name for timm'),
+    ('my.resnet', None, None, 'not a valid timm name; use letters'),
+    ('my/resnet', None, None, 'not a valid timm name'),
+    ('', None, None, 'not a valid timm name'),
     ('mine', Plan(None, {}, ()), None, 'names no base'),
     ('mine', Plan('mine', {}, ()), None, 'names no base'),
     ('mine', 'none.json', None, 'plan not read from none.json'),

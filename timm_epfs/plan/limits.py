@@ -1,4 +1,4 @@
-"""How much data from anyone may ask for. A plan or a config is measured here before anything is built from it."""
+"""How much data from anyone may ask for. A plan or a config is measured before anything is built from it."""
 import re
 from contextlib import contextmanager
 from threading import get_ident
@@ -24,24 +24,24 @@ NAME = Rule(
     f'a name of at most {MAX_NAME} printable letters',
     lambda value: isinstance(value, str) and value.isprintable() and len(value) <= MAX_NAME,
 )
-# What an argument of a base may be, and how many values it and how many arguments there may be.
+# How large a number among the arguments of a base may be, and how many arguments, and values in each, there may be.
 MAX_NUMBER = 2 ** 14
 _LARGEST = {'num_classes': 2 ** 18, 'depth_multiplier': 2 ** 4}
 MAX_ARGUMENTS = 256
-# What a base may come to with arguments that aren't usual: a gigabyte of parameters and buffers, and as many modules,
-# parameters and buffers as all but the deepest models of timm have. A base that has more without may double.
+# How large arguments that aren't usual may make a base: a gigabyte of parameters and buffers, and as many modules,
+# parameters and buffers as all but the deepest models of timm have. A base that has more without them may double.
 MAX_ELEMENTS = 2 ** 28
 MAX_PARTS = 2 ** 12
 
-# What describes an architecture must not reach what loads weights,
+# Arguments that decide what is loaded, not what is built: no plan and no config sets them.
 RESERVED_ARGS = (
     'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_model_args', 'pretrained_strict',
     'pretrained_backbone', 'checkpoint_path', 'cache_dir', 'weights', 'weights_backbone', 'plan', 'pruned',
     'features_only', 'feature_cls', 'scriptable', 'exportable', 'no_jit',
 )
-# and what comes from anyone must not reach what places them.
+# Arguments that decide where it is built: no plan and no config sets them, a caller may.
 _PLACEMENT_ARGS = ('device', 'dtype')
-# With arguments up to these, every model of timm stays of its usual size.
+# With arguments up to these, every model of timm keeps its usual size.
 _USUAL = {'num_classes': 2 ** 15, 'in_chans': 2 ** 6, 'img_size': 2 ** 10}
 _ARGUMENT = r'[A-Za-z]\w{0,63}'
 _WORD = r'[\w-]{0,64}'

@@ -22,7 +22,7 @@ __all__ = ['Plan', 'recipe_steps']
 
 
 def recipe_steps(recipe: Mapping[str, Any]) -> List[Mapping[str, Any]]:
-    """The recipes of a plan that was composed, one a cut. A recipe is free text: ``steps`` may be anything else."""
+    """The recipes of a plan that was composed, one per cut. A recipe is free text: ``steps`` may be anything else."""
     steps = recipe.get('steps')
     return steps if isinstance(steps, list) and all(isinstance(step, Mapping) for step in steps) else [recipe]
 
@@ -48,31 +48,31 @@ class Plan:
     cost: Dict[str, Tuple[float, float]] = field(default_factory=dict)
 
     def uncomposable(self, structures: Iterable[Structure]) -> Set[str]:
-        """Names of structures of the pruned model that aren't what this plan left: not to be cut by a later one.
+        """Names of structures of the pruned model that differ from what this plan left: no later plan may cut them.
 
-        Such as the dims of a head that is the only one left of its layer.
+        An example are the dims of a head that is the only one left of its layer.
         """
         left = {cut.structure.name: len(cut.keep) for cut in self.cuts}
         return {s.name for s in structures if left.get(s.name) != s.units}
 
     def removed_blocks(self) -> Dict[str, Tuple[str, ...]]:
-        """Paths of the modules that are taken out, with the names of those of their children that stay.
+        """Paths of the blocks that are taken out, with the names of those of their children that stay.
 
-        What goes with a block around it isn't among them.
+        A block inside of another one that is taken out isn't among them.
         """
         gone = [cut.structure for cut in self.cuts if cut.structure.kind == 'blocks' and not len(cut.keep)]
         blocks = {structure.name: structure.shortcut for structure in gone}
         return {name: children for name, children in blocks.items() if not _goes(name, blocks)}
 
     def lost(self, tensors: Iterable[str]) -> Set[str]:
-        """Which of these tensors go with their block."""
+        """Those of these tensors that are in a block that is taken out."""
         blocks = self.removed_blocks()
         return {name for name in tensors if _goes(name, blocks)}
 
     def removed(self) -> Dict[str, Dict[int, np.ndarray]]:
-        """Entries that go, by tensor and dim, each sorted. An entry that several structures own goes with any.
+        """Entries that go, by tensor and dim, sorted. An entry that several structures own goes with any of them.
 
-        Blocks aren't among them: what is in a block goes with its module.
+        Tensors of blocks that are taken out aren't among them: they go with their module.
         """
         return self._removed
 

@@ -37,7 +37,7 @@ def build_base(
         PruningError: There is no such model, or it can't be built with these arguments.
     """
     if base is None:
-        raise PruningError("the plan names no base, it was made on a module of the user's own; pass base= when pruning")
+        raise PruningError("the plan names no base: it was made for a module of your own; pass base= when pruning")
     base_args = dict(base_args or {})
     reserved = [name for name in base_args if name in RESERVED_ARGS]
     if reserved:

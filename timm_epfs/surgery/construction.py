@@ -1,7 +1,8 @@
 """What a model's constructor does to its parameters: watched, changed, or left out."""
 from contextlib import contextmanager
+from math import inf
 from threading import get_ident
-from typing import Any, Callable, Dict, Iterator, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple
 
 from torch import Tensor, nn
 from torch.nn import init
@@ -22,40 +23,52 @@ class SkipInit(TorchFunctionMode):
 
     Those of meta tensors are always skipped: they change nothing, and torch takes up to a millisecond each to do so.
 
-    >>> weight = nn.Linear(2, 2).weight
-    >>> before = weight.detach().clone()
+    >>> layer = nn.Linear(2, 2)
+    >>> before = layer.weight.detach().clone()
     >>> with SkipInit() as skipped:
-    ...     skipped.add(weight)
-    ...     values = init.normal_(weight)
-    >>> weight.equal(before)
-    True
+    ...     skipped.add(layer.weight)
+    ...     layer.reset_parameters()
+    >>> layer.weight.equal(before), skipped.overwrites(layer.weight)
+    (True, 1)
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._tensors: Dict[int, Tensor] = {}  # by address; while they exist, nothing else is there
-        self._overwritten: Set[int] = set()
+        # By address. While the tensors exist, nothing else is there.
+        self._tensors: Dict[int, Tensor] = {}
+        self._overwrites: Dict[int, int] = {}
+        self._last: Dict[int, float] = {}
 
-    def add(self, tensor: Tensor) -> None:
-        """Skip the initialisers of a tensor, under whatever view of it."""
-        self._tensors[tensor.data_ptr()] = tensor
+    def add(self, tensor: Tensor, last: float = inf) -> None:
+        """Skip the initialisers of a tensor, under whatever view of it.
 
-    def would_overwrite(self, tensor: Tensor) -> bool:
-        """Whether an initialiser that was skipped would have written to all entries of a tensor."""
-        return tensor.data_ptr() in self._overwritten
+        Args:
+            tensor: The tensor.
+            last: Number of the initialiser, among those that overwrite all of the tensor, that isn't skipped any more,
+                nor anything after it.
+        """
+        address = tensor.data_ptr()
+        self._tensors[address], self._overwrites[address], self._last[address] = tensor, 0, last
+
+    def overwrites(self, tensor: Tensor) -> int:
+        """How many initialisers would have overwritten all of a tensor."""
+        return self._overwrites[tensor.data_ptr()]
 
     def __torch_function__(self, func: Callable, types: Any, args: Tuple = (), kwargs: Optional[Dict] = None) -> Any:
         kwargs = kwargs or {}
         if func in _OVERWRITE or func in _CHANGE:
             tensor = args[0] if args else kwargs['tensor']
-            if tensor.is_meta:
-                return tensor
-            whole = self._tensors.get(tensor.data_ptr()) if self._tensors else None
-            if whole is not None:
-                if func in _OVERWRITE and tensor.numel() == whole.numel():
-                    self._overwritten.add(tensor.data_ptr())
+            if tensor.is_meta or self._tensors and self._skips(func, tensor):
                 return tensor
         return func(*args, **kwargs)
+
+    def _skips(self, func: Callable, tensor: Tensor) -> bool:
+        address = tensor.data_ptr()
+        if address not in self._tensors:
+            return False
+        if func in _OVERWRITE and tensor.numel() == self._tensors[address].numel():
+            self._overwrites[address] += 1
+        return self._overwrites[address] < self._last[address]
 
 
 @contextmanager

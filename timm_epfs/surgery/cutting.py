@@ -56,7 +56,7 @@ def _misfits(
     problems = tensor_misfits(plan, tensors, may_lack=lambda name: _is_left_out(model, name))
     problems = problems or _emptied(plan, tensors)
     problems += attribute_misfits(model, plan.attributes)
-    modules = {name for name, _ in model.named_modules()}
+    modules = {name for name, _ in model.named_modules()} if blocks else ()
     needed = [name for block, children in blocks.items() for name in (block, *(f'{block}.{c}' for c in children))]
     return problems + [f'block {name} is missing' for name in needed if name not in modules]
 
@@ -95,6 +95,7 @@ def _cut_tensors(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) ->
     for name, tensor in tensors.items():
         aliases.setdefault(id(tensor), []).append(name)
 
+    modules = dict(model.named_modules(remove_duplicate=False))
     changed: Set[nn.Module] = set()
     for names in aliases.values():
         dims: Dict[int, np.ndarray] = {}
@@ -109,7 +110,7 @@ def _cut_tensors(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) ->
             cut = nn.Parameter(cut, requires_grad=dense.requires_grad)
         for name in names:
             owner, _, leaf = name.rpartition('.')
-            module = model.get_submodule(owner)
+            module = modules[owner]
             setattr(module, leaf, cut)
             changed.add(module)
     return changed

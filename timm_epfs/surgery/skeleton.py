@@ -42,11 +42,12 @@ class _Made:
     Attributes:
         module: The module that is given it.
         name: Its name in the model; None where it doesn't stay there.
-        is_initialised: Whether an initialiser fills it later, so that the values it is made with don't matter.
+        overwrites: How many initialisers overwrite all of it later. Only the last one matters, and what comes after it;
+            with none, the values that it is made with do.
     """
     module: nn.Module
     name: Optional[str]
-    is_initialised: bool
+    overwrites: int
 
 
 class Skeleton:
@@ -73,7 +74,7 @@ class Skeleton:
                 model = build()
         names = {id(parameter): name for name, parameter in _parameters(model).items()}
         self._made = [
-            _Made(module, names.get(id(parameter)), skipped.would_overwrite(parameter)) for module, parameter in made
+            _Made(module, names.get(id(parameter)), skipped.overwrites(parameter)) for module, parameter in made
         ]
         self._device = next((parameter.device for parameter in model.parameters()), None)
         _replace(model, {id(parameter): _to_meta(parameter) for parameter in model.parameters()})
@@ -124,11 +125,13 @@ class Skeleton:
                     skipped.add(parameter)
                     return None
                 if id(place) not in fresh:  # else it is tied
-                    values = None if made.is_initialised else removed.get(made.name, {})
-                    fresh[id(place)] = _cut_to(place, parameter, values)
+                    cut_parameter = _cut_to(place, parameter, None if made.overwrites else removed.get(made.name, {}))
+                    if made.overwrites:
+                        skipped.add(cut_parameter, last=made.overwrites)
                     for size in _SIZES:
                         if hasattr(made.module, size):
                             setattr(module, size, getattr(made.module, size))
+                    fresh[id(place)] = cut_parameter
                 return fresh[id(place)]
 
             with parameters_as_they_are_made(cut):
@@ -170,4 +173,5 @@ def _to_meta(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _empty(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    return nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+    values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+    return nn.Parameter(values, parameter.requires_grad)

@@ -13,10 +13,13 @@ __all__ = ['cut_tensor', 'dense_lengths', 'tensor_misfits', 'wrong_base']
 
 def cut_tensor(tensor: Tensor, removed: Mapping[int, np.ndarray]) -> Tensor:
     """A copy without some entries of some dims, in the tensor's own memory format."""
-    cut = tensor.detach()
-    for dim, gone in removed.items():
-        keep = torch.from_numpy(complement(gone, tensor.shape[dim]))
-        cut = cut.index_select(dim, keep.to(tensor.device))
+    if tensor.is_meta:
+        cut = tensor.new_empty([length - len(removed.get(dim, ())) for dim, length in enumerate(tensor.shape)])
+    else:
+        cut = tensor.detach()
+        for dim, gone in removed.items():
+            keep = torch.from_numpy(complement(gone, tensor.shape[dim]))
+            cut = cut.index_select(dim, keep.to(tensor.device))
     channels_last = tensor.ndim == 4 and not tensor.is_contiguous() and \
         tensor.is_contiguous(memory_format=torch.channels_last)
     return cut.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)

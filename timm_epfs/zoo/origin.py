@@ -13,7 +13,7 @@ _NOTE = 'made from the weights of '
 def note_origin(model: nn.Module) -> nn.Module:
     """Note where timm has just loaded a model's weights from, if that was a repo of the Hub.
 
-    The description alone doesn't tell: it names the repo with or without its weights.
+    The model's description alone doesn't say: it names the repo whether or not its weights were loaded.
     """
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     if cfg.get('hf_hub_id') and not (cfg.get('state_dict') or cfg.get('file')):

@@ -70,7 +70,7 @@ def _save_config(model: nn.Module, plan: Plan, path: Path) -> None:
         )
     except ValueError as e:
         raise PruningError(f'save: the model can\'t be described in a config.json: {e}') from e
-    # timm writes the arguments in the order in which it came to know them; a model saved again gives the same file
+    # timm writes arguments in the order in which it got them; sorted, a model that is saved again gives the same file
     config = json.loads(path.read_text(encoding='utf-8'))
     config['model_args'] = dict(sorted(config['model_args'].items()))
     path.write_text(json.dumps(config, indent=2), encoding='utf-8', newline='\n')
@@ -82,7 +82,7 @@ def _separate(tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Raise ``PruningError`` where a model may not be saved: a file, another's folder, or one not to be overwritten."""
+    """Raise ``PruningError`` where a model must not be saved: over a file, another's folder, or one to be kept."""
     if folder.exists() and not folder.is_dir():
         raise PruningError(f'save: {folder} is a file; name a folder')
     present = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
@@ -90,4 +90,4 @@ def check_free(folder: Path, overwrite: bool) -> None:
         raise PruningError(f'save: {folder} is not empty; name another folder or pass overwrite=True (--overwrite)')
     others = [name for name in present if name not in _OWN_FILES]
     if others:
-        raise PruningError(f'save: {folder} holds {others[0]!r}, which no saved model does; name another folder')
+        raise PruningError(f"save: {folder} holds {others[0]!r}, which isn't part of a model; name another folder")

@@ -1,4 +1,4 @@
-"""The names in timm of this folder's plans, and of your own.
+"""The plans of this folder, and your own, as models that timm knows by name.
 
 A file ``<name>.json`` is a plan and makes ``<name>`` a timm model; ``<name>.<tag>.safetensors`` beside it are its
 weights, under timm's ``<name>.<tag>``. Names come from the folder's listing: a plan is read when its model is made.
@@ -57,12 +57,14 @@ def tags(name: str) -> List[str]:
 
 
 def _tags_by_name() -> Dict[str, List[str]]:
+    """What the folder holds: tags of weights by name, in one listing."""
     files = sorted(os.listdir(FOLDER))
-    weights = [file.removesuffix('.safetensors').partition('.') for file in files if file.endswith('.safetensors')]
-    return {
-        plan.removesuffix('.json'): [tag for name, _, tag in weights if f'{name}.json' == plan]
-        for plan in files if plan.endswith('.json')
-    }
+    found: Dict[str, List[str]] = {file.removesuffix('.json'): [] for file in files if file.endswith('.json')}
+    for file in files:
+        name, _, tag = file.removesuffix('.safetensors').partition('.')
+        if file.endswith('.safetensors') and name in found:
+            found[name].append(tag)
+    return found
 
 
 def plan_path(name: str) -> Path:
@@ -93,10 +95,10 @@ def register(
             ``'hf-hub:org/name'``.
 
     Raises:
-        PruningError: The name is taken or no name for timm, or the plan or the weights can't be read.
+        PruningError: The name is taken or not valid, or the plan or the weights can't be read.
     """
     if not re.fullmatch(_NAME, name, re.ASCII):
-        raise PruningError(f'register: {name[:80]!r} is no name for timm; use letters, digits and underscores')
+        raise PruningError(f'register: {name[:80]!r} is not a valid timm name; use letters, digits and underscores')
     if timm.is_model(name):
         raise PruningError(f'register: timm has a model named {name!r} already; choose another name')
     plan = as_plan(plan)
@@ -107,8 +109,8 @@ def register(
 
 def _register_folder() -> None:
     for name, its_tags in _tags_by_name().items():
-        base = get_pretrained_cfg(name.rpartition('_epfs')[0]) or PretrainedCfg()
-        cfg = dataclasses.replace(base, **_OF_THE_WEIGHTS)
+        base_cfg = get_pretrained_cfg(name.rpartition('_epfs')[0]) or PretrainedCfg()
+        cfg = dataclasses.replace(base_cfg, **_OF_THE_WEIGHTS)
         cfgs = {f'{name}.{tag}': dataclasses.replace(cfg, file=str(weights_path(name, tag))) for tag in its_tags}
         _add(name, plan_path(name), cfgs or {name: cfg})
 
@@ -153,7 +155,7 @@ def _no_weights(name: str, plan: Union[Plan, Path]) -> PruningError:
 
 
 def _describe(plan: Plan, weights: Optional[Union[str, Path]]) -> PretrainedCfg:
-    """What timm is to know: the folder's own description, or the base's default for the plan's arguments."""
+    """The default cfg for timm: the folder's own, or the base's, adapted to the plan's arguments."""
     if weights is not None and Path(weights).is_dir():
         with one_line(f'register: weights not read from {weights}'):
             cfg, _, _ = load_model_config_from_path(weights)
