@@ -109,7 +109,7 @@ def at_equal_macs(name: str, wanted: float) -> nn.Module:
 
 def binds(dense: nn.Module, slim: nn.Module, batch: int) -> Dict[str, List[float]]:
     """Share of the dense model's calls by kind, and what is left of each, by the table: [share, left]."""
-    traced = trace_model(dense, with_calls=True)
+    traced = trace_model(dense)
     bench = Bench(dense, traced, *example_for(dense), batch)
     left = {cut.structure.name: len(cut.keep) for cut in slim.pruning_plan.cuts}
     pairs = zip(bench.calls(bench.units), bench.calls(left))

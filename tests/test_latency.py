@@ -97,7 +97,7 @@ def built(name):
     row = ROWS[name]
     model = row.build()
     example = row.images(1)
-    return model, trace_model(model, example, with_calls=True), example
+    return model, trace_model(model, example), example
 
 
 def left_of(slim):
@@ -112,7 +112,7 @@ def test_calls_of_a_cut_model_are_foretold(name):
         kinds = ('channels', 'groups')  # a reshape around a single head is a view, and no call
         slim = timm_epfs.prune(model, macs=0.7, example_input=example, round_to=1, kinds=kinds)
     foretold = [kernel.signature(left_of(slim)) for kernel in kernels(model, traced, (example,), {}, 3)]
-    cut = trace_model(slim, example, with_calls=True)
+    cut = trace_model(slim, example)
     units = {s.name: s.units for s in cut.structures}
     assert foretold == [kernel.signature(units) for kernel in kernels(slim, cut, (example,), {}, 3)]
 
@@ -130,7 +130,7 @@ def test_every_call_can_be_repeated_alone(name):
 def test_calls_are_in_the_models_precision_and_memory_format():
     model = timm.create_model('test_resnet').bfloat16().to(memory_format=torch.channels_last).eval()
     args, options = example_for(model)
-    found = kernels(model, trace_model(model, with_calls=True), args, options, 2)
+    found = kernels(model, trace_model(model), args, options, 2)
     convolutions = [kernel.arrays[:2] for kernel in found if kernel.name.endswith('conv2d')]
     assert {array.dtype for arrays in convolutions for array in arrays} == {torch.bfloat16}
     assert {image.order for image, _ in convolutions} == {(0, 2, 3, 1)}

@@ -121,7 +121,7 @@ class Learner:
         self._earlier = getattr(self.model, 'pruning_plan', None)
         self._recipe = dict(macs=macs, steps=steps, structures=list(structures), scope=scope, floor=floor)
         self._example = tree_map(_meta, example_for(self.model, example_input))
-        self.traced = trace_model(self.model, example_input, with_calls=latency is not None)
+        self.traced = trace_model(self.model, example_input)
         if self.traced.returns != 'Tensor':
             raise PruningError(
                 f'the model\'s forward returns a {self.traced.returns}; wrap it in one that returns the logits alone')

@@ -107,7 +107,7 @@ def prune(
     model = _on(model, own, device)
     timed = asked is not None or round_to == 'auto'
     whole_heads = 'heads' in kinds or 'head_dims' not in kinds
-    traced = trace_model(model, example_input, whole_heads, with_calls=timed)
+    traced = trace_model(model, example_input, whole_heads)
     budget = None if asked else budget_from(traced.structures, traced.cost, macs=macs, params=params)
     earlier = getattr(model, 'pruning_plan', None)
     fixed = left_alone(traced.structures, exclude, only, kinds)

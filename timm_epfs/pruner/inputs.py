@@ -19,7 +19,6 @@ def trace_model(
         model: nn.Module,
         example_input: Optional[Example] = None,
         whole_heads: bool = True,
-        with_calls: bool = False,
 ) -> Trace:
     """Trace a module and verify what was found on a cut copy. Arguments are those of ``trace`` and ``prune``.
 
@@ -27,7 +26,7 @@ def trace_model(
         PruningError: Its input isn't known or its forward fails.
     """
     args, kwargs = example_for(model, example_input)
-    return trace(model, args, kwargs, cut=_cut, whole_heads=whole_heads, with_calls=with_calls)
+    return trace(model, args, kwargs, cut=_cut, whole_heads=whole_heads)
 
 
 def _cut(copy_: nn.Module, structures, keep, attributes) -> None:
