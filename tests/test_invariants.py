@@ -3,7 +3,6 @@ import copy
 import pickle
 import random
 from functools import cached_property
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from timm.layers.format import get_channel_dim
 from torch.utils._pytree import tree_leaves
 
 import timm_epfs
-from timm_epfs.pruner import api
+from timm_epfs.plan import make_plan
 from timm_epfs.report import count_macs
 from timm_epfs.surgery import apply_plan
 from timm_epfs.trace import meta_copy
@@ -23,7 +22,6 @@ from timm_epfs.trace import meta_copy
 TOLERANCE = 1e-4
 pytestmark = pytest.mark.filterwarnings('ignore:the budget needs residual streams')
 BY_NAME = {row.name: row for row in MODELS}
-trace_model = api.trace_model
 
 
 class Case:
@@ -36,16 +34,9 @@ class Case:
         self.dense = _run(self.model, self.images)
         _make_particular(self.model)
         self.before = _everything(self.model)
-        traces = []
-
-        def traced(*args, **kwargs):
-            traces.append(trace_model(*args, **kwargs))
-            return traces[-1]
-
-        with patch.object(api, 'trace_model', traced):
-            self.slim = timm_epfs.prune(self.model, macs=0.5, example_input=self.example)
+        pruner = timm_epfs.Pruner(self.model, example_input=self.example)
+        self.slim, self.traced = pruner(macs=0.5), pruner.trace
         self.after = _everything(self.model)
-        self.traced = traces[0]
         self.model.eval()
         self.slim.eval().requires_grad_(True)
 
@@ -126,7 +117,7 @@ def case(request):
 
 
 def _masked_and_cut(case, keep):
-    plan = api.make_plan(case.traced, keep, {})
+    plan = make_plan(case.traced, keep, {})
     cut = apply_plan(copy.deepcopy(case.model), plan)
     assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in case.model.parameters())
     return _run(masked(case.model, case.traced.structures, keep), case.images), _run(cut, case.images)

@@ -18,9 +18,8 @@ from torch.overrides import resolve_name
 import timm_epfs
 from timm_epfs.allocate import allocate
 from timm_epfs.cli import main
-from timm_epfs.core import PruningError
-from timm_epfs.latency import Asked, Bench, LatencyModel, Table, kernels, race
-from timm_epfs.latency import measured as bench_room
+from timm_epfs.core import Budget, PruningError
+from timm_epfs.latency import DeviceLatency, LatencyModel, Table, device_latency, kernels, least_seconds
 from timm_epfs.plan import make_plan
 from timm_epfs.pruner import example_for, trace_model
 from timm_epfs.trace import meta_copy
@@ -83,8 +82,9 @@ def whole(model, args, kwargs):
 
 @pytest.fixture
 def fake_clock(monkeypatch):
-    monkeypatch.setattr(bench_room, 'Table', FakeTable)
-    monkeypatch.setattr(bench_room, 'race', lambda models, args, kwargs: [whole(m, args, kwargs) for m in models])
+    monkeypatch.setattr(device_latency, 'Table', FakeTable)
+    monkeypatch.setattr(
+        device_latency, 'least_seconds', lambda models, args, kwargs: [whole(m, args, kwargs) for m in models])
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def built(name):
     row = ROWS[name]
     model = row.build()
     example = row.images(1)
-    return model, trace_model(model, example, with_calls=True), example
+    return model, trace_model(model, example), example
 
 
 def left_of(slim):
@@ -105,16 +105,16 @@ def left_of(slim):
 
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_calls_of_a_cut_model_are_foretold(name):
+def test_calls_of_a_cut_model_are_predicted(name):
     model, traced, example = built(name)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         kinds = ('channels', 'groups')  # a reshape around a single head is a view, and no call
         slim = timm_epfs.prune(model, macs=0.7, example_input=example, round_to=1, kinds=kinds)
-    foretold = [kernel.signature(left_of(slim)) for kernel in kernels(model, traced, (example,), {}, 3)]
-    cut = trace_model(slim, example, with_calls=True)
+    predicted = [kernel.signature(left_of(slim)) for kernel in kernels(model, traced, (example,), {}, 3)]
+    cut = trace_model(slim, example)
     units = {s.name: s.units for s in cut.structures}
-    assert foretold == [kernel.signature(units) for kernel in kernels(slim, cut, (example,), {}, 3)]
+    assert predicted == [kernel.signature(units) for kernel in kernels(slim, cut, (example,), {}, 3)]
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -130,7 +130,7 @@ def test_every_call_can_be_repeated_alone(name):
 def test_calls_are_in_the_models_precision_and_memory_format():
     model = timm.create_model('test_resnet').bfloat16().to(memory_format=torch.channels_last).eval()
     args, options = example_for(model)
-    found = kernels(model, trace_model(model, with_calls=True), args, options, 2)
+    found = kernels(model, trace_model(model), args, options, 2)
     convolutions = [kernel.arrays[:2] for kernel in found if kernel.name.endswith('conv2d')]
     assert {array.dtype for arrays in convolutions for array in arrays} == {torch.bfloat16}
     assert {image.order for image, _ in convolutions} == {(0, 2, 3, 1)}
@@ -208,9 +208,9 @@ def test_the_alignment_is_where_the_clock_has_steps(monkeypatch, step):
         def __call__(self, kernel, left):
             return math.prod(step * math.ceil(n / step) for array in kernel.arrays for n in array.shape(left)[:2])
 
-    monkeypatch.setattr(bench_room, 'Table', Stairs)
+    monkeypatch.setattr(device_latency, 'Table', Stairs)
     model, traced, example = built('vgg16_bn_cifar')
-    assert Bench(model, traced, (example,), {}).alignment() == step
+    assert DeviceLatency(model, traced, (example,), {}).alignment() == step
 
 
 def test_widths_are_what_the_clock_likes(fake_clock):
@@ -224,7 +224,7 @@ def test_widths_are_what_the_clock_likes(fake_clock):
     (dict(latency='fast'), "latency='fast'"),
     (dict(latency='0ms'), "latency='0ms'"),
     (dict(latency=True), 'latency=True'),
-    (dict(latency=0.5, macs=0.5), 'latency= was given with'),
+    (dict(latency=0.5, macs=0.5), 'macs= and latency= were given'),
     (dict(latency=0.5, latency_batch_size=0), 'latency_batch_size=0'),
     (dict(latency='1000ms'), 'the dense model takes'),
     (dict(latency=0.01), 'can reach'),
@@ -260,38 +260,38 @@ class Stopwatch:
 @pytest.mark.parametrize('bias', [0.5, 1, 2])
 def test_the_search_comes_to_what_was_asked(monkeypatch, bias, overhead, disturbed):
     """The whole model is faster or slower than the table says, and part of its time no cut removes."""
-    monkeypatch.setattr(bench_room, 'Table', FakeTable)
+    monkeypatch.setattr(device_latency, 'Table', FakeTable)
     model, traced, example = built('resnet20_cifar')
-    bench = Bench(model, traced, (example,), {})
+    bench = DeviceLatency(model, traced, (example,), {})
     scores = {s.name: np.arange(s.units) for s in traced.structures}
     fixed = {s.name for s in traced.structures if s.kind == 'blocks'}
 
-    def cut(budget):
-        keep = allocate(traced.structures, scores, bench.cost, budget, fixed=fixed, floor=0.05)
+    def cut(share):
+        keep = allocate(traced.structures, scores, bench.cost, Budget(latency=share), fixed=fixed, floor=0.05).keep
         slim = torch.nn.Module()
         slim.pruning_plan = make_plan(traced, keep, {})
         return slim
 
     for seed in range(10 if disturbed else 2):
         clock = Stopwatch(bench, bias, overhead, disturbed, seed)
-        monkeypatch.setattr(bench_room, 'time_models', clock)
-        slim, _, milliseconds = bench.meet(Asked(0.6), cut)
-        before, after = clock.true(bench.units), clock.true(left_of(slim))
+        monkeypatch.setattr(device_latency, 'time_models', clock)
+        match = bench.match(Budget(latency=0.6), cut)
+        before, after = clock.true(bench.units), clock.true(left_of(cut(match.share)))
         assert after / before == pytest.approx(0.6, rel=0.05)
-        assert milliseconds == pytest.approx([1e3 * before, 1e3 * after], rel=0.02)
+        assert match.milliseconds == pytest.approx([1e3 * before, 1e3 * after], rel=0.02)
         assert clock.rounds <= 45
 
 
 def test_a_miss_is_said(monkeypatch, fake_clock):
-    monkeypatch.setattr(bench_room, 'race', lambda models, args, kwargs: [1.0, 0.9])
-    with pytest.warns(UserWarning, match='90.0 % of the dense latency where 50.0 % were asked'):
+    monkeypatch.setattr(device_latency, 'least_seconds', lambda models, args, kwargs: [1.0, 0.9])
+    with pytest.warns(UserWarning, match='90.0 % of the dense latency where 50.0 % were asked for'):
         timm_epfs.prune('resnet20_cifar', latency=0.5)
 
 
 def test_milliseconds_are_a_share_of_the_dense():
-    assert Asked('12ms').share(0.048) == pytest.approx(0.25)
-    assert Asked(' 1.5 ms ').share(0.003) == pytest.approx(0.5)
-    assert Asked(0.3).share(7.0) == 0.3
+    assert Budget(latency='12ms').share(0.048) == pytest.approx(0.25)
+    assert Budget(latency=' 1.5 ms ').share(0.003) == pytest.approx(0.5)
+    assert Budget(latency=0.3).share(7.0) == 0.3
 
 
 class Clock:
@@ -397,8 +397,8 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path, one_call):
 def test_masks_are_weighed_by_the_clock(fake_clock):
     model = timm.create_model('resnet20_cifar')
     learner = timm_epfs.EPFS(model, latency=0.5, steps=20)
-    cost = learner.traced.cost
-    dense = cost.counts({s.name: s.units for s in learner.traced.structures})
+    cost = learner.selector.allocator.cost
+    dense = cost.counts({s.name: s.units for s in learner.pruner.trace.structures})
     gradient = dict(zip(cost.names, cost.gradient('latency', dense)))
     weights = learner.masks.split(learner.weights.numpy())
     first, last = learner.structures[0].name, learner.structures[-1].name
@@ -412,7 +412,7 @@ def test_masks_are_weighed_by_the_clock(fake_clock):
 def test_methods_meet_a_latency(fake_clock, method):
     model = timm.create_model('resnet20_cifar')
     images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
-    learner = method(model, latency=0.6, steps=10, structures=('filters',))
+    learner = method(model, latency=0.6, steps=10, kinds=['filters'])
     for _ in range(10):
         loss = torch.nn.functional.cross_entropy(model(images), target) + learner.penalty(target)
         loss.backward()
@@ -422,13 +422,13 @@ def test_methods_meet_a_latency(fake_clock, method):
     assert after / before == pytest.approx(0.6, rel=0.05)
     assert slim.pruning_plan.recipe['latency'] == 0.6
 
-    other = method(timm.create_model('resnet20_cifar'), latency=0.8, steps=10, structures=('filters',))
+    other = method(timm.create_model('resnet20_cifar'), latency=0.8, steps=10, kinds=['filters'])
     other.load_state_dict(learner.state_dict())
-    assert other.budget == learner.budget and other.alive == learner.alive
+    assert other.selector.budget == learner.selector.budget and other.alive == learner.alive
 
 
 def test_learners_take_one_budget(fake_clock):
-    with pytest.raises(PruningError, match='latency= was given with macs='):
+    with pytest.raises(PruningError, match='macs= and latency= were given'):
         timm_epfs.EPFS(timm.create_model('resnet20_cifar'), 0.5, 10, latency=0.5)
 
 
@@ -448,8 +448,8 @@ def test_training_takes_a_latency(fake_clock, monkeypatch, tmp_path, method):
 
 @pytest.mark.parametrize('asked, said', [
     (['--latency', '0.5', '--macs', '0.5'], 'argument --macs: not allowed with argument --latency'),
-    ([], 'one of the arguments --macs --latency is required'),
-    (['--latency', 'fast'], "latency='fast' was asked; give a share"),
+    ([], 'one of the arguments --macs --params --latency is required'),
+    (['--latency', 'fast'], "latency='fast' was given; give a share"),
     (['--latency', '0.01'], 'can reach'),
 ])
 def test_training_says_what_is_wrong_with_a_latency(fake_clock, tmp_path, capsys, asked, said):
@@ -514,5 +514,5 @@ def test_aligned_widths_are_not_slower_at_the_same_macs():
     aligned, any_width = (timm_epfs.prune(model, macs=0.5, round_to=step) for step in (None, 1))
     macs = [slim.pruning_plan.cost['macs'][1] for slim in (aligned, any_width)]
     assert macs[0] == pytest.approx(macs[1], rel=0.02)
-    fast, slow = race([aligned, any_width], (torch.randn(2, 3, 112, 112),), {})
+    fast, slow = least_seconds([aligned, any_width], (torch.randn(2, 3, 112, 112),), {})
     assert fast < 1.1 * slow

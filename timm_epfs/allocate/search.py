@@ -3,7 +3,7 @@ from typing import List, Optional, Tuple
 
 import numpy as np
 
-from ..core import LABELS, Budget, CostModel
+from ..core import Budget, CostModel
 
 __all__ = ['Search', 'TOLERANCE']
 
@@ -24,7 +24,7 @@ class Search:
         self.cost, self.budget, self.grids, self.descending = cost, budget, grids, descending
         self.units = np.array([len(scores) for scores in descending])
         self.dense = cost(budget.quantity, self.units)
-        self.asked, self.label = budget.target / self.dense, LABELS[budget.quantity]
+        self.asked, self.label = budget.share(self.dense), budget.label
         self.choices = np.concatenate(grids)
         self.last = np.cumsum([len(grid) for grid in grids]) - 1
         self.first = np.append(0, self.last[:-1] + 1)

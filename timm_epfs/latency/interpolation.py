@@ -3,6 +3,7 @@
 As NetAdapt (Yang et al., ECCV 2018) and HALP (Shen et al., NeurIPS 2022) do it: layers are measured at a few widths,
 and widths between are interpolated, so that a search prices thousands of candidates without running any of them.
 """
+import copy
 from typing import Callable, Dict, List, Mapping, Sequence, Set, Tuple
 
 import numpy as np
@@ -65,6 +66,11 @@ class LatencyModel:
         self._gated = [position[name] for name in sorted(set().union(*gates))]
         inside = [[self.names[i] in own for i in self._gated] for own in gates]
         self._inside = np.array(inside, dtype=bool).reshape(len(gates), len(self._gated))
+
+    def with_seconds(self, seconds: np.ndarray) -> 'LatencyModel':
+        other = copy.copy(self)
+        other.seconds = seconds
+        return other
 
     def __call__(self, quantity: str, counts: np.ndarray) -> float:
         """Cost at the given numbers of units left, as of ``CostModel``; of ``'latency'`` in seconds."""

@@ -3,10 +3,11 @@
 In: structures and the units that stay, or JSON from anyone. Out: a validated ``Plan``, and its JSON.
 """
 from .limits import MAX_ELEMENTS, MAX_PARTS, RESERVED_ARGS, TooLarge, check_arguments, check_size, is_usual, limited
-from .making import make_plan
+from .making import make_plan, make_recipe
+from .pruned_model import PrunedModel
 from .schema import FORMAT, Cut, Plan, recipe_steps
 
 __all__ = [
-    'FORMAT', 'MAX_ELEMENTS', 'MAX_PARTS', 'RESERVED_ARGS', 'Cut', 'Plan', 'TooLarge', 'check_arguments', 'check_size',
-    'is_usual', 'limited', 'make_plan', 'recipe_steps',
+    'FORMAT', 'MAX_ELEMENTS', 'MAX_PARTS', 'RESERVED_ARGS', 'Cut', 'Plan', 'PrunedModel', 'TooLarge', 'check_arguments',
+    'check_size', 'is_usual', 'limited', 'make_plan', 'make_recipe', 'recipe_steps',
 ]
