@@ -22,7 +22,7 @@ DENSE, L1 = 'resnet20_cifar/dense-0', 'resnet20_cifar/l1-50-0'
 def script(monkeypatch):
     """``run.py`` as a module, without a trace afterwards."""
     monkeypatch.setattr(sys, 'path', [str(CIFAR10), *sys.path])
-    modules = ('run', 'ship', 'baselines', 'data', 'records', 'common')
+    modules = ('run', 'ship', 'baselines', 'data', 'records', 'methods', 'common')
     for name in modules:
         monkeypatch.delitem(sys.modules, name, raising=False)
     import run
@@ -182,6 +182,16 @@ def test_every_committed_result_gives_the_plan_that_it_measured(script):
         plans = [plan_of(result['plan']) for result in results]
         slim = timm_epfs.rebuild(plans[-1], 'meta')
         assert sum(parameter.numel() for parameter in slim.parameters()) == results[-1]['params'][1], folder.name
+
+
+def test_the_table_of_methods_is_of_committed_results(script):
+    import methods
+
+    for method in methods.METHODS:
+        for model, name in zip(methods.MODELS, method.experiments):
+            assert bool(methods._results(model, name)) == (name is not None), name
+    header, _, *rows = methods.methods().splitlines()
+    assert len(rows) == len(methods.METHODS) + 1 and {row.count('|') for row in rows} == {header.count('|')}
 
 
 def test_a_structure_that_is_no_more_is_named(script):

@@ -20,7 +20,7 @@ MARKERS = 'osD^vPX*<>'
 COLOURS = ['#1f4e8c', '#c0562b', '#2e7d5b', '#6a4c93', '#b8860b', '#00838f', '#ad1457', '#555555']
 FAMILIES = {'epfs': ('EPFS', '#1f4e8c'), 'none': ('cut by a ranking, or from scratch', '#555555')}
 OTHERS = ('other methods that learn', '#c0562b')
-FAR = 8  # points below dense: what is further down isn't worth the room, and stands at the edge with its number
+FAR = 8  # points below dense: what is further down would squeeze the rest, and is a number at the edge
 
 
 def main() -> None:
