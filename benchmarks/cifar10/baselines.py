@@ -8,6 +8,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 import torch_pruning as tp
+from records import plan_of
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
@@ -49,21 +50,20 @@ class ScratchRun(ExperimentRun):
     """The shape that another experiment found, with fresh weights (Liu et al., ICLR 2019)."""
 
     def _one_shot(self) -> nn.Module:
-        model = self._rebuilt(self._found())
-        return model.to(self.args.device)
+        return self._rebuilt(self._found().to_dict()).to(self.args.device)
 
-    def _found(self) -> Dict[str, Any]:
+    def _found(self) -> Plan:
         found = self.results / f'{self.experiment["shape_of"]}-{self.seed}.json'
         if not found.exists():
-            raise SystemExit(f'the shape of {found.stem} is not known yet; run that first')
-        return json.loads(found.read_text())['plan']
+            raise SystemExit(f'{found.stem} has no result yet, and this experiment takes its widths: run that first')
+        return plan_of(json.loads(found.read_text())['plan'])
 
 
 class ShapeRun(ScratchRun):
     """The shape that another experiment found, of the units that a criterion ranks highest within each structure."""
 
     def _one_shot(self) -> nn.Module:
-        plan = Plan.from_dict(self._found())
+        plan = self._found()
         scores = score(self.model, [cut.structure for cut in plan.cuts], self.args.criterion)
         cuts = tuple(replace(cut, keep=top(scores[cut.structure.name], len(cut.keep))) for cut in plan.cuts)
         recipe = {'method': 'one-shot', 'criterion': self.args.criterion, 'widths': self.experiment['shape_of']}
