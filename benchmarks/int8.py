@@ -20,8 +20,8 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_epfs.deploy.export import Run, load_model, onnx_forward, trace_program, write_onnx
-from timm_epfs.zoo import load_weights
+from timm_epfs.deploy import Run, onnx_forward, trace_program, write_onnx
+from timm_epfs.zoo import load_model, load_weights
 
 sys.path.insert(0, str(Path(__file__).parent / 'cifar10'))
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch_pruning_recipe import one_shot
 
 import timm_epfs
-from timm_epfs.latency import Bench, race, time_models
+from timm_epfs.latency import least_seconds, time_models
 from timm_epfs.pruner import example_for, trace_model
 from timm_epfs.report import count_macs
 
@@ -64,7 +64,7 @@ def compare(name: str, batch: int, seconds: float) -> Dict[str, Any]:
     size = dense.pretrained_cfg['input_size']
     images = torch.randn(batch, *size)
     models = {'dense': dense, 'macs': timm_epfs.prune(dense, macs=0.5)}
-    before, after = race([dense, models['macs']], (images,), {})
+    before, after = least_seconds([dense, models['macs']], (images,), {})
     models['latency'] = timm_epfs.prune(dense, latency=after / before, latency_batch_size=batch)
     row: Dict[str, Any] = {'asked': after / before}
     try:
@@ -110,10 +110,9 @@ def at_equal_macs(name: str, wanted: float) -> nn.Module:
 
 def binds(dense: nn.Module, slim: nn.Module, batch: int) -> Dict[str, List[float]]:
     """Share of the dense model's calls by kind, and what is left of each, by the table: [share, left]."""
-    traced = trace_model(dense, with_calls=True)
-    bench = Bench(dense, traced, *example_for(dense), batch)
+    device = timm_epfs.Pruner(dense).latency(batch)
     left = {cut.structure.name: len(cut.keep) for cut in slim.pruning_plan.cuts}
-    pairs = zip(bench.calls(bench.units), bench.calls(left))
+    pairs = zip(device.calls(device.units), device.calls(left))
     kinds: Dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
     for (kernel, before), (_, after) in pairs:
         kinds[kind(kernel)] += before, after

@@ -17,7 +17,7 @@ from timm_epfs.importance import score
 from timm_epfs.learn.center_loss import CenterLoss, FeatureHook, find_classifier
 from timm_epfs.plan import Plan
 from timm_epfs.surgery import apply_plan
-from timm_epfs.training.phase import Stage
+from timm_epfs.training.phase import Phase
 from timm_epfs.training.run import Run
 
 __all__ = ['RUNNERS']
@@ -78,15 +78,15 @@ class GroupNormRun(ExperimentRun):
     Its regulariser, strength and group importance are its own; the budget is met by ours, as for all others.
     """
 
-    def _stage(self, phase: str, saved: Optional[Mapping[str, Any]]) -> Stage:
-        stage = super()._stage(phase, saved)
-        if phase == 'dense':
+    def _phase(self, name: str, saved: Optional[Mapping[str, Any]]) -> Phase:
+        phase = super()._phase(name, saved)
+        if name == 'dense':
             example = torch.zeros(1, *self.config['input_size'], device=self.args.device)
             pruner = tp.pruner.GroupNormPruner(
                 self.model, example, tp.importance.GroupMagnitudeImportance(p=2), reg=self.experiment['reg'],
                 ignored_layers=[self.model.get_classifier()], in_channel_groups={}, out_channel_groups={})
-            stage.optimizer.register_step_pre_hook(lambda *_: pruner.regularize(self.model))
-        return stage
+            phase.optimizer.register_step_pre_hook(lambda *_: pruner.regularize(self.model))
+        return phase
 
 
 class CenteredRun(ExperimentRun):
