@@ -24,7 +24,7 @@ from timm_epfs.cli import main
 from timm_epfs.core import PruningError
 from timm_epfs.latency import Asked, Bench, LatencyModel, Table, interpolation, kernels
 from timm_epfs.latency import measured as bench_room
-from timm_epfs.latency.interpolation import points
+from timm_epfs.latency.grids import points
 from timm_epfs.plan import make_plan
 from timm_epfs.pruner import example_for, trace_model
 from timm_epfs.trace import meta_copy

@@ -11,7 +11,8 @@ from torch import nn
 from ..core import Budget, OutOfReach, PruningError, device_of
 from ..trace import Trace
 from .clock import time_models
-from .interpolation import LatencyModel, points
+from .grids import points
+from .interpolation import LatencyModel
 from .kernels import Kernel, inputs_of, kernels
 from .timings import Table
 
