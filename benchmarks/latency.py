@@ -24,7 +24,6 @@ from torch_pruning_recipe import one_shot
 
 import timm_epfs
 from timm_epfs.latency import least_seconds, time_models
-from timm_epfs.pruner import example_for, trace_model
 from timm_epfs.report import count_macs
 
 ROWS = (

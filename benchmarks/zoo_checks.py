@@ -13,7 +13,7 @@ from torch_pruning_recipe import DrawnMagnitude, NoInit, one_shot
 
 import timm_epfs
 from timm_epfs.plan import Plan
-from timm_epfs.pruner import example_for, trace_model
+from timm_epfs.pruner import example_for
 from timm_epfs.report import count_macs
 from timm_epfs.surgery import TORCHVISION, build_base, rebuild
 from timm_epfs.trace import Trace

@@ -7,8 +7,9 @@ from torch import nn
 
 from ..core import Budget, OutOfReach, PruningError, device_of, percent
 from ..trace import Trace
+from .call_grids import points
 from .clock import time_models
-from .interpolation import LatencyModel, points
+from .interpolation import LatencyModel
 from .kernels import Kernel, inputs_of, kernels
 from .timings import Table
 

@@ -3,7 +3,7 @@
 In: a dense and a pruned model, a plan. Out: measured numbers side by side, tables and pictures.
 """
 from .comparison import Rows, compare, count_macs, size_on_disk, table, top1
-from .images import check_classes, image_loader, image_splits, random_images
+from .image_data import check_classes, image_loader, image_splits, random_images
 from .pictures import draw, draw_layers, new_figure, plot
 
 __all__ = [
