@@ -10,7 +10,7 @@ __all__ = ['nearest_keyword', 'refuse_unknown']
 
 def nearest_keyword(name: str, *functions: Callable) -> Optional[str]:
     """The parameter of these functions that is most like a name; None where none is alike."""
-    return next(iter(nearest(name, _parameters(*functions))), None)
+    return next(iter(nearest(name, _parameters(*functions), cutoff=0.75)), None)
 
 
 def refuse_unknown(given: Mapping[str, Any], *functions: Callable) -> None:

@@ -4,13 +4,12 @@ import math
 import os
 import platform
 import re
-import warnings
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 
-from ..core import PruningError, is_number, write_whole
+from ..core import PruningError, is_number, warn, write_whole
 from .clock import Forward, time_call
 from .kernels import Kernel
 
@@ -89,9 +88,9 @@ class Table:
             if turn + 1 >= _PASSES:
                 todo = self._doubtful(todo)
         if todo:
-            warnings.warn(
+            warn(
                 f'latency: other programs kept the machine busy while {len(todo)} of {len(by_signature)} calls were '
-                f'timed; they are timed again next time', UserWarning, stacklevel=4)
+                f'timed; they are timed again next time')
 
     def _doubtful(self, names: Iterable[str]) -> List[str]:
         """Calls that were never measured, or only while the device was disturbed."""
@@ -142,9 +141,9 @@ class Table:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(self.path, lambda part: part.write_text(text, encoding='utf-8'))
         except OSError as e:
-            warnings.warn(
+            warn(
                 f'latencies can\'t be kept in {self.path.parent} ({e.strerror or e}), so they will be measured again '
-                f'next time; set TIMM_EPFS_CACHE to a folder that can be written', stacklevel=2)
+                f'next time; set TIMM_EPFS_CACHE to a folder that can be written')
 
     def _read(self) -> Dict[str, Timing]:
         """What the file says. One that is damaged, or of another format, says nothing."""

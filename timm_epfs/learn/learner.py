@@ -1,6 +1,5 @@
 """What every method shares: four calls around the user's own loop."""
 import copy
-import warnings
 from inspect import signature
 from math import ceil
 from typing import Any, Dict, FrozenSet, Mapping, Optional, Tuple, Union, cast
@@ -11,7 +10,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..allocate import top
-from ..core import DEFAULT_KINDS, PruningError, refuse_unknown
+from ..core import DEFAULT_KINDS, PruningError, refuse_unknown, warn
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
 from ..pruner import Pruner
 from ..surgery import Masks, apply_plan, is_maskable, is_masked
@@ -262,7 +261,7 @@ class Learner:
         self._stays = self._flags(keep)
         self._settle(self._selected() * self._stays)
         if problem or missed:
-            warnings.warn(problem or missed, UserWarning, stacklevel=3)
+            warn(problem or missed)
 
     def _keep(self) -> Dict[str, np.ndarray]:
         """Units that stay: the selection, or what it would be now."""

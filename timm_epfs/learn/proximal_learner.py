@@ -1,11 +1,10 @@
 """What EPFS and SSS share: masks moved by proximal steps, and λ, given or steered."""
-import warnings
 from typing import Any, Dict, List, Mapping, Optional, Set, Union
 
 import numpy as np
 import torch
 
-from ..core import PruningError
+from ..core import PruningError, warn
 from .controller import Controller
 from .learner import Learner
 from .setup import Setup
@@ -186,9 +185,9 @@ class ProximalLearner(Learner):
         """Say once that λ is too large for some structure."""
         if not self._held_at_floor:
             structure, floor = self.structures[held[0]], self._floors[held[0]]
-            warnings.warn(
+            warn(
                 f'λ would take all but {floor} of the {structure.units} units of {structure.name}: the floor holds '
-                f'them; a smaller λ, or floor=, changes that', stacklevel=5)
+                f'them; a smaller λ, or floor=, changes that')
         self._held_at_floor.update(held)
 
     def _selected(self) -> torch.Tensor:

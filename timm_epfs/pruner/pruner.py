@@ -1,5 +1,4 @@
 """``Pruner``: a model, its trace and what else was found out about it, for any number of cuts."""
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Dict, FrozenSet, Iterable, Mapping, Optional, Sequence, Tuple, Union, cast
@@ -11,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..allocate import ALIGN, Allocation, cost_aware_widths
-from ..core import DEFAULT_KINDS, Budget, PruningError, kinds_named, nearest_keyword, one_line, refuse_unknown
+from ..core import DEFAULT_KINDS, Budget, PruningError, kinds_named, nearest_keyword, one_line, refuse_unknown, warn
 from ..importance import WITHOUT_DATA, check_criterion, score
 from ..latency import DeviceLatency
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
@@ -299,11 +298,14 @@ class Pruner:
             problem = allocation.problem
         for message in (problem, _CUT_STREAMS if self.streams is None and allocator.cuts_streams(allocation) else ''):
             if message:
-                warnings.warn(message, UserWarning, stacklevel=4)
+                warn(message)
         return self._make_plan(allocation, self._recipe(budget, choice, allocator, **by_time))
 
     def _allocator_of(self, budget: Budget, choice: Choice) -> Allocator:
         check_criterion(choice.criterion)
+        if is_masked(self.model):
+            raise PruningError(
+                "the model has a learner's masks; learner.export() cuts it, learner.remove() takes them off")
         if not self.structures:
             raise PruningError(f'nothing is left to cut: {describe_nothing(self.trace)}')
         return self.allocator(budget.quantity, choice, budget.latency_batch_size)

@@ -1,12 +1,11 @@
 """What the options of ``timm-epfs train`` amount to, and which of them go together."""
 import argparse
 import os
-import warnings
 from typing import Any, Dict, Tuple
 
 import torch
 
-from ..core import Budget, PruningError
+from ..core import Budget, PruningError, warn
 from ..zoo import check_readable
 
 __all__ = ['PHASES', 'budget', 'check_options', 'cut_options', 'phase_epochs', 'run_options']
@@ -47,7 +46,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.amp and args.amp_dtype == 'float16' and args.device == 'cpu':
         raise PruningError('--amp-dtype float16 has no fast kernels on cpu: use bfloat16, or another --device')
     if args.amp and args.device == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2':
-        warnings.warn('--amp on a processor without AVX-512 takes many times as long as float32: drop it', stacklevel=2)
+        warn('--amp on a processor without AVX-512 takes many times as long as float32: drop it')
     if args.workers is None:
         args.workers = 0 if args.dataset == 'digits' else min(4, os.cpu_count() or 1)
     phase_epochs(args)
