@@ -2,10 +2,12 @@
 
 In: structures and the units that stay, or JSON from anyone. Out: a validated ``Plan``, and its JSON.
 """
+from .cuts import Cut
 from .limits import MAX_ELEMENTS, MAX_PARTS, RESERVED_ARGS, TooLarge, check_arguments, check_size, is_usual, limited
 from .making import make_plan, make_recipe
 from .pruned_model import PrunedModel
-from .schema import FORMAT, Cut, Plan, recipe_steps
+from .pruning_plan import Plan, recipe_steps
+from .writing import FORMAT
 
 __all__ = [
     'FORMAT', 'MAX_ELEMENTS', 'MAX_PARTS', 'RESERVED_ARGS', 'Cut', 'Plan', 'PrunedModel', 'TooLarge', 'check_arguments',

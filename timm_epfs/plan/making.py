@@ -6,7 +6,8 @@ import timm
 import torch
 
 from ..version import __version__
-from .schema import Cut, Plan
+from .cuts import Cut
+from .pruning_plan import Plan
 
 if TYPE_CHECKING:
     from ..trace import Trace

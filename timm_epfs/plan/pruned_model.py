@@ -1,7 +1,7 @@
 """What type checkers are told of pruned models."""
 from torch import nn
 
-from .schema import Plan
+from .pruning_plan import Plan
 
 __all__ = ['PrunedModel']
 

@@ -1,9 +1,8 @@
-"""A cut copy of a model, without copying what is cut away."""
+"""A cut copy of a model that costs little more memory than what is left of it."""
 import copy
-from typing import Dict
+from typing import Dict, Iterator
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..plan import Plan
@@ -13,42 +12,50 @@ __all__ = ['cut_copy']
 
 
 def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy of a model, cut, that shares no tensor with it.
+    """A copy of a model, cut. It shares no tensor with the model, and what is cut away is never copied.
 
     Args:
-        model: The plan's base, or the pruned model that the plan was made on; it stays as it is.
+        model: The model that the plan was made for.
         plan: What stays.
 
     Raises:
-        PruningError: The model is not the one that the plan was made for.
+        PruningError: The plan is for another model.
     """
     slim = apply_plan(_shallow_copy(model), plan)
-    _unshare(slim, model)
+    _copy_shared_tensors(slim, model)
     return slim
 
 
 def _shallow_copy(model: nn.Module) -> nn.Module:
-    """A copy whose tensors are still the original's: what is cut gets new ones, the rest is unshared after."""
-    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    """A copy of every module, whose tensors are still the model's."""
+    memo = {id(tensor): tensor for tensor in _tensors(model)}
     for module in model.modules():  # what a module keeps of a forward may have a history, which can't be copied
         for leaf in tree_leaves(dict(vars(module))):
-            if isinstance(leaf, torch.Tensor) and not leaf.is_leaf:
+            if isinstance(leaf, Tensor) and not leaf.is_leaf:
                 memo[id(leaf)] = leaf.detach()
     plan = getattr(model, 'pruning_plan', None)
     memo[id(plan)] = plan
     return copy.deepcopy(model, memo)
 
 
-def _unshare(slim: nn.Module, model: nn.Module) -> None:
-    theirs = {id(t) for t in (*model.parameters(), *model.buffers())}
-    memo: Dict[int, torch.Tensor] = {}
+def _copy_shared_tensors(slim: nn.Module, model: nn.Module) -> None:
+    """Copy the tensors that the cut left as they were. Tied ones stay tied."""
+    theirs = {id(tensor) for tensor in _tensors(model)}
+    copies: Dict[int, Tensor] = {}
     for module in slim.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) in theirs:
-                    if id(tensor) not in memo:
-                        clone = tensor.detach().clone()
-                        if isinstance(tensor, nn.Parameter):
-                            clone = nn.Parameter(clone, requires_grad=tensor.requires_grad)
-                        memo[id(tensor)] = clone
-                    tensors[name] = memo[id(tensor)]
+                    if id(tensor) not in copies:
+                        copies[id(tensor)] = _copied(tensor)
+                    tensors[name] = copies[id(tensor)]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    clone = tensor.detach().clone()
+    return nn.Parameter(clone, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()

@@ -4,7 +4,8 @@ In: a name, a folder or a repo. Out: the model, pruned models built from the pla
 """
 from . import cifar, variants  # noqa: F401, registered by their import
 from .dense_checkpoint import check_readable, load_weights
-from .entry_point import ARCHITECTURE, as_plan, epfs_pruned
+from .description import ARCHITECTURE
+from .entry_point import as_plan, epfs_pruned
 from .loading import base_of, create_model, load_model, model_args
 from .origin import note_origin, origin_of
 from .saving import check_free, save_pretrained
