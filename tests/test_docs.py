@@ -132,7 +132,7 @@ def test_snippets_run(page, registry, capsys, monkeypatch, tmp_path):
                 cli.parse_args(words)
 
 
-@pytest.mark.parametrize('page', [*PAGES, ROOT / 'CONTRIBUTING.md', ROOT / 'benchmarks' / 'README.md'],
+@pytest.mark.parametrize('page', [*PAGES, ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'benchmarks').glob('*.md'))],
                          ids=lambda page: f'{page.parent.name}-{page.stem}')
 def test_links_lead_somewhere(page):
     targets = re.findall(r'\]\(([^)\s]+)\)', re.sub(FENCE, '', page.read_text(encoding='utf-8')))

@@ -3,7 +3,6 @@ import copy
 import pickle
 import random
 from functools import cached_property
-from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from timm.layers.format import get_channel_dim
 from torch.utils._pytree import tree_leaves
 
 import timm_epfs
-from timm_epfs.pruner import api
+from timm_epfs.plan import make_plan
 from timm_epfs.report import count_macs
 from timm_epfs.surgery import apply_plan
 from timm_epfs.trace import meta_copy
@@ -30,7 +29,6 @@ WITHOUT_BLOCKS = {
     'test_efficientnet_gn', 'torchvision/googlenet', 'test_vit_relpos', 'eva02_tiny_patch14_224',
     'eva02_base_patch14_224', 'pvt_v2_b0', 'xcit_nano_12_p16_224',
 }
-trace_model = api.trace_model
 
 
 class Case:
@@ -43,16 +41,9 @@ class Case:
         self.dense = _run(self.model, self.images)
         _make_particular(self.model)
         self.before = _everything(self.model)
-        traces = []
-
-        def traced(*args, **kwargs):
-            traces.append(trace_model(*args, **kwargs))
-            return traces[-1]
-
-        with patch.object(api, 'trace_model', traced):
-            self.slim = timm_epfs.prune(self.model, macs=0.5, example_input=self.example)
+        pruner = timm_epfs.Pruner(self.model, example_input=self.example)
+        self.slim, self.traced = pruner(macs=0.5), pruner.trace
         self.after = _everything(self.model)
-        self.traced = traces[0]
         self.model.eval()
         self.slim.eval().requires_grad_(True)
 
@@ -133,7 +124,7 @@ def case(request):
 
 
 def _masked_and_cut(case, keep):
-    plan = api.make_plan(case.traced, keep, {})
+    plan = make_plan(case.traced, keep, {})
     cut = apply_plan(copy.deepcopy(case.model), plan)
     assert sum(p.numel() for p in cut.parameters()) < sum(p.numel() for p in case.model.parameters())
     return _run(masked(case.model, case.traced.structures, keep), case.images), _run(cut, case.images)
@@ -187,11 +178,6 @@ def test_the_budget_is_met(case):
     assert case.plan.cost['params'] == pytest.approx(params, rel=1e-9)
 
 
-def _skip_torchvision(case):
-    if case.row.name.startswith('torchvision/'):
-        pytest.skip("torchvision's models have no such methods")
-
-
 def test_it_trains(case):
     """Every parameter that gets a gradient in the dense model gets one in the cut model, auxiliary heads included."""
     trained = []
@@ -205,6 +191,11 @@ def test_it_trains(case):
     left = {name for name, _ in case.slim.named_parameters()}
     assert slim == dense & left
     assert len(slim) > 0.9 * len(left)
+
+
+def _skip_torchvision(case):
+    if case.row.name.startswith('torchvision/'):
+        pytest.skip("torchvision's models have no such methods")
 
 
 @torch.no_grad()

@@ -36,7 +36,7 @@ MODELS = [
 def test_cut_is_masked_after_training(name, args, size, structures):
     model = randomise(build(name, **args))
     learner = timm_epfs.EPFS(
-        model, macs=0.6, steps=5, structures=structures, floor=0.1, example_input=torch.empty(1, 3, size, size),
+        model, macs=0.6, steps=5, kinds=structures, floor=0.1, example_input=torch.empty(1, 3, size, size),
         refit=False)
     train(model, learner, sgd(model, 0.003), 5, size=size)
     slim = learner.export()
@@ -56,7 +56,7 @@ def test_one_kind_alone(name, structures):
     args = {'img_size': 64, 'depth': 2} if name.startswith('deit') else {}
     model = randomise(build(name, **args))
     learner = timm_epfs.EPFS(
-        model, l1=0.5, l2=None, lr=0.6, steps=4, structures=structures, center=0, refit=False, example_input=EXAMPLE)
+        model, l1=0.5, l2=None, lr=0.6, steps=4, kinds=structures, center=0, refit=False, example_input=EXAMPLE)
     train(model, learner, sgd(model, 0.001), 4)
     slim = learner.export()
     assert distance(outputs(model), outputs(slim)) < 1e-4
@@ -86,7 +86,7 @@ def test_every_method_meets_the_budget_and_cuts_what_it_masked(method):
 @pytest.mark.parametrize('method', ['epfs', 'sss'])
 def test_masks_only_select_and_what_stays_is_refitted_without_them(method):
     model = randomise(build())
-    learner = METHODS[method](model, macs=0.5, steps=20, structures=('filters',), example_input=EXAMPLE)
+    learner = METHODS[method](model, macs=0.5, steps=20, kinds=('filters',), example_input=EXAMPLE)
     optimizer = sgd(model)
     train(model, learner, optimizer, 16)
     assert not learner.finished
@@ -105,7 +105,7 @@ def test_blocks_that_stay_keep_their_size_beside_the_shortcut(method):
     for refit in (False, True):
         model = randomise(build('resnet20_cifar'))
         learner = METHODS[method](
-            model, macs=0.5, steps=20, structures=('filters', 'blocks'), refit=refit, example_input=EXAMPLE)
+            model, macs=0.5, steps=20, kinds=('filters', 'blocks'), refit=refit, example_input=EXAMPLE)
         train(model, learner, sgd(model), 17, size=32)
         assert learner.finished == refit
         masks[refit] = learner.values()

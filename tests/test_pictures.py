@@ -148,7 +148,7 @@ class TestComparison:
             monkeypatch.delitem(sys.modules, name, raising=False)
         import pictures
         yield pictures
-        for name in ('pictures', 'table', 'common'):
+        for name in ('pictures', 'table', 'records', 'common'):
             sys.modules.pop(name, None)
 
     @pytest.fixture

@@ -407,7 +407,7 @@ def test_registered_weights(registry, tmp_path, monkeypatch):
         asked.append(repo)
         return folder / name
 
-    monkeypatch.setattr('timm_epfs.zoo.entry_point.download_from_hf', from_hub)
+    monkeypatch.setattr('timm_epfs.zoo.weights.download_from_hf', from_hub)
     for i, weights in enumerate([folder, folder / 'model.safetensors', 'hf-hub:me/mine@main']):
         timm_epfs.register(f'mine_{i}', model.pruning_plan, weights)
         cfg = timm.get_pretrained_cfg(f'mine_{i}')
