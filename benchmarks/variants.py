@@ -1,7 +1,7 @@
 """Make the plans of ``timm_epfs/variants`` that aren't learned: ``python benchmarks/variants.py [NAME ...]``, or all.
 
-In these every layer is cut by about the same share and its first units stay. What a plan like this is good for is its
-widths, to be trained. A learned plan takes its place by taking its file, and its name leaves the list below.
+In these, every layer is cut by about the same share and its first units stay: they offer widths to train, nothing more.
+To replace one by a learned plan, overwrite its file and remove its name from the list below.
 """
 import argparse
 import warnings

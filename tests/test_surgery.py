@@ -1,5 +1,6 @@
 """Cutting: the cut model is the masked one, rebuilt ones are the cut one, and nothing is half cut."""
 import copy
+import doctest
 
 import numpy as np
 import pytest
@@ -11,7 +12,15 @@ from torch import nn
 
 from timm_epfs.core import Member, PruningError, Structure
 from timm_epfs.plan import Cut, Plan
-from timm_epfs.surgery import apply_plan, build_base, inflate_checkpoint, rebuild, slice_checkpoint
+from timm_epfs.surgery import (
+    apply_plan,
+    attributes,
+    build_base,
+    cut_copy,
+    inflate_checkpoint,
+    rebuild,
+    slice_checkpoint,
+)
 
 
 def resnet():
@@ -117,6 +126,25 @@ def test_composed_plans_cut_as_one_after_the_other():
     assert all(torch.equal(tensor, want[name]) for name, tensor in once.state_dict().items())
 
 
+def test_a_cut_copy_shares_nothing_and_copies_nothing_that_goes():
+    model, plan = resnet()
+    model.layer1[1].bn2.weight = model.layer1[0].bn2.weight  # neither is cut
+    model.pruning_plan = plan
+    model.kept = model(images(plan))  # has a history, which a deep copy refuses
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    want = apply_plan(timm.create_model('resnet18', num_classes=5), plan)
+    slim = cut_copy(model, plan)
+    assert shapes(slim) == shapes(want) and slim.pruning_plan is plan
+    addresses = [{t.data_ptr() for t in (*m.parameters(), *m.buffers())} for m in (model, slim)]
+    assert not addresses[0] & addresses[1]
+    assert slim.layer1[1].bn2.weight is slim.layer1[0].bn2.weight
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_examples_run():
+    assert doctest.testmod(attributes).failed == 0
+
+
 def layer_plan(name, tensors, units, keep, **attributes):
     """Cut dims of single tensors: ``tensors`` maps a tensor's name to its dim."""
     members = tuple(identity(tensor, dim, 'out', units) for tensor, dim in tensors.items())
@@ -183,9 +211,9 @@ def test_attributes_are_set_along_paths():
     ({'splits.x': 1}, 'splits.x is missing'),
     ({'nested.0.size': 1}, 'nested.0.size is missing'),
     ({'__dict__.on': 1}, '__dict__.on is missing'),
-    ({'on': 0}, 'attribute on is no integer'),
-    ({'ratio': 0}, 'attribute ratio is no integer'),
-    ({'fixed': 1}, 'attribute fixed is no integer that can be set'),
+    ({'on': 0}, 'attribute on is not an integer'),
+    ({'ratio': 0}, 'attribute ratio is not an integer'),
+    ({'fixed': 1}, 'attribute fixed is not an integer that can be set'),
     ({'splits.0': 5}, 'attribute splits.0 is 4 and the plan says 5'),
 ])
 def test_attributes_that_do_not_fit_are_refused(attributes, message):

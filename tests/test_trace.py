@@ -21,7 +21,8 @@ from torch import nn
 import timm_epfs
 import timm_epfs.trace
 from timm_epfs.core import PruningError
-from timm_epfs.pruner import api
+from timm_epfs.plan import make_plan
+from timm_epfs.pruner import trace_model
 from timm_epfs.surgery import apply_plan
 from timm_epfs.trace import rule
 from timm_epfs.trace.grouping import group_units
@@ -169,10 +170,10 @@ def traced_and_exact(module: nn.Module, image: torch.Tensor):
     """Trace a module, and check masked against cut for whatever is said to be exact, two shares of it."""
     torch.manual_seed(0)
     module = randomise(module).eval()
-    traced = api.trace_model(module, image[:1])
+    traced = trace_model(module, image[:1])
     for share in (0.3, 0.6) if any(s.exact for s in traced.structures) else ():
         keep = drop(traced.structures, share)
-        cut = apply_plan(copy.deepcopy(module), api.make_plan(traced, keep, {}))
+        cut = apply_plan(copy.deepcopy(module), make_plan(traced, keep, {}))
         with torch.no_grad():
             zeroed = flat(masked(module, traced.structures, keep)(image))
             assert distance(flat(module(image)), zeroed) > 1e-3
@@ -303,7 +304,7 @@ def test_a_trace_leaves_mode_and_weights():
     module = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.Dropout(), conv(8, 5)).train()
     module[2].eval()
     before = {name: t.clone() for name, t in module.state_dict().items()}
-    api.trace_model(module, torch.zeros(1, 3, 8, 8))
+    trace_model(module, torch.zeros(1, 3, 8, 8))
     assert [m.training for m in module.modules()] == [True, True, True, False, True]
     assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
 
@@ -333,10 +334,10 @@ def test_attributes_follow(what):
     torch.manual_seed(0)
     module = Net(forward, a=nn.Linear(12, 8), b=nn.Linear(8, 5), **attributes).eval()
     rows = torch.randn(3, 12)
-    traced = api.trace_model(module, rows)
+    traced = trace_model(module, rows)
     (structure,) = traced.structures
     keep = {structure.name: np.arange(structure.units)[::2]}
-    cut = apply_plan(copy.deepcopy(module), api.make_plan(traced, keep, {}))
+    cut = apply_plan(copy.deepcopy(module), make_plan(traced, keep, {}))
     assert cut.a.out_features == 4
     assert {name: getattr(cut, name) for name in expected} == expected
     with torch.no_grad():
@@ -451,7 +452,7 @@ def test_tied_weights_stay_tied():
     traced = traced_and_exact(module, torch.randn(IMAGE))
     assert found(traced) == {'a': 8, 'b': 6}
     keep = drop(traced.structures)
-    cut = apply_plan(copy.deepcopy(module), api.make_plan(traced, keep, {}))
+    cut = apply_plan(copy.deepcopy(module), make_plan(traced, keep, {}))
     assert cut.b.weight is cut.c.weight
 
 
@@ -469,7 +470,7 @@ def test_inputs_and_outputs_of_any_structure():
     inputs = {'image': {'pixels': torch.randn(2, 12)}, 'extra': torch.randn(2, 6)}
     torch.manual_seed(0)
     module = Model().eval()
-    traced = api.trace_model(module, inputs)
+    traced = trace_model(module, inputs)
     assert [s.units for s in traced.structures] == [8]
     slim = timm_epfs.prune(module, macs=0.5, example_input=inputs)
     out = slim(**inputs)
@@ -478,7 +479,7 @@ def test_inputs_and_outputs_of_any_structure():
 
 def test_what_a_model_returns_is_not_cut():
     module = Net(lambda m, x: (m.b(m.a(x)), m.a(x)), a=conv(3, 8), b=conv(8, 5))
-    assert api.trace_model(module, torch.zeros(1, 3, 8, 8)).structures == ()
+    assert trace_model(module, torch.zeros(1, 3, 8, 8)).structures == ()
 
 
 @pytest.mark.parametrize('fails', [
@@ -488,7 +489,7 @@ def test_what_a_model_returns_is_not_cut():
 ])
 def test_a_forward_that_fails_is_one_line(fails):
     with pytest.raises(PruningError) as e:
-        api.trace_model(Net(fails, a=conv(3, 8)), torch.zeros(1, 3, 8, 8))
+        trace_model(Net(fails, a=conv(3, 8)), torch.zeros(1, 3, 8, 8))
     assert '\n' not in str(e.value) and '(1, 3, 8, 8)' in str(e.value)
 
 

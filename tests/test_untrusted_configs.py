@@ -80,8 +80,8 @@ def test_what_a_config_does_not_decide(hostile, change, message, pretrained, mon
     def opened(*args, **kwargs):
         raise AssertionError('a file was opened')
 
-    for name in ('read_weights', 'download_cached_file', 'download_from_hf'):
-        monkeypatch.setattr(f'timm_epfs.zoo.entry_point.{name}', opened)
+    for name in ('description.read_weights', 'weights.download_cached_file', 'weights.download_from_hf'):
+        monkeypatch.setattr(f'timm_epfs.zoo.{name}', opened)
     with small(), pytest.raises(PruningError) as error:
         hostile(change, pretrained)
     assert message in line(error)

@@ -1,13 +1,18 @@
 """Options that several commands share, and what they mean for a model."""
 import argparse
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, Union
 
-from timm.models import resolve_model_input_args
 from timm.utils import ParseKwargs
 
-from ..surgery import TORCHVISION
+from ..allocate import SCOPES
+from ..core import DEFAULT_KINDS, KINDS
+from ..importance import WITHOUT_DATA
+from ..zoo import model_args
 
-__all__ = ['KeyValues', 'add_latency_arguments', 'add_model_arguments', 'given_model_args', 'model_args', 'positive']
+__all__ = [
+    'KeyValues', 'add_budget_arguments', 'add_choice_arguments', 'add_model_arguments', 'given_model_args',
+    'positive', 'positive_or_zero',
+]
 
 
 class KeyValues(ParseKwargs):
@@ -27,18 +32,25 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_or_zero(text: str) -> int:
+    """An option's type: a whole number."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number')
+    return int(text)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what names a model and its arguments."""
     group = parser.add_argument_group('model')
     group.add_argument(
         'model', metavar='NAME',
         help='timm name, torchvision/<name>, or a saved model: local-dir:<folder>, hf-hub:<repo>')
-    group.add_argument('--num-classes', type=int, metavar='N', help="number of classes (the model's own by default)")
-    group.add_argument('--in-chans', type=int, metavar='N', help='image input channels (3 by default)')
-    group.add_argument('--img-size', type=int, metavar='N', help="image size in pixels (the model's own by default)")
+    group.add_argument('--num-classes', type=int, metavar='N', help="number of classes (the model's own)")
+    group.add_argument('--in-chans', type=int, metavar='N', help='image input channels (3)')
+    group.add_argument('--img-size', type=int, metavar='N', help="image size in pixels (the model's own)")
     group.add_argument(
         '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-        help='further arguments of the model')
+        help='further arguments of the model (none)')
 
 
 def given_model_args(args: argparse.Namespace) -> Dict[str, Any]:
@@ -47,13 +59,40 @@ def given_model_args(args: argparse.Namespace) -> Dict[str, Any]:
     return model_args(args.model, args.img_size, given)
 
 
-def add_latency_arguments(budget: argparse._MutuallyExclusiveGroup, group: argparse._ArgumentGroup) -> None:
-    """Add a latency to the budgets, and to a group what goes with it."""
+def add_budget_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the budgets, of which one is needed."""
+    budget = group.add_mutually_exclusive_group(required=True)
+    budget.add_argument(
+        '--macs', type=float, metavar='BUDGET', help='MACs to keep: a share (0.5) or a count (2e9); no default')
+    budget.add_argument('--params', type=float, metavar='BUDGET', help='parameters to keep, likewise')
     budget.add_argument(
         '--latency', type=_latency, metavar='BUDGET',
         help='time to keep, as measured on the device: a share (0.5) or milliseconds (12ms)')
     group.add_argument(
-        '--latency-batch-size', type=positive, metavar='N', help='images a batch, where time is measured (1)')
+        '--latency-batch-size', type=positive, default=1, metavar='N',
+        help='images in a batch, where time is measured (1)')
+
+
+def add_choice_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add what may be cut, and how the units that stay are chosen."""
+    group.add_argument('--scope', metavar='NAME', help=f'what is ranked together: {", ".join(SCOPES)} (global)')
+    group.add_argument(
+        '--widths', metavar='NAME',
+        help=f'what says how many units each layer keeps: cost, {", ".join(WITHOUT_DATA)} (what ranks them)')
+    group.add_argument(
+        '--round-to', type=_round_to, metavar='N',
+        help='widths that are cut stay multiples of this; auto: of what is fastest on the device (16 in wide layers)')
+    group.add_argument(
+        '--floor', type=float, metavar='SHARE', help='share of its units that every structure keeps (0.05)')
+    group.add_argument(
+        '--exclude', nargs='+', metavar='PATTERN', help='layers whose outputs are not to be cut (none)')
+    group.add_argument(
+        '--only', nargs='+', metavar='PATTERN', help='the only layers whose outputs are to be cut (all)')
+    group.add_argument(
+        '--kinds', nargs='+', metavar='KIND', help=f'{", ".join(KINDS)} ({", ".join(DEFAULT_KINDS)}; SSS: all)')
+    group.add_argument(
+        '--streams', action=argparse.BooleanOptionalAction,
+        help='cut residual streams that are normalised over their channels (prune: only in need; train: no)')
 
 
 def _latency(text: str) -> Union[float, str]:
@@ -64,19 +103,5 @@ def _latency(text: str) -> Union[float, str]:
         return text
 
 
-def model_args(name: str, img_size: Optional[int], given: Mapping[str, Any]) -> Dict[str, Any]:
-    """Arguments of a model; an image size only where its structure depends on it.
-
-    Args:
-        name: As it was given on the command line.
-        img_size: Pixels, None for the model's own.
-        given: Its other arguments; those of None are left out.
-    """
-    given = {name: value for name, value in given.items() if value is not None}
-    if img_size is None or name.startswith(TORCHVISION):
-        return given
-    try:
-        resolved = resolve_model_input_args(name, {'img_size': img_size}, **given)
-    except Exception:  # whatever is wrong with the name is said better where the model is built
-        return given
-    return {name: value for name, value in resolved.items() if name == 'img_size' or name in given}
+def _round_to(text: str) -> Union[int, str]:
+    return text if text == 'auto' else positive(text)

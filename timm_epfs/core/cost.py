@@ -1,44 +1,21 @@
-"""What a model costs and may cost, as a function of how many units each structure keeps.
+"""What a model costs, as a function of how many units each structure keeps.
 
 The trace writes down every matrix product and convolution with the sizes of its dims, and every size is linear in the
 numbers of units left. A candidate plan is then priced by arithmetic on a short vector, without running the network.
 """
-from dataclasses import dataclass
 from math import isfinite
 from numbers import Real
 from typing import Collection, Dict, Iterable, List, Mapping, Sequence, Tuple
 
 import numpy as np
 
-from .errors import PruningError
 from .structure import Size
 
-__all__ = ['Budget', 'CostModel', 'QUANTITIES']
+__all__ = ['CostModel', 'QUANTITIES', 'is_number']
 
 QUANTITIES = ('macs', 'params', 'activations')
 
-LABELS = {'macs': 'MACs', 'params': 'parameters', 'latency': 'latency'}
-
 Term = Tuple[str, float, Tuple[Size, ...]]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a model may cost: ``target`` of ``quantity``: a count of ``'macs'`` or ``'params'``, or seconds of
-    ``'latency'``, which a ``latency.LatencyModel`` prices.
-
-    Raises:
-        PruningError: The quantity is unknown, or the target is not a positive finite number.
-    """
-    quantity: str
-    target: float
-
-    def __post_init__(self):
-        if self.quantity not in LABELS:
-            raise PruningError(f'a budget on {self.quantity!r} was asked; choose one of {", ".join(LABELS)}')
-        if not is_number(self.target) or self.target <= 0:
-            raise PruningError(
-                f'{self.quantity}={self.target!r} was asked; give a share between 0 and 1, or a count of more than 1')
 
 
 class CostModel:

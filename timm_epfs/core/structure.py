@@ -6,13 +6,18 @@ a layer, a convolution group, a residual block. A
 structure found on one copy of a model is good for any other copy, on any device, in any process.
 """
 from dataclasses import dataclass
-from typing import Mapping, Optional, Tuple
+from fnmatch import fnmatchcase
+from typing import Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-__all__ = ['Member', 'Size', 'Structure', 'KINDS']
+from .errors import PruningError
+
+__all__ = ['DEFAULT_KINDS', 'KINDS', 'Member', 'Size', 'Structure', 'kinds_named']
 
 KINDS = ('channels', 'heads', 'head_dims', 'groups', 'blocks')
+DEFAULT_KINDS = ('channels', 'heads', 'head_dims', 'groups')  # whole blocks go only where they are named
+_SYNONYMS = {'filters': 'channels', 'neurons': 'channels'}  # the papers' words
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,6 +61,35 @@ class Structure:
     reason: str = ''
     stream: bool = False
     shortcut: Tuple[str, ...] = ()
+
+    def matches(self, pattern: str) -> bool:
+        """Whether a pattern names this structure: by a layer whose output its units are, or a block by its own name.
+
+        A pattern is a name, the prefix of a module (``'layer1'`` for all that is in it), or has wildcards
+        (``'*.conv3'``).
+        """
+        names = {self.name}
+        if self.kind != 'blocks':
+            names.add(self.name.partition('#')[0])
+            names.update(m.tensor.rpartition('.')[0] for m in self.members if m.role == 'out')
+        return any(name == pattern or name.startswith(f'{pattern}.') or fnmatchcase(name, pattern) for name in names)
+
+
+def kinds_named(names: Sequence[str]) -> Tuple[str, ...]:
+    """Kinds of structures by their names, ``'filters'`` and ``'neurons'`` for ``'channels'`` among them.
+
+    >>> kinds_named(['filters', 'blocks'])
+    ('channels', 'blocks')
+
+    Raises:
+        PruningError: There is no such kind, or a text was given in place of a list.
+    """
+    if isinstance(names, str) or not names:
+        raise PruningError(f'kinds={names!r} was given; give a list, as in kinds=[\'channels\']')
+    for name in names:
+        if name not in KINDS and name not in _SYNONYMS:
+            raise PruningError(f'kinds: there is no kind {name!r}; choose among {", ".join((*KINDS, *_SYNONYMS))}')
+    return tuple(dict.fromkeys(_SYNONYMS.get(name, name) for name in names))
 
 
 @dataclass(frozen=True)

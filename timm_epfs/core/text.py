@@ -31,13 +31,13 @@ def shorten(text: str, width: int) -> str:
     return text if len(text) <= width else f'{text[:width - 1]}…'
 
 
-def nearest(name: object, known: Iterable[str], count: int = 1) -> List[str]:
+def nearest(name: object, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> List[str]:
     """The known names that are most like one that isn't known; none where none is alike.
 
     >>> nearest('exlude', ['exclude', 'only'])
     ['exclude']
     """
-    return get_close_matches(str(name), list(known), count)
+    return get_close_matches(str(name), list(known), count, cutoff)
 
 
 def aligned_table(rows: Sequence[Sequence[str]]) -> str:

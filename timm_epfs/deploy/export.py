@@ -1,23 +1,17 @@
-"""``timm-epfs export``: a model as ONNX or as an archive of torch.export, compared with the model before it's there."""
-import argparse
+"""A model as ONNX or as an archive of torch.export, compared with the model before the file is there."""
 import io
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Tuple
 
-import timm
 import torch
-from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from ..cli.arguments import model_args, positive
-from ..core import PruningError, check_place, eval_mode, format_count, one_line, step, write_whole
-from ..report import random_images
-from ..zoo import create_model
+from ..core import PruningError, eval_mode, format_count, one_line, write_whole
 
-__all__ = ['Run', 'add_export_arguments', 'export_model', 'load_model', 'onnx_forward', 'trace_program', 'write_onnx']
+__all__ = ['FORMATS', 'Run', 'export_model', 'onnx_forward', 'trace_program', 'write_onnx']
 
 # Largest difference that is put down to another order of sums, relative to the largest output.
 TOLERANCE = 1e-3
@@ -25,20 +19,6 @@ MOST_ONNX = 2 << 30  # bytes that protobuf puts into one file
 
 Write = Callable[[ExportedProgram, Path], None]
 Run = Callable[[Tensor], List[Tensor]]
-
-
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add all options of the command."""
-    parser.add_argument('model', metavar='NAME|DIR', help='timm name, or the folder of a saved model')
-    parser.add_argument('--format', required=True, choices=FORMATS, help='onnx, or pt2: an archive of torch.export')
-    parser.add_argument('-o', '--output', type=Path, metavar='FILE', help='(name and format, in this folder)')
-    parser.add_argument('--overwrite', action='store_true', help='replace a file that is there')
-    parser.add_argument('-b', '--batch-size', type=positive, default=1, metavar='N', help='images a batch (1)')
-    parser.add_argument('--dynamic-batch', action='store_true', help='take batches of any size')
-    parser.add_argument('--img-size', type=positive, metavar='N', help="image size in pixels (the model's own)")
-    parser.add_argument('--pretrained', action='store_true', help="a name's published weights; a folder has its own")
-    parser.add_argument('--reparam', action='store_true', help='merge the branches that are only there for training')
-    parser.set_defaults(run=_export)
 
 
 def export_model(
@@ -79,22 +59,6 @@ def export_model(
     except OSError as e:
         raise PruningError(f'export: {path} not written: {e.strerror or e}') from e
     return compared[0]
-
-
-def load_model(name: str, pretrained: bool = False, img_size: Optional[int] = None) -> nn.Module:
-    """A model by its name, or with its weights from the folder that it was saved in.
-
-    Args:
-        name: As ``create_base`` takes it, or a folder.
-        pretrained: Load a name's published weights.
-        img_size: Pixels, None for the model's own.
-
-    Raises:
-        PruningError: There is no such model.
-    """
-    if Path(name).is_dir() and not timm.is_model(name):
-        name, pretrained = f'local-dir:{name}', True
-    return create_model(name, pretrained, **model_args(name, img_size, {}))
 
 
 def write_onnx(exported: ExportedProgram, path: Path) -> None:
@@ -170,20 +134,3 @@ def _packages_for_onnx() -> Iterator[None]:
     except ImportError as e:
         raise PruningError(f'ONNX needs {e.name or "packages"} that is not installed; pip install timm-epfs[export]') \
             from e
-
-
-def _export(args: argparse.Namespace) -> None:
-    path = args.output or Path(f'{Path(args.model).resolve().name}.{args.format}')
-    check_place(path, 'export')
-    if path.exists() and not args.overwrite:
-        raise PruningError(f'export: {path} exists; name another file or give --overwrite')
-    with step(f'building {args.model}'):
-        model = load_model(args.model, args.pretrained, args.img_size)
-        model = reparameterize_model(model, inplace=True) if args.reparam else model
-    with step(f'exporting {args.model}'):
-        images = random_images(model, args.img_size, args.batch_size)
-        difference, largest = export_model(model, path, args.format, images, args.dynamic_batch)
-    weights = 'saved' if Path(args.model).is_dir() else 'pretrained' if args.pretrained else 'random'
-    batch = 'any batch' if args.dynamic_batch else f'batch {args.batch_size}'
-    print(f'{path}: {format_count(path.stat().st_size)} bytes, {batch} of {tuple(images.shape[1:])}, {weights} weights')
-    print(f'largest difference from the model: {difference:.2g}, of outputs up to {largest:.2g}')

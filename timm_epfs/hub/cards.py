@@ -21,7 +21,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from ..core import PruningError, format_count, is_number
+from ..core import INTEGER, PruningError, Rule, check, format_count, is_number
 from ..learn import METHODS
 from ..plan import Plan, recipe_steps
 from ..report import draw_layers, size_on_disk
@@ -215,7 +215,7 @@ def check_metrics(metrics: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
         PruningError: A key is unknown, a value isn't what the key stands for, or a number lacks what gives it meaning:
             top-1 its dataset, a latency its machine, batch size and dtype.
     """
-    checked = _check({} if metrics is None else metrics, _METRICS, 'metrics')
+    checked = check({} if metrics is None else metrics, _METRICS, 'metrics')
     measured = [checked.get(of, {}) for of in ('dense', 'pruned')]
     if any('top1' in values for values in measured) and 'dataset' not in checked:
         raise PruningError("metrics: top1 was given without the dataset it was measured on; add 'dataset'")
@@ -225,33 +225,15 @@ def check_metrics(metrics: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
     return checked
 
 
-def _check(value: Any, schema: Any, where: str) -> Any:
-    if not isinstance(schema, dict):
-        expected, holds = schema
-        if not holds(value):
-            raise PruningError(f'{where}: found {value!r:.60}, expected {expected}')
-        return value
-    if not isinstance(value, Mapping):
-        raise PruningError(f'{where}: found {value!r:.60}, expected a dict with {", ".join(schema)}')
-    unknown = [key for key in value if key not in schema]
-    if unknown:
-        raise PruningError(f'{where}: {unknown[0]!r:.40} is unknown; known are {", ".join(schema)}')
-    return {key: _check(value[key], schema[key], f'{where}[{key!r}]') for key in schema if key in value}
-
-
 def _is_line(value: Any) -> bool:
     return isinstance(value, str) and 0 < len(value) <= 200 and value.isprintable()
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-_LINE = ('one line of text', _is_line)
-_COUNT = ('a whole number from 1 on', _is_count)
+_LINE = Rule('one line of text', _is_line)
+_COUNT = Rule('a whole number from 1 on', lambda value: INTEGER.holds(value) and value >= 1)
 _VALUES = {
-    'top1': ('percent, 0 to 100', lambda value: is_number(value) and 0 <= value <= 100),
-    'latency_ms': ('milliseconds, more than 0', lambda value: is_number(value) and value > 0),
+    'top1': Rule('percent, 0 to 100', lambda value: is_number(value) and 0 <= value <= 100),
+    'latency_ms': Rule('milliseconds, more than 0', lambda value: is_number(value) and value > 0),
 }
 _METRICS: Dict[str, Any] = {
     'dataset': _LINE,

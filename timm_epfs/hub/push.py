@@ -5,7 +5,6 @@ push came in between.
 """
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, List, Mapping, Optional, Tuple
@@ -24,7 +23,7 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from torch import nn
 
-from ..core import PruningError
+from ..core import PruningError, warn
 from ..version import __version__
 from ..zoo import save_pretrained
 from .cards import CARD, check_metrics, is_ours, stamp, write_card
@@ -182,9 +181,8 @@ class _Push:
         }
         changed = [name for name in self._names() if theirs.get(name) not in _hashes(self.folder / name)]
         if CARD in changed and CARD in theirs and not self.overwrite_card and not self._card_is_ours(head):
-            warnings.warn(
+            warn(
                 f'{CARD} in {self.repo_id} was written or edited by hand and is kept; overwrite_card=True replaces it',
-                stacklevel=4,
             )
             changed.remove(CARD)
         return tuple(changed)

@@ -1,12 +1,11 @@
 """BatchNorm statistics of a network that was cut, estimated again from images."""
-import warnings
 from itertools import islice
 from typing import Any, Iterable, List, Optional
 
 import torch
 from torch import nn
 
-from ..core import PruningError, eval_mode
+from ..core import PruningError, eval_mode, warn
 
 __all__ = ['recalibrate_bn']
 
@@ -36,7 +35,7 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], batches: Optional[in
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
     ]
     if not norms:
-        warnings.warn('recalibrate_bn: no BatchNorm with running statistics in the model, nothing done', stacklevel=2)
+        warn('recalibrate_bn: no BatchNorm with running statistics in the model, nothing done')
         return model
 
     before = [

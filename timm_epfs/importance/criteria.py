@@ -19,7 +19,7 @@ from torch.func import functional_call
 
 from ..core import Member, PruningError, Structure, eval_mode
 
-__all__ = ['Criterion', 'CRITERIA', 'WITHOUT_DATA', 'score']
+__all__ = ['Criterion', 'CRITERIA', 'WITHOUT_DATA', 'check_criterion', 'score']
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,13 @@ CRITERIA: Dict[str, Criterion] = {
 WITHOUT_DATA = tuple(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
 
 
+def check_criterion(name: str) -> None:
+    """Raise ``PruningError`` where there is no criterion of this name."""
+    if name not in CRITERIA:
+        near = difflib.get_close_matches(str(name), CRITERIA, n=1, cutoff=0)[0]
+        raise PruningError(f'unknown criterion {name!r}, nearest is {near!r}: choose one of {", ".join(CRITERIA)}')
+
+
 def score(
         model: nn.Module,
         structures: Iterable[Structure],
@@ -109,9 +116,7 @@ def score(
         PruningError: Unknown criterion, data missing or empty, weights on the meta device, a model that the structures
             don't fit, or no BatchNorm for ``'bn_scale'``.
     """
-    if criterion not in CRITERIA:
-        near = difflib.get_close_matches(str(criterion), CRITERIA, n=1, cutoff=0)[0]
-        raise PruningError(f'unknown criterion {criterion!r}, nearest is {near!r}: choose one of {", ".join(CRITERIA)}')
+    check_criterion(criterion)
     structures = list(structures)
     if criterion == 'random':
         return {s.name: _random(s, seed) for s in structures}

@@ -1,10 +1,11 @@
 """EPFS: efficient structured pruning based on deep feature stabilization."""
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Union
 
 import torch
 from torch import nn
 
-from ..core import PruningError
+from ..core import Budget, PruningError
+from ..pruner import Pruner
 from .center_loss import CenterLoss, FeatureHook, find_classifier
 from .proximal_learner import ProximalLearner
 from .solvers import Fista, prox_elastic, prox_norm
@@ -36,18 +37,19 @@ class EPFS(ProximalLearner):
 
     Args:
         model: As in ``Learner``.
-        macs: Budget of MACs. It steers λ₁ while training, unless ``l1`` fixes it.
-        steps: Length of the sparse phase in optimizer steps.
+        macs: As in ``Learner``. A budget steers λ₁ while training, unless ``l1`` fixes it.
+        steps: As in ``Learner``.
         l1: λ₁, fixed.
         l2: ``'norm'``, ``'elastic'`` or None.
         l2_ratio: λ₂/λ₁. None: 20 for ``'norm'``, 2 for ``'elastic'``.
         center: λ_c; 0 switches Center Loss off. Wen et al.'s value.
         center_alpha: α, the step of the centres.
-        structures: As in ``Learner``.
         weigh: ``'fisher'``, ``'macs'`` or None.
         lr: η. None: from ``steps`` and λ₁.
         momentum: Cap on FISTA's momentum; 1 for none.
         restart: Whether FISTA restarts.
+        follow_schedule: As in ``ProximalLearner``.
+        refit: As in ``ProximalLearner``.
         **options: As in ``Learner``.
     """
 
@@ -56,8 +58,8 @@ class EPFS(ProximalLearner):
 
     def __init__(
             self,
-            model: nn.Module,
-            macs: Optional[float] = None,
+            model: Union[nn.Module, Pruner],
+            macs: Optional[Union[float, Budget]] = None,
             steps: Optional[int] = None,
             *,
             l1: Optional[float] = None,
@@ -65,23 +67,24 @@ class EPFS(ProximalLearner):
             l2_ratio: Optional[float] = None,
             center: float = 0.003,
             center_alpha: float = 0.5,
-            structures: Sequence[str] = ('filters', 'heads', 'groups'),
             weigh: Optional[str] = 'fisher',
             lr: Optional[float] = None,
             momentum: float = 0.9,
             restart: bool = True,
+            follow_schedule: bool = True,
+            refit: bool = True,
             **options: Any,
     ):
         if l2 not in _L2_RATIOS:
-            raise PruningError(f"l2={l2!r} was asked; choose 'norm', 'elastic' or None")
-        l2_ratio = _L2_RATIOS[l2] if l2_ratio is None else l2_ratio
-        self.l2, self.l2_ratio, self.center = l2, l2_ratio, center
-        super().__init__(model, macs, steps, l1=l1, lr=lr, weigh=weigh, structures=structures, **options)
-        self._recipe.update(l2=l2, l2_ratio=l2_ratio, center=center, momentum=momentum, restart=restart)
+            raise PruningError(f"l2={l2!r} was given; choose 'norm', 'elastic' or None")
+        setup = self.setup(model, macs, steps, **options)
+        classifier = find_classifier(setup.pruner.model, *setup.pruner.example) if center else None
+        super().__init__(setup, l1=l1, lr=lr, weigh=weigh, follow_schedule=follow_schedule, refit=refit)
+        self.l2, self.l2_ratio, self.center = l2, _L2_RATIOS[l2] if l2_ratio is None else l2_ratio, center
         self._center_loss: Optional[CenterLoss] = None
         self._last_center = 0.0
-        if center:
-            name, features, classes = self._classifier
+        if classifier is not None:
+            name, features, classes = classifier
             self._center_loss = CenterLoss(classes, features, center_alpha)
             self._feature = FeatureHook(self.model.get_submodule(name))
         units = torch.tensor([s.units for s in self.structures], dtype=torch.float64)
@@ -91,9 +94,11 @@ class EPFS(ProximalLearner):
         self._scale = 1 / self.costs.clamp(min=1)
         self.solver = Fista(torch.ones(self.masks.units, dtype=torch.float64), restart, momentum)
 
-    def _prepare(self) -> None:
-        super()._prepare()
-        self._classifier = find_classifier(self.model, *self._example) if self.center else None
+    def _recipe(self) -> Dict[str, Any]:
+        own = dict(
+            l2=self.l2, l2_ratio=self.l2_ratio, center=self.center, momentum=self.solver.momentum,
+            restart=self.solver.restart)
+        return {**super()._recipe(), **own}
 
     def penalty(self, target: Any = None) -> torch.Tensor:
         """Center Loss times λ_c. ℓ1 and ℓ2 are in the proximal step, and not here a second time.

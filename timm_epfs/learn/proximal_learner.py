@@ -1,14 +1,13 @@
 """What EPFS and SSS share: masks moved by proximal steps, and λ, given or steered."""
-import warnings
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, List, Mapping, Optional, Set, Union
 
 import numpy as np
 import torch
 
-from ..core import Budget, PruningError
-from ..importance import WITHOUT_DATA, score
+from ..core import PruningError, warn
 from .controller import Controller
 from .learner import Learner
+from .setup import Setup
 from .solvers import Apg, Fista
 
 __all__ = ['ProximalLearner']
@@ -25,56 +24,45 @@ class ProximalLearner(Learner):
     """Masks that move by proximal steps.
 
     Args:
-        model: As in ``Learner``.
-        macs: As in ``Learner``. It steers λ where ``l1`` is None.
-        steps: As in ``Learner``.
-        l1: λ₁, fixed.
+        setup: What all methods share.
+        l1: λ₁, fixed; None: steered, so that the budget is met.
         lr: η, the step size of the masks; may be set at any time (``learner.lr = …``). None: ``step_size``'s rule.
-        keep_pace: Where λ is steered, whether what is alive follows the schedule closely: the smallest masks become
-            zero as soon as more is alive than it wants, and those that would leave less stay. False: only in the end.
+        follow_schedule: Where λ is steered, whether what is alive follows the schedule closely: the smallest masks
+            become zero as soon as more is alive than it wants, and those that would leave less stay. False: only in the
+            end.
         refit: Whether the selection is made after 85 % of ``steps``, and the masks of what stays are one from then on.
             ℓ1 chooses, but what it did to the masks that stay isn't kept (the relaxed lasso: Meinshausen, CSDA 2007).
             Blocks keep theirs: what a block adds has learned the size of its shortcut, which no norm puts right.
             False: the selection is made in the end, and the masks go on into the weights.
-        weigh: What λ₁ is multiplied by, with a mean of one. ``'macs'``: the unit's share of the model's MACs, or of its
-            latency where that is the budget. ``'fisher'``: that over the root mean square of the mask's gradient so
-            far. None: λ₁ for all.
-        widths: Criterion of ``timm_epfs.prune`` that says, before training, how many units each structure keeps where
-            there is a budget; the masks say which. Blocks are left to their masks. None: the masks say both.
-        **options: As in ``Learner``.
+        weigh: What λ₁ is multiplied by, with a mean of one. ``'macs'``: what the unit costs of the budget's quantity.
+            ``'fisher'``: that over the root mean square of the mask's gradient so far. None: λ₁ for all.
     """
 
     solver: Union[Fista, Apg]
 
     def __init__(
             self,
-            model: torch.nn.Module,
-            macs: Optional[float] = None,
-            steps: Optional[int] = None,
+            setup: Setup,
             *,
             l1: Optional[float] = None,
             lr: Optional[float] = None,
             weigh: Optional[str] = 'macs',
-            keep_pace: bool = True,
+            follow_schedule: bool = True,
             refit: bool = True,
-            widths: Optional[str] = None,
-            **options: Any,
     ):
-        _check(macs if macs is not None else options.get('latency'), steps, l1, lr, weigh, widths)
-        self.widths = widths
-        super().__init__(model, macs, steps, **options)
-        self.l1, self.lr, self.weigh, self.keep_pace, self.refit = l1, lr, weigh, keep_pace, refit
-        self._recipe.update(l1=l1, weigh=weigh, keep_pace=keep_pace, refit=refit, widths=widths)
-        if refit and steps is not None:
-            self._selects_at = max(1, round(_SELECT * steps))
+        _check(setup, l1, lr, weigh)
+        super().__init__(setup)
+        self.l1, self.lr, self.weigh, self.follow_schedule, self.refit = l1, lr, weigh, follow_schedule, refit
+        if refit and setup.steps is not None:
+            self._selects_at = max(1, round(_SELECT * setup.steps))
         self.costs = self._unit_costs() if weigh else torch.ones(self.masks.units, dtype=torch.float64)
         self._squares = torch.zeros_like(self.costs)
-        self.controller = Controller(self.budget.target / self._dense, steps) if l1 is None else None
+        self.controller = Controller(self.selector.budget.value, setup.steps) if l1 is None else None
         self._rms, self._largest = 0.0, 1e-8
+        self._held_at_floor: Set[int] = set()
 
-    def _prepare(self) -> None:
-        super()._prepare()
-        self._widths = self._widths_by(self.widths) if self.widths and self.budget is not None else {}
+    def _recipe(self) -> Dict[str, Any]:
+        return dict(l1=self.l1, weigh=self.weigh, follow_schedule=self.follow_schedule, refit=self.refit)
 
     @property
     def strength(self) -> float:
@@ -90,7 +78,7 @@ class ProximalLearner(Learner):
 
     @property
     def alive(self) -> float:
-        """Share of the dense MACs of what is alive now. While λ is steered, masks that hover about zero don't count."""
+        """As of every learner; while λ is steered, masks that hover about zero don't count."""
         if self.controller is None or self.finished:
             return super().alive
         return self._share(self._clearly_alive(self.solver.x))
@@ -125,10 +113,8 @@ class ProximalLearner(Learner):
         return self.lr if self.lr is not None else 1 / ((self.steps or 1000) * self._largest)
 
     def _unit_costs(self) -> torch.Tensor:
-        """MACs, or seconds where latency is the budget, of a unit in the dense model, over the mean, shape (units,)."""
-        counts = self.traced.cost.counts({s.name: s.units for s in self.traced.structures})
-        by_name = dict(zip(self.traced.cost.names, self.traced.cost.gradient(self.quantity, counts)))
-        flat = np.concatenate([np.full(s.units, by_name[s.name]) for s in self.structures])
+        """What a unit costs in the dense model, over the mean, shape (units,)."""
+        flat = np.repeat(self.selector.unit_costs(), [s.units for s in self.structures])
         return torch.from_numpy(np.maximum(flat / flat.mean(), 1e-3))
 
     def _advance(self, grad: torch.Tensor) -> None:
@@ -146,11 +132,11 @@ class ProximalLearner(Learner):
         before = self.solver.x
         self._move(grad)
         self._hold_floors(before)
-        if self.keep_pace and self.controller is not None:
+        if self.follow_schedule and self.controller is not None:
             wanted = self.controller.wanted(step)
             self._hold_back(before, wanted)
             if self.controller.due(step):
-                self._catch_up(wanted)
+                self._zero_smallest(wanted)
         self.masks.set(self.solver.y, self.solver.x)
 
     def _hold_back(self, before: torch.Tensor, wanted: float) -> None:
@@ -165,7 +151,7 @@ class ProximalLearner(Learner):
         if held.any():
             self.solver.hold(torch.from_numpy(held), before)
 
-    def _catch_up(self, wanted: float) -> None:
+    def _zero_smallest(self, wanted: float) -> None:
         """Where λ leaves more alive than there should be by now, the smallest masks become zero, as in the end.
 
         Masks that a norm follows may all shrink together at no cost in the loss: then λ alone selects too late, and
@@ -173,28 +159,8 @@ class ProximalLearner(Learner):
         """
         if self._share((self.solver.x > 0).numpy()) <= wanted:
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # how near the budget is counts in the end
-            keep = self._allocate(self._scores(), budget=Budget(self.quantity, wanted * self._dense), round_to=1)
+        keep = self.selector.allocate(self._scores(), wanted, round_to=1).keep
         self.solver.hold(~self._flags(keep), torch.zeros_like(self.solver.x))
-
-    def _widths_by(self, criterion: str) -> Dict[str, int]:
-        """Units that the structures keep by a criterion at the budget, blocks left out."""
-        scores = score(self.model, self.structures, criterion)
-        highest = max(float(values.max()) for values in scores.values())
-        blocks = [s.name for s in self.structures if s.kind == 'blocks']
-        scores.update({name: np.full(1, highest + 1) for name in blocks})  # the last to go
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # how near the budget is counts in the end
-            keep = self._allocate(scores)
-        return {s.name: len(keep[s.name]) for s in self.structures if s.name not in blocks}
-
-    def _scores(self) -> Dict[str, np.ndarray]:
-        """The masks, or by how much each one's place from the largest on is within the width that is given."""
-        return {
-            name: self._widths[name] / _places(masks) if name in self._widths else masks
-            for name, masks in self.values().items()
-        }
 
     def _clearly_alive(self, masks: torch.Tensor) -> np.ndarray:
         return (masks > _FAINT * self.solver.x.mean()).numpy()
@@ -205,13 +171,24 @@ class ProximalLearner(Learner):
     def _hold_floors(self, before: torch.Tensor) -> None:
         """In structures that λ would empty, the largest masks stay where they were."""
         alive = (self.solver.x > 0).numpy()
+        too_few = np.flatnonzero(np.add.reduceat(alive.astype(np.int64), self._starts) < self._floors)
         held = np.zeros(len(alive), dtype=bool)
-        for i in self._too_few(alive):
+        for i in too_few.tolist():
             at = self.masks.slices[self.structures[i].name]
             order = np.argsort(-before[at].numpy(), kind='stable')[:self._floors[i]]
             held[at.start + order] = True
         if held.any():
+            self._warn_of_the_floor(too_few.tolist())
             self.solver.hold(torch.from_numpy(held & ~alive), before)
+
+    def _warn_of_the_floor(self, held: List[int]) -> None:
+        """Say once that λ is too large for some structure."""
+        if not self._held_at_floor:
+            structure, floor = self.structures[held[0]], self._floors[held[0]]
+            warn(
+                f'λ would take all but {floor} of the {structure.units} units of {structure.name}: the floor holds '
+                f'them; a smaller λ, or floor=, changes that')
+        self._held_at_floor.update(held)
 
     def _selected(self) -> torch.Tensor:
         return self.solver.x
@@ -222,18 +199,17 @@ class ProximalLearner(Learner):
                 if structure.kind != 'blocks':
                     at = self.masks.slices[structure.name]
                     selected[at] = self._stays[at].to(selected)
-        self.solver.x = selected
-        self.masks.set(self.solver.x, self.solver.x)
+        self.solver.hold(torch.ones_like(selected, dtype=torch.bool), selected)
+        self.masks.set(selected, selected)
 
     def _state(self) -> Dict[str, Any]:
         parts = {'solver': self.solver.state_dict()}
         if self.controller is not None:
             parts['controller'] = self.controller.state_dict()
         flat = {f'{part}.{key}': value for part, state in parts.items() for key, value in state.items()}
-        held = ' '.join(str(i) for i in sorted(self._said))
+        held = ' '.join(str(i) for i in sorted(self._held_at_floor))
         own = {'lr': self.lr, 'rms': self._rms, 'largest': self._largest, 'held': held}
-        widths = {f'widths.{name}': width for name, width in self._widths.items()}
-        return {**flat, **own, **widths, 'squares': self._squares.clone()}
+        return {**flat, **own, 'squares': self._squares.clone()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
         for part in ('solver', 'controller'):
@@ -243,8 +219,7 @@ class ProximalLearner(Learner):
                     {key[at:]: value for key, value in state.items() if key.startswith(f'{part}.')})
         self.lr, self._rms, self._largest = state['lr'], float(state['rms']), float(state['largest'])
         self._squares = state['squares'].clone()
-        self._widths = {name: int(state[f'widths.{name}']) for name in self._widths}
-        self._said = {int(i) for i in state['held'].split()}
+        self._held_at_floor = {int(i) for i in state['held'].split()}
         self.masks.set(self.solver.x if self.finished else self.solver.y, self.solver.x)
 
 
@@ -254,29 +229,13 @@ def _per_gradient(costs: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
     return weights / weights.mean()
 
 
-def _places(values: np.ndarray) -> np.ndarray:
-    """Places from the largest on, from 1, of equal ones the first first, shape (units,)."""
-    places = np.empty(len(values))
-    places[np.argsort(-values, kind='stable')] = np.arange(1, len(values) + 1)
-    return places
-
-
-def _check(
-        macs: Optional[float],
-        steps: Optional[int],
-        l1: Optional[float],
-        lr: Optional[float],
-        weigh: Optional[str],
-        widths: Optional[str],
-) -> None:
-    if macs is None and l1 is None:
-        raise PruningError('neither macs= nor latency= nor l1= was given; give a budget, or a fixed λ')
-    if l1 is None and steps is None:
+def _check(setup: Setup, l1: Optional[float], lr: Optional[float], weigh: Optional[str]) -> None:
+    if setup.budget is None and l1 is None:
+        raise PruningError('neither a budget (macs=, params=, latency=) nor l1= was given; give one of them')
+    if l1 is None and setup.steps is None:
         raise PruningError('a budget without steps= was given; say how many optimizer steps there are to reach it')
     for name, value in (('l1', l1), ('lr', lr)):
         if value is not None and not value >= 0:
-            raise PruningError(f'{name}={value!r} was asked; give a number from 0 on')
+            raise PruningError(f'{name}={value!r} was given; give a number from 0 on')
     if weigh not in _WEIGHS:
-        raise PruningError(f"weigh={weigh!r} was asked; choose 'fisher', 'macs' or None")
-    if widths is not None and widths not in WITHOUT_DATA:
-        raise PruningError(f'widths={widths!r} was asked; choose one of {", ".join(WITHOUT_DATA)}, or None')
+        raise PruningError(f"weigh={weigh!r} was given; choose 'fisher', 'macs' or None")

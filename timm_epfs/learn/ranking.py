@@ -1,14 +1,17 @@
 """Methods that learn no masks: units are ranked by what the weights are. The yardsticks of those that learn."""
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Union
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..core import PruningError
+from ..core import Budget, PruningError
 from ..importance import WITHOUT_DATA, score
+from ..plan import PrunedModel
+from ..pruner import Pruner
 from ..surgery import rebuild
 from .learner import Learner
+from .setup import Setup
 
 __all__ = ['OneShot', 'RankingLearner', 'Scratch']
 
@@ -17,22 +20,13 @@ class RankingLearner(Learner):
     """Masks are ones until the last step, which cuts the weakest.
 
     Args:
-        model: As in ``Learner``.
-        macs: As in ``Learner``.
-        steps: As in ``Learner``.
-        **options: As in ``Learner``.
+        setup: What all methods share.
     """
 
     learns_masks = False
 
-    def __init__(
-            self,
-            model: nn.Module,
-            macs: Optional[float] = None,
-            steps: Optional[int] = None,
-            **options: Any,
-    ):
-        super().__init__(model, macs, steps, **options)
+    def __init__(self, setup: Setup):
+        super().__init__(setup)
         self._mask = torch.ones(self.masks.units, dtype=torch.float64)
 
     def _advance(self, grad: torch.Tensor) -> None:
@@ -58,33 +52,41 @@ class OneShot(RankingLearner):
 
     Args:
         model: As in ``Learner``.
-        macs: Budget of MACs.
+        macs: As in ``Learner``; one of the budgets is needed.
         steps: Length of the phase before the cut in optimizer steps.
         criterion: One of ``timm_epfs.prune``'s that needs no data.
         seed: For ``'random'``.
-        **options: As in ``RankingLearner``.
+        **options: As in ``Learner``.
     """
 
     method = 'one-shot'
 
     def __init__(
             self,
-            model: nn.Module,
-            macs: Optional[float] = None,
+            model: Union[nn.Module, Pruner],
+            macs: Optional[Union[float, Budget]] = None,
             steps: Optional[int] = None,
             *,
             criterion: str = 'l2',
             seed: int = 0,
             **options: Any,
     ):
-        if macs is None and options.get('latency') is None:
-            raise PruningError(f'{type(self).__name__} needs macs= or latency=, the budget that its ranking is cut at')
         if criterion not in WITHOUT_DATA:
             raise PruningError(
-                f'criterion={criterion!r} was asked; choose one that needs no data: {", ".join(WITHOUT_DATA)}')
-        super().__init__(model, macs, steps, **options)
+                f'criterion={criterion!r} was given; choose one that needs no data: {", ".join(WITHOUT_DATA)}')
+        setup = self.setup(model, macs, steps, **options)
+        if setup.budget is None:
+            raise PruningError(
+                f'{type(self).__name__} needs a budget to cut its ranking at; give one of macs=, params= and latency=')
+        self._check(setup)
+        super().__init__(setup)
         self.criterion, self.seed = criterion, seed
-        self._recipe.update(criterion=criterion, seed=seed if criterion == 'random' else None)
+
+    def _check(self, setup: Setup) -> None:
+        """Refuse what can't be done, while the model has no masks yet."""
+
+    def _recipe(self) -> Dict[str, Any]:
+        return {'criterion': self.criterion, 'seed': self.seed if self.criterion == 'random' else None}
 
     def _scores(self) -> Dict[str, np.ndarray]:
         return score(self._unmasked(), self.structures, self.criterion, seed=self.seed)
@@ -103,12 +105,12 @@ class Scratch(OneShot):
 
     method = 'scratch'
 
-    def _prepare(self) -> None:
-        super()._prepare()
-        if self._base[0] is None:
-            raise PruningError(f'Scratch: {type(self.model).__name__} has no name to be built from again; give base=')
+    def _check(self, setup: Setup) -> None:
+        if setup.pruner.base[0] is None:
+            raise PruningError(
+                f'Scratch: {setup.pruner.name} has no name from which it can be built again; give base=')
 
-    def export(self, model: Optional[nn.Module] = None) -> nn.Module:
+    def export(self, model: Optional[nn.Module] = None) -> PrunedModel:
         """A copy cut as in ``OneShot``, its weights initialised again."""
         slim = super().export(model)
         slim.load_state_dict(rebuild(slim.pruning_plan, device='cpu').state_dict())

@@ -1,12 +1,13 @@
 """Soft filter pruning: zero the weakest after every epoch, train all of them on, cut in the end."""
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..core import Member, PruningError, Structure
+from ..core import Budget, Member, PruningError, Structure
+from ..pruner import Pruner
 from .ranking import RankingLearner
 
 __all__ = ['SFP', 'BNSFP']
@@ -25,51 +26,55 @@ class SFP(RankingLearner):
 
     Args:
         model: As in ``Learner``.
-        macs: Budget of MACs.
-        steps: Length of the sparse phase in optimizer steps.
-        ratio: Share of the filters to remove in every layer, in place of ``macs``; the paper's is 0.3.
+        macs: As in ``Learner``.
+        steps: As in ``Learner``.
+        ratio: Share of the filters to remove in every layer, in place of a budget; the paper's is 0.3.
         steps_per_epoch: Number of steps after which filters are set to zero. None: a hundredth of ``steps``.
-        structures: As in ``Learner``.
-        **options: As in ``Learner``.
+        **options: As in ``Learner``, less ``scope``.
     """
 
     method = 'sfp'
 
     def __init__(
             self,
-            model: nn.Module,
-            macs: Optional[float] = None,
+            model: Union[nn.Module, Pruner],
+            macs: Optional[Union[float, Budget]] = None,
             steps: Optional[int] = None,
             *,
             ratio: Optional[float] = None,
             steps_per_epoch: Optional[int] = None,
-            structures: Sequence[str] = ('filters', 'heads', 'groups'),
             **options: Any,
     ):
-        if (macs is None and options.get('latency') is None) == (ratio is None):
-            raise PruningError('give either a budget (macs=, latency=) or ratio=, the share of the filters that goes')
         if steps is None:
             raise PruningError('steps= is needed: the number of optimizer steps until the cut')
         if ratio is not None and not 0 < ratio < 1:
-            raise PruningError(f'ratio={ratio!r} was asked; give a share between 0 and 1')
-        super().__init__(model, macs, steps, structures=structures, scope='local', **options)
+            raise PruningError(f'ratio={ratio!r} was given; give a share between 0 and 1')
+        if options.pop('scope', 'local') != 'local':
+            raise PruningError(
+                f'scope= was given; {type(self).__name__} removes the same share of every layer, leave it out')
+        setup = self.setup(model, macs, steps, scope='local', **options)
+        if (setup.budget is None) == (ratio is None):
+            raise PruningError('give either a budget (macs=, params=, latency=) or ratio=, the share of the filters')
+        super().__init__(setup)
         self.ratio = ratio
         self.steps_per_epoch = steps_per_epoch or max(1, steps // 100)
-        self._recipe.update(ratio=ratio, steps_per_epoch=self.steps_per_epoch)
         self._soft = 1.0
         self._parameters = _parameters(self.model)
 
+    def _recipe(self) -> Dict[str, Any]:
+        return {'ratio': self.ratio, 'steps_per_epoch': self.steps_per_epoch}
+
     @property
     def alive(self) -> float:
-        """Share of the dense MACs of what the last cut left, soft or not."""
+        """As of every learner, of what the last cut left, soft or not."""
         return super().alive if self.finished else self._soft
 
     def _advance(self, grad: torch.Tensor) -> None:
         if (self._count + 1) % self.steps_per_epoch == 0:
-            keep = self._rank()
+            keep, _ = self._rank()
             for s in self.structures:
                 self._silence(s, np.setdiff1d(np.arange(s.units), keep[s.name]))
-            self._soft = self._price({name: len(units) for name, units in keep.items()}) / self._dense
+            self._soft = self.selector.share({name: len(units) for name, units in keep.items()})
 
     @torch.no_grad()
     def _silence(self, structure: Structure, gone: np.ndarray) -> None:

@@ -1,9 +1,11 @@
 """SSS: data-driven sparse structure selection."""
-from typing import Any, Optional, Sequence
+from typing import Any, Dict, Optional, Union
 
 import torch
 from torch import nn
 
+from ..core import KINDS, Budget
+from ..pruner import Pruner
 from .proximal_learner import ProximalLearner
 from .solvers import Apg
 
@@ -20,36 +22,42 @@ class SSS(ProximalLearner):
 
     Args:
         model: As in ``Learner``.
-        macs: Budget of MACs. It steers γ while training, unless ``gamma`` fixes it.
-        steps: Length of the sparse phase in optimizer steps.
+        macs: As in ``Learner``. A budget steers γ while training, unless ``gamma`` fixes it.
+        steps: As in ``Learner``.
         gamma: γ, fixed; the authors' is 0.01.
-        structures: As in ``Learner``.
         lr: η. None: 0.1 with a fixed γ, as the authors start, otherwise from ``steps`` and γ.
         momentum: μ.
         weigh: ``'fisher'``, ``'macs'``, or None as in the paper.
+        follow_schedule: As in ``ProximalLearner``.
+        refit: As in ``ProximalLearner``.
         **options: As in ``Learner``.
     """
 
     method = 'sss'
+    default_kinds = KINDS
     solver: Apg
 
     def __init__(
             self,
-            model: nn.Module,
-            macs: Optional[float] = None,
+            model: Union[nn.Module, Pruner],
+            macs: Optional[Union[float, Budget]] = None,
             steps: Optional[int] = None,
             *,
             gamma: Optional[float] = None,
-            structures: Sequence[str] = ('neurons', 'heads', 'groups', 'blocks'),
             lr: Optional[float] = None,
             momentum: float = 0.9,
             weigh: Optional[str] = None,
+            follow_schedule: bool = True,
+            refit: bool = True,
             **options: Any,
     ):
         lr = 0.1 if lr is None and gamma is not None else lr
-        super().__init__(model, macs, steps, l1=gamma, lr=lr, weigh=weigh, structures=structures, **options)
-        self._recipe['momentum'] = momentum
+        setup = self.setup(model, macs, steps, **options)
+        super().__init__(setup, l1=gamma, lr=lr, weigh=weigh, follow_schedule=follow_schedule, refit=refit)
         self.solver = Apg(torch.ones(self.masks.units, dtype=torch.float64), momentum)
+
+    def _recipe(self) -> Dict[str, Any]:
+        return {**super()._recipe(), 'momentum': self.solver.momentum}
 
     def _move(self, grad: torch.Tensor) -> None:
         self.solver.step(grad, self.step_size, self.strength * self.weights)

@@ -1,6 +1,5 @@
 """How much data from anyone may ask for. A plan or a config is measured here before anything is built from it."""
 import re
-import reprlib
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any, Iterator, List, Mapping, Optional
@@ -8,11 +7,11 @@ from typing import Any, Iterator, List, Mapping, Optional
 from torch import Tensor
 from torch.nn.modules import module as hooks
 
-from ..core import PruningError
+from ..core import PruningError, Rule, invalid
 
 __all__ = [
-    'MAX_CHARACTERS', 'MAX_ELEMENTS', 'MAX_PARTS', 'RESERVED_ARGS', 'TooLarge', 'check_arguments', 'check_name',
-    'check_size', 'check_text', 'is_usual', 'limited',
+    'MAX_CHARACTERS', 'MAX_ELEMENTS', 'MAX_PARTS', 'NAME', 'RESERVED_ARGS', 'TooLarge', 'check_arguments', 'check_size',
+    'check_text', 'is_usual', 'limited',
 ]
 
 # The largest plans of timm's zoo have 20,000 values (densenet264d) and 2 million characters (eva02_enormous).
@@ -20,6 +19,11 @@ MAX_VALUES = 2 ** 17
 MAX_CHARACTERS = 2 ** 22
 MAX_DEPTH = 20
 MAX_NAME = 300
+# A name as a module or a field may have one: printable, so that a message that repeats it is one line.
+NAME = Rule(
+    f'a name of at most {MAX_NAME} printable letters',
+    lambda value: isinstance(value, str) and value.isprintable() and len(value) <= MAX_NAME,
+)
 # What an argument of a base may be, and how many values it and how many arguments there may be.
 MAX_NUMBER = 2 ** 14
 _LARGEST = {'num_classes': 2 ** 18, 'depth_multiplier': 2 ** 4}
@@ -73,20 +77,13 @@ def check_size(data: Any, what: str) -> None:
     raise PruningError(f'{what}: nested more than {MAX_DEPTH} deep')
 
 
-def check_name(value: Any, where: str) -> str:
-    """A name as a module or a field may have one: printable, so that a message that repeats it is one line."""
-    if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_NAME:
-        raise PruningError(f'{where}: found {_short(value)}, expected a name of at most {MAX_NAME} printable letters')
-    return value
-
-
 def check_arguments(args: Mapping[str, Any], where: str) -> None:
     """Raise ``PruningError`` where keyword arguments of a base do more than describe it in words and usual numbers."""
     if len(args) > MAX_ARGUMENTS:
         raise PruningError(f'{where}: more than {MAX_ARGUMENTS} arguments; no model takes so many')
     for name in args:
         if not isinstance(name, str) or not _ARGUMENT.fullmatch(name):
-            raise PruningError(f'{where}: found {_short(name)}, expected the name of an argument')
+            raise invalid(where, name, 'the name of an argument')
         if name in RESERVED_ARGS or name in _PLACEMENT_ARGS:
             raise PruningError(f'{where} hold {name!r}, which is not for a plan or a config to set; remove it')
         _check_values(args[name], _LARGEST.get(name, MAX_NUMBER), f'{where}.{name}')
@@ -98,9 +95,9 @@ def _check_values(value: Any, largest: int, where: str) -> None:
         if isinstance(value, (dict, list, tuple)):
             values += [*value, *value.values()] if isinstance(value, dict) else value
         elif isinstance(value, str) and not _WORD.fullmatch(value):
-            raise PruningError(f'{where}: found {_short(value)}, expected a word')
+            raise invalid(where, value, 'a word')
         elif isinstance(value, (int, float)) and not -largest <= value <= largest:
-            raise PruningError(f'{where}: found {_short(value)}, expected numbers up to {largest}')
+            raise invalid(where, value, f'numbers up to {largest}')
         if len(values) > MAX_ARGUMENTS:
             raise PruningError(f'{where}: more than {MAX_ARGUMENTS} values; no model takes so many')
 
@@ -150,7 +147,3 @@ def limited(parts: float, elements: float) -> Iterator[List[int]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _short(value: Any) -> str:
-    return reprlib.repr(value)[:80]

@@ -12,14 +12,28 @@ import numpy as np
 
 __all__ = ['Ranges', 'Strided']
 
-# What no text of ranges has: other characters, ten digits, places without a number, runs of three or to zero.
-_NO_RANGE = re.compile(r'[^0-9,-]|[0-9]{10}|[,-](?:[,-]|$)|-(?:0|[0-9]+-)')
+# What no text of ranges has. To look for it takes less memory than to match millions of ranges.
+_NO_RANGE = re.compile(
+    r"""
+    ^$ | [^0-9,-]                    # nothing, or another character
+    | [0-9]{10}                      # a number too large
+    | ^[,-] | [,-][,-] | [,-]$       # a separator without numbers on both sides
+    | -[0-9]+-                       # three numbers in a run
+    """,
+    re.VERBOSE,
+)
 _STRIDED = re.compile(r'(\d{1,9})(?: \+ (\d{1,9})u)?((?: \+ \d{1,9}x\d{1,9}){0,8})', re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
 class Ranges:
     """A flat index array as runs of consecutive values, in order.
+
+    >>> runs = Ranges.find(np.array([0, 1, 2, 3, 8, 10, 11]))
+    >>> str(runs)
+    '0-3,8,10-11'
+    >>> runs.starts, runs.stops
+    (array([ 0,  8, 10]), array([ 3,  8, 11]))
 
     Attributes:
         starts: First value of each run, shape (runs,).
@@ -42,15 +56,16 @@ class Ranges:
             ValueError: The text is not a list of ranges.
         """
         wrong = _NO_RANGE.search(text)
-        if wrong or text[:1] in ',-':
-            start = text.rfind(',', 0, wrong.start() + 1) + 1 if wrong else 0
+        if wrong:
+            start = text.rfind(',', 0, wrong.start() + 1) + 1 if wrong.start() else 0
             raise ValueError(f'{text[start:start + 40].partition(",")[0]!r} is no range; write 0-5,8,10-63')
-        # The last of a run is read as a negative number, as in '0,-5,8'.
-        values = np.fromstring(text.replace('-', ',-'), dtype=np.int64, sep=',')
-        first = values >= 0
-        starts = values[first]
+        # '0-5,8,10-63' has the numbers 0 5 8 10 63 with '-' ',' ',' '-' between them: a number after '-' ends a run.
+        numbers = np.fromstring(text.replace('-', ','), dtype=np.int64, sep=',')
+        between = text.encode().translate(None, b'0123456789')
+        ends = np.frombuffer(b',' + between, dtype=np.uint8) == ord('-')
+        starts = numbers[~ends]
         stops = starts.copy()
-        stops[np.cumsum(first)[~first] - 1] = -values[~first]
+        stops[np.cumsum(~ends)[ends] - 1] = numbers[ends]
         if (stops < starts).any():
             worst = int(np.argmax(stops < starts))
             raise ValueError(f"'{starts[worst]}-{stops[worst]}' runs backwards")
@@ -72,10 +87,16 @@ class Ranges:
         return bool((self.starts[1:] > self.stops[:-1]).all())
 
     def array(self) -> np.ndarray:
-        """The values, shape (entries,), int64."""
+        """The values, shape (entries,), int64.
+
+        >>> Ranges.parse('0-3,8,10-11').array()
+        array([ 0,  1,  2,  3,  8, 10, 11])
+        """
+        # Entry i of the array is i, moved by how far its run is from where it would be without gaps:
+        # 0-3,8,10-11 are 0 1 2 3 | 4 | 5 6, moved by 0 0 0 0 | 4 | 5 5.
         lengths = self.stops - self.starts + 1
-        before = np.cumsum(lengths) - lengths
-        return np.repeat(self.starts - before, lengths) + np.arange(lengths.sum(), dtype=np.int64)
+        without_gaps = np.cumsum(lengths) - lengths
+        return np.arange(lengths.sum(), dtype=np.int64) + np.repeat(self.starts - without_gaps, lengths)
 
     def __str__(self) -> str:
         runs = np.stack([self.starts, self.stops], axis=1).tolist()
@@ -86,10 +107,17 @@ class Ranges:
 class Strided:
     """An index map with a regular layout: unit ``u`` owns ``offset + u * stride`` plus every sum of inner steps.
 
-    The query, key and value rows of one of six heads of 64 in a fused projection are ``0 + 64u + 3x384 + 64x1``.
+    In a fused projection of two heads of size 2, the four rows of the queries come first, then those of the keys and of
+    the values. Head ``u`` begins at row ``2u`` and owns, three times at a distance of 4 (``3x4``), two rows (``2x1``):
+
+    >>> heads = np.array([[0, 1, 4, 5, 8, 9], [2, 3, 6, 7, 10, 11]])
+    >>> str(Strided.find(heads))
+    '0 + 2u + 3x4 + 2x1'
+    >>> bool((Strided.parse('0 + 2u + 3x4 + 2x1', units=2).array() == heads).all())
+    True
 
     Attributes:
-        units: Number of rows.
+        units: Number of rows of the map.
         offset: Smallest entry of unit 0.
         stride: Distance between units, 0 where there is one unit.
         inner: Pairs (count, step), largest step first.
@@ -154,7 +182,11 @@ class Strided:
 
 
 def _factor(row: np.ndarray) -> Optional[Tuple[Tuple[int, int], ...]]:
-    """Write an ascending row that starts at 0 as sums of steps: [0 1 2 8 9 10] is 2x8 + 3x1."""
+    """Write an ascending row that starts at 0 as sums of steps, the largest step first; None where it is none.
+
+    >>> _factor(np.array([0, 1, 2, 8, 9, 10]))  # 2x8 + 3x1
+    ((2, 8), (3, 1))
+    """
     if len(row) == 1:
         return ()
     step = int(row[1])

@@ -2,8 +2,13 @@
 
 In: a model or its name, and a budget. Out: a smaller model of the same class, or what could be cut of it.
 """
-from .api import left_alone, prune
+from .allocator import Allocator
 from .inputs import Example, example_for, trace_model
-from .inspection import Report, Row, inspect
+from .inspection import Report, Row
+from .pruner import Choice, Pruner
+from .shortcuts import inspect, prune
 
-__all__ = ['Example', 'Report', 'Row', 'example_for', 'inspect', 'left_alone', 'prune', 'trace_model']
+__all__ = [
+    'Allocator', 'Choice', 'Example', 'Pruner', 'Report', 'Row', 'example_for', 'inspect', 'prune',
+    'trace_model',
+]

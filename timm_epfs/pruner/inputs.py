@@ -15,12 +15,8 @@ __all__ = ['Example', 'example_for', 'trace_model']
 Example = Union[torch.Tensor, Tuple, Dict[str, Any]]
 
 
-def trace_model(
-        model: nn.Module,
-        example_input: Optional[Example] = None,
-        whole_heads: bool = True,
-) -> Trace:
-    """Trace a module and verify what was found on a cut copy. Arguments are those of ``trace`` and ``prune``.
+def trace_model(model: nn.Module, example_input: Optional[Example] = None, whole_heads: bool = True) -> Trace:
+    """Trace a module and verify what was found on a cut copy. Arguments are those of ``trace`` and ``Pruner``.
 
     Raises:
         PruningError: Its input isn't known or its forward fails.
@@ -34,7 +30,7 @@ def _cut(copy_: nn.Module, structures, keep, attributes) -> None:
 
 
 def example_for(model: nn.Module, example_input: Optional[Example] = None) -> Tuple[Tuple, Dict[str, Any]]:
-    """Arguments of one forward, on the meta device.
+    """Positional and keyword arguments of one forward: the example, or a tensor on the meta device.
 
     Raises:
         PruningError: The model doesn't say what it takes and no example was given.

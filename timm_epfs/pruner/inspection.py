@@ -1,16 +1,12 @@
 """What can be cut of a model, as a table and as data."""
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
-import torch
-from torch import nn
+from ..core import CostModel, Structure, format_count, percent, shorten
+from ..trace import Trace
 
-from ..core import CostModel, PruningError, Structure, format_count, percent, shorten
-from ..zoo import base_of, create_model
-from .inputs import Example, trace_model
-
-__all__ = ['Report', 'Row', 'inspect']
+__all__ = ['Report', 'Row', 'make_report']
 
 _WIDTH = 120
 
@@ -91,39 +87,13 @@ class Report:
         return '\n'.join(lines)
 
 
-def inspect(
-        model: Union[str, nn.Module],
-        example_input: Optional[Example] = None,
-        **model_args: Any,
-) -> Report:
-    """Report what can be cut of a model, without weights or compute: a giant takes seconds.
-
-    >>> report = inspect('resnet18')
-    >>> report.structures[0].name, report.structures[0].units
-    ('conv1', 64)
-    >>> f'{report.macs_share:.2f}'
-    '1.00'
+def make_report(name: str, traced: Trace) -> Report:
+    """The report of a model that was traced.
 
     Args:
-        model: timm name, ``'torchvision/<name>'``, or any module.
-        example_input: What the forward takes, where that isn't known.
-        **model_args: Keyword arguments of the model, where ``model`` is a name.
-
-    Raises:
-        PruningError: There is no such model, or its forward fails.
+        name: What the report calls it.
+        traced: Its trace.
     """
-    if isinstance(model, str):
-        name = model
-        with torch.device('meta'):
-            model = create_model(name, **model_args)
-    elif isinstance(model, nn.Module):
-        if model_args:
-            raise PruningError(f'{next(iter(model_args))}= goes with a model\'s name; build the module with it instead')
-        name = base_of(model)[0] or type(model).__name__
-    else:
-        raise PruningError(f'a model was asked for, {type(model).__name__} was given; give a name or an nn.Module')
-
-    traced = trace_model(model, example_input)
     cost, structures = traced.cost, traced.structures
     dense = cost.counts({s.name: s.units for s in structures})
     inside = [s for s in structures if s.kind != 'blocks']  # a block taken out whole cuts no layer

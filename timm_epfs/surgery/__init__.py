@@ -2,11 +2,14 @@
 
 In: a plan, or masks, and a dense model or checkpoint. Out: the smaller model or checkpoint, or the masked model.
 """
-from .cutting import TORCHVISION, apply_plan, build_base, inflate_checkpoint, rebuild, slice_checkpoint
-from .deferred import DeferredInit
+from .bases import TORCHVISION, build_base
+from .copying import cut_copy
+from .cutting import apply_plan
 from .masks import Masks, is_maskable, is_masked
+from .skeleton import Skeleton, rebuild
+from .state_dicts import inflate_checkpoint, slice_checkpoint
 
 __all__ = [
-    'TORCHVISION', 'DeferredInit', 'Masks', 'apply_plan', 'build_base', 'inflate_checkpoint', 'is_maskable',
+    'TORCHVISION', 'Masks', 'Skeleton', 'apply_plan', 'build_base', 'cut_copy', 'inflate_checkpoint', 'is_maskable',
     'is_masked', 'rebuild', 'slice_checkpoint',
 ]

@@ -1,9 +1,11 @@
-"""The trainer behind ``timm-epfs train``: dense training, learning the cut, cutting and fine-tuning in one run.
+"""The trainer behind ``timm-epfs train``.
 
-- ``options``: what can be asked for, and which of it goes together.
+In: options and images. Out: a pruned model that was trained, cut and fine-tuned, with a report and checkpoints.
+
+- ``options``: what the options amount to, and which of them go together.
 - ``data``: the datasets and loaders.
-- ``stage``: one phase, epoch by epoch.
+- ``phase``: one phase, epoch by epoch.
 - ``checkpoints``: what is saved after each epoch, without pickle.
 - ``run``: the phases one after the other.
-- ``summary``, ``pictures``: what is written for people.
+- ``summary``, ``run_pictures``: what is written for people.
 """

@@ -4,7 +4,6 @@ The JSON is written last and names its tensors' checksum, so that a checkpoint i
 """
 import hashlib
 import json
-import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
@@ -13,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..core import PruningError, write_whole
+from ..core import PruningError, warn, write_whole
 
 __all__ = ['Checkpoints', 'write_tensors']
 
@@ -69,7 +68,7 @@ class Checkpoints:
             try:
                 return _read(path)
             except _Damaged as e:
-                warnings.warn(f'checkpoint {path} is refused, {e}; using the one before', stacklevel=2)
+                warn(f'checkpoint {path} is refused, {e}; using the one before')
         if paths:
             raise PruningError(f'resume: none of {len(paths)} checkpoints in {self.folder} is whole; start again with '
                                '--overwrite')

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..core import PruningError, eval_mode, one_line
 from ..pruner import example_for
-from ..report import image_splits
+from ..report import check_classes, image_splits
 
 __all__ = ['Batches', 'Digits', 'count_classes', 'describe', 'image_mode', 'open_batches']
 
@@ -178,12 +178,7 @@ def _named_dataset(args: argparse.Namespace, split: str, training: bool, mode: s
 def _check(dataset: Dataset, split: str, num_classes: int, where: Any) -> None:
     if not isinstance(dataset, IterableDataset) and not len(dataset):
         raise PruningError(f'data: split {split!r} of {where} is empty: give at least one image')
-    reader = getattr(dataset, 'reader', None)
-    names = ('class_to_idx', 'class_name_to_idx')
-    classes = next(filter(None, (getattr(reader, name, None) for name in names)), getattr(dataset, 'classes', ()))
-    if len(classes) > num_classes:
-        raise PruningError(f'data: split {split!r} of {where} has {len(classes)} classes, the model tells '
-                           f'{num_classes} apart: give --num-classes {len(classes)}')
+    check_classes(dataset, num_classes, f'split {split!r} of {where}')
 
 
 def _train_loader(args: argparse.Namespace, dataset: Dataset, config: Mapping[str, Any], num_classes: int) -> Any:

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from ..core import PruningError, one_line
 
-__all__ = ['Stage', 'evaluate']
+__all__ = ['Phase', 'evaluate']
 
 _LOOK = 20  # steps from one look at the loss to the next: each look waits for the device
 
 
-class Stage:
+class Phase:
     """A phase while it's being trained.
 
     Args:

@@ -1,13 +1,13 @@
 """A run from a dense model to a pruned one: train, learn the cut, cut, fine-tune, save, compare."""
 import argparse
-import copy
 import inspect
 import json
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional
 
 import safetensors.torch
 import timm
@@ -17,23 +17,25 @@ from timm.task import ClassificationTask, DistillationTeacher, LogitDistillation
 from timm.utils import init_distributed_device, random_seed
 from torch import nn
 
-from ..core import PruningError, one_line, progress, step, write_whole
+from ..core import DEFAULT_KINDS, PruningError, one_line, progress, step, write_whole
 from ..importance import CRITERIA, Criterion
 from ..latency import latencies, latency_note
-from ..learn import METHODS
+from ..learn import METHODS, Learner
 from ..plan import Plan
-from ..pruner import prune
+from ..pruner import Pruner
 from ..report import Rows, compare, top1
 from ..surgery import rebuild
 from ..zoo import create_model, load_weights, note_origin, save_pretrained
 from .checkpoints import Checkpoints, write_tensors
 from .data import Batches, count_classes, describe, open_batches
-from .options import PHASES, budget, check_options, phase_epochs, run_options
-from .phase import Stage, evaluate
+from .options import PHASES, budget, check_options, cut_options, phase_epochs, run_options
+from .phase import Phase, evaluate
 from .run_pictures import mask_histogram
 from .summary import claim_folder, write_report, write_summary
 
 __all__ = ['Result', 'train']
+
+_SCORING = 32  # batches that a criterion which needs data sees
 
 
 @dataclass(frozen=True)
@@ -101,37 +103,52 @@ class Run:
             if args.checkpoint and not self.saved:
                 load_weights(self.model, args.checkpoint)
         self.config = describe(self.model, args)
+        self.num_classes = count_classes(self.model, self.config['input_size'])
+        self._placed(self.model)
         if not self.saved:
             self._rehearse()
-        self.num_classes = count_classes(self.model, self.config['input_size'])
         self.batches = self._open_batches()
-        self._placed(self.model)
+
+    @cached_property
+    def pruner(self) -> Pruner:
+        """The dense model with its trace, which serves the whole run."""
+        method = METHODS.get(self.args.method)
+        options, _ = cut_options(self.args)
+        options.setdefault('kinds', method.default_kinds if method else DEFAULT_KINDS)
+        with step(f'tracing {self.args.model}'), one_line(f'--method {self.args.method} can\'t be set up'):
+            return Pruner(self.model, data=_Lazily(lambda: islice(self.batches.train, _SCORING)), **options)
 
     def _rehearse(self) -> None:
-        """Learn before any training what would be refused after it, on a copy."""
-        model = self._placed(copy.deepcopy(self.model))
+        """Refuse before any training what would be refused after it."""
         if self.args.method == 'none':
-            strange = self.args.method_kwargs.keys() - inspect.signature(prune).parameters.keys()
-            if strange:
-                raise PruningError(f'--method none takes arguments of timm_epfs.prune, found {min(strange)}: drop it, '
-                                   'or choose another method')
-            criterion = CRITERIA.get(self.args.criterion)
-            if self.args.distributed:
-                self._check_shared(criterion)
-            self._ranked(model, 'l2' if criterion else self.args.criterion)
+            self._check_one_shot()
             return
-        learner = self._learner(model, 1, 1)
-        earlier = getattr(model, 'pruning_plan', None)
-        if earlier is not None:
-            earlier.compose(learner.plan())
+        learner = self._learner(1, 1)
+        try:
+            self.pruner.composed(learner.plan())
+        finally:
+            learner.remove()
+
+    def _check_one_shot(self) -> None:
+        criterion = CRITERIA.get(self.args.criterion)
+        if self.args.distributed:
+            self._check_shared(criterion)
+        with one_line('--method none can\'t cut'):
+            self.pruner.check(budget(self.args), **self._one_shot_options())
+
+    def _one_shot_options(self) -> Dict[str, Any]:
+        """How ``--method none`` chooses units."""
+        _, options = cut_options(self.args)
+        return {'criterion': self.args.criterion or 'l2', 'seed': self.args.seed, **options}
 
     def _check_shared(self, criterion: Optional[Criterion]) -> None:
         """Refuse a one-shot cut that processes would not agree about."""
         clock = 'with --method none goes by a clock'
+        _, options = cut_options(self.args)
         reasons = (
             (criterion is not None and criterion.needs_data, f'--criterion {self.args.criterion} needs data,'),
             (self.args.latency is not None, f'--latency {clock}'),
-            (self.args.method_kwargs.get('round_to') == 'auto', f'--method-kwargs round_to=auto {clock}'),
+            (options.get('round_to') == 'auto', f'--round-to auto {clock}'),
         )
         for applies, reason in reasons:
             if applies:
@@ -157,57 +174,57 @@ class Run:
                 self.model = self._placed(self._rebuilt(self.saved['plan']))
         with self._bar(begin) as self.bar:
             for phase in PHASES[begin:]:
-                self._phase(phase, self.saved if self.saved and self.saved['phase'] == phase else None)
+                self._run_phase(phase, self.saved if self.saved and self.saved['phase'] == phase else None)
         return self._finish() if self.first else None
 
-    def _phase(self, phase: str, saved: Optional[Mapping[str, Any]]) -> None:
+    def _run_phase(self, name: str, saved: Optional[Mapping[str, Any]]) -> None:
         """Train through a phase, from where it was left, and do what its end asks for."""
         random_seed(self.args.seed)
-        stage = self._stage(phase, saved) if self.epochs[phase] else None
-        for epoch in range(saved['epoch'] if saved else 0, self.epochs[phase]):
-            self._epoch(stage, phase, epoch)
-        averaged = stage.task.get_trainable_module(ema=True) if stage and stage.task.has_ema() else None
-        if phase == 'sparse':
-            self.model = stage.learner.export(averaged and averaged.module) if stage else self._one_shot()
+        phase = self._phase(name, saved) if self.epochs[name] else None
+        for epoch in range(saved['epoch'] if saved else 0, self.epochs[name]):
+            self._epoch(phase, epoch)
+        averaged = phase.task.get_trainable_module(ema=True) if phase and phase.task.has_ema() else None
+        if name == 'sparse':
+            self.model = phase.learner.export(averaged and averaged.module) if phase else self._one_shot()
             self._record('cut', evaluate(self.args, self._task('cut'), self.batches.validation))
         elif averaged is not None:
             self.model.load_state_dict(averaged.module.state_dict())
-        if phase == 'dense':
+        if name == 'dense':
             self._keep_dense()
 
-    def _stage(self, phase: str, saved: Optional[Mapping[str, Any]]) -> Stage:
+    def _phase(self, name: str, saved: Optional[Mapping[str, Any]]) -> Phase:
         """A phase at its start, or where it was left."""
         updates = -(-len(self.batches.train) // self.args.grad_accum_steps)
-        learner = self._learner(self.model, self.epochs[phase] * updates, updates) if phase == 'sparse' else None
-        stage = Stage(self.args, phase, self._task(phase), self.epochs[phase], updates, learner, self.num_classes)
+        learner = self._learner(self.epochs[name] * updates, updates) if name == 'sparse' else None
+        phase = Phase(self.args, name, self._task(name), self.epochs[name], updates, learner, self.num_classes)
         if saved:
             with one_line(f'--resume: the checkpoint in {self.checkpoints.folder} is of another version or model'):
-                stage.load_state_dict(saved)
-        return stage
+                phase.load_state_dict(saved)
+        return phase
 
-    def _epoch(self, stage: Stage, phase: str, epoch: int) -> None:
+    def _epoch(self, phase: Phase, epoch: int) -> None:
         """Train and evaluate for an epoch whose random numbers depend on nothing before it, then save."""
-        number = 1 + epoch + sum(self.epochs[name] for name in PHASES[:PHASES.index(phase)])
+        number = 1 + epoch + sum(self.epochs[name] for name in PHASES[:PHASES.index(phase.name)])
         random_seed((self.args.seed + 9973 * number) % 2 ** 31, self.args.rank)
         self.batches.set_epoch(number)
-        what = f'{phase} {epoch + 1}/{self.epochs[phase]}'
+        what = f'{phase.name} {epoch + 1}/{self.epochs[phase.name]}'
 
         def show(steps: int, values: Dict[str, float]) -> None:
-            alive = {'alive': f'{stage.learner.alive:.3f}'} if stage.learner else {}
+            alive = {'alive': f'{phase.learner.alive:.3f}'} if phase.learner else {}
             self.bar.set_description(what, refresh=False)
             self.bar.set_postfix(loss=f'{values["loss"]:.3f}', top1=f'{values["top1"]:.1f}', **alive, refresh=False)
             self.bar.update(steps)
 
-        trained = stage.train(self.batches.train, show)
-        watched = stage.learner.log() if stage.learner else {}
+        trained = phase.train(self.batches.train, show)
+        watched = phase.learner.log() if phase.learner else {}
         values = {'mask_lr' if name == 'lr' else name: value for name, value in watched.items()}
-        self._record(phase, stage.evaluate(self.batches.validation), trained, lr=stage.lr, **values)
-        if stage.learner:
-            self.masks.append(mask_histogram([*stage.learner.values().values()]))
+        self._record(phase.name, phase.evaluate(self.batches.validation), trained, lr=phase.lr, **values)
+        if phase.learner:
+            self.masks.append(mask_histogram([*phase.learner.values().values()]))
         if self.first:
-            plan = self.model.pruning_plan.to_dict() if phase == 'finetune' else None
-            state = {'options': self.options, 'phase': phase, 'epoch': epoch + 1, 'plan': plan,
-                     'history': self.history, 'masks': self.masks, **stage.state_dict()}
+            plan = self.model.pruning_plan.to_dict() if phase.name == 'finetune' else None
+            state = {'options': self.options, 'phase': phase.name, 'epoch': epoch + 1, 'plan': plan,
+                     'history': self.history, 'masks': self.masks, **phase.state_dict()}
             self.checkpoints.save(state, number)
 
     def _record(
@@ -259,26 +276,18 @@ class Run:
                 setattr(model, name, getattr(self.model, name))
         return model
 
-    def _learner(self, model: nn.Module, steps: int, steps_per_epoch: int) -> Any:
+    def _learner(self, steps: int, steps_per_epoch: int) -> Learner:
         method = METHODS[self.args.method]
-        options = dict(self.args.method_kwargs)
+        _, options = cut_options(self.args)
         if 'steps_per_epoch' in inspect.signature(method).parameters:
             options.setdefault('steps_per_epoch', steps_per_epoch)
+        pruner = self.pruner
         with step(f'setting up {self.args.method}'), one_line(f'--method {self.args.method} can\'t be set up'):
-            return method(model, steps=steps, **budget(self.args), **options)
+            return method(pruner, budget(self.args), steps, **options)
 
     def _one_shot(self) -> nn.Module:
-        criterion = CRITERIA.get(self.args.criterion)
-        data = islice(self.batches.train, 32) if criterion and criterion.needs_data else None
-        with step(f'cutting {self.args.model}'):
-            return self._ranked(self.model, self.args.criterion, data)
-
-    def _ranked(self, model: nn.Module, criterion: Optional[str], data: Optional[Iterable] = None) -> nn.Module:
-        with one_line('--method none can\'t cut'):
-            return prune(
-                model, **budget(self.args), criterion=criterion or 'l2', seed=self.args.seed, data=data,
-                **self.args.method_kwargs,
-            )
+        with step(f'cutting {self.args.model}'), one_line('--method none can\'t cut'):
+            return self.pruner(budget(self.args), **self._one_shot_options())
 
     def _task(self, phase: str) -> TrainingTask:
         device = torch.device(self.args.device)
@@ -330,3 +339,12 @@ class Run:
         notes = latency_note(args.device)
         write_report(self.folder, self.options, rows, notes, self.history, self.masks, slim.pruning_plan)
         return Result(folder, rows, notes, self.history)
+
+
+@dataclass(frozen=True)
+class _Lazily:
+    """Batches that are drawn when they are first needed, and anew each time."""
+    draw: Callable[[], Iterable]
+
+    def __iter__(self) -> Iterator:
+        return iter(self.draw())

@@ -4,11 +4,10 @@ Python executes the lines that start with ``import`` of each ``.pth`` file in it
 ``import_hook.py``, which waits for timm.
 """
 import sysconfig
-import uuid
 from pathlib import Path
 from typing import Optional
 
-from ..core import PruningError
+from ..core import PruningError, write_whole
 
 __all__ = ['autoload_path', 'is_on', 'switch_off', 'switch_on']
 
@@ -39,14 +38,11 @@ def switch_on(folder: Optional[Path] = None) -> Path:
         PruningError: The environment's site-packages can't be written to.
     """
     path = autoload_path(folder)
-    part = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.tmp')  # no .pth: Python doesn't run it
+    line = f'import sys; exec({HOOK.read_text(encoding="ascii")!r}, {{}})\n'
     try:
-        part.write_text(f'import sys; exec({HOOK.read_text(encoding="ascii")!r}, {{}})\n', encoding='ascii')
-        part.replace(path)
+        write_whole(path, lambda part: part.write_text(line, encoding='ascii'))
     except OSError as e:
         raise _refused(path, e) from e
-    finally:
-        part.unlink(missing_ok=True)
     return path
 
 

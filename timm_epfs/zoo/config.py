@@ -1,5 +1,6 @@
 """What a config.json may decide: how a saved model is built and described. Not which files are read, nor how."""
 from dataclasses import fields
+from functools import partial
 from typing import Any, Dict, Mapping
 
 from timm.models import PretrainedCfg
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from ..core import PruningError
 from ..plan import Plan, check_arguments, check_size
-from ..surgery import DeferredInit, apply_plan, build_base
+from ..surgery import Skeleton, build_base
 
 __all__ = ['check_config', 'is_from_config', 'saved_tensors']
 
@@ -62,8 +63,7 @@ def saved_tensors(plan: Plan, cfg: Mapping[str, Any], model_args: Mapping[str, A
     args = {**plan.base_args, **_arguments(model_args)}
     if 'num_classes' in args and 'num_classes' in cfg:
         args['num_classes'] = cfg['num_classes']  # a head may have been changed since it was built
-    with DeferredInit() as deferred:  # quicker, though there is nothing to initialise
-        return apply_plan(build_base(plan.base, args, 'meta', pretrained_cfg=described), plan, deferred).state_dict()
+    return Skeleton(plan, partial(build_base, plan.base, args, pretrained_cfg=described)).tensors()
 
 
 def _arguments(model_args: Mapping[str, Any]) -> Dict[str, Any]:

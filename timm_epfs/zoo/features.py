@@ -1,19 +1,17 @@
-"""``features_only`` for pruned models: timm's feature wrappers, put around the model that is already cut."""
-from typing import Any, Dict, Tuple, Type
+"""``features_only`` for pruned models: timm's feature extractors, put around the model once it is cut."""
+from typing import Any, Callable, Dict, Type
 
-import torch
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
+from timm.models._builder import pretrained_cfg_for_features
 from timm.models._features import FeatureGetterNet
 from timm.models._features_fx import FeatureGraphNet
 from torch import nn
 
 from ..core import PruningError
-from ..plan import Plan
-from ..surgery import DeferredInit, apply_plan, build_base
 
-__all__ = ['feature_args']
+__all__ = ['FeatureExtraction']
 
-_FEATURE_CLASSES = {
+_EXTRACTORS = {
     'list': FeatureListNet,
     'dict': FeatureDictNet,
     'hook': FeatureHookNet,
@@ -22,43 +20,59 @@ _FEATURE_CLASSES = {
 }
 
 
-def feature_args(
-        plan: Plan,
-        kwargs: Dict[str, Any],
-        deferred: DeferredInit,
-) -> Tuple[Dict[str, Any], Dict[str, Any]]:
-    """Split off the arguments of feature extraction, and have its wrapper cut the model that it is about to wrap.
+class FeatureExtraction:
+    """What timm does in one go in two steps: build the model, then wrap it in a feature extractor.
 
     Args:
-        plan: What stays.
-        kwargs: Arguments of ``timm.create_model``; with ``features_only`` the model comes back wrapped and cut.
-        deferred: Where the model is built.
-
-    Returns:
-        The other arguments, and those of feature extraction: none without ``features_only``.
+        build: Builds the model with timm, given further arguments of ``timm.create_model``.
+        feature_cls: The extractor, by name or as a class; None: what timm takes for this model.
+        **feature_args: Further arguments of feature extraction (``out_indices``).
     """
-    kwargs = dict(kwargs)
-    if not kwargs.pop('features_only', False):
-        return kwargs, {}
-    args = {'features_only': True, **{k: kwargs.pop(k) for k in ('out_indices',) if k in kwargs}}
-    feature_cls = kwargs.pop('feature_cls', None)
-    if feature_cls is None:
-        feature_cls = type(build_base(plan.base, {**plan.base_args, **kwargs}, torch.device('meta'), **args))
-        if not issubclass(feature_cls, tuple(_FEATURE_CLASSES.values())):
-            # Model classes of features alone (EfficientNetFeatures, …) lack tensors that the plan names.
-            feature_cls = FeatureGetterNet
-    elif isinstance(feature_cls, str):
-        if feature_cls not in _FEATURE_CLASSES:
-            raise PruningError(f'feature_cls={feature_cls!r} is unknown; one of {", ".join(_FEATURE_CLASSES)}')
-        feature_cls = _FEATURE_CLASSES[feature_cls]
-    return kwargs, {**args, 'feature_cls': _cut_then_wrap(feature_cls, plan, deferred)}
+
+    def __init__(self, build: Callable[..., nn.Module], feature_cls: Any = None, **feature_args: Any):
+        self._build_extractor = lambda **args: build(features_only=True, **feature_args, **args)
+        self._extractor = self._default() if feature_cls is None else _by_name(feature_cls)
+
+    def build(self, **create_args: Any) -> nn.Module:
+        """The model, dense, not wrapped."""
+        self._unwrapped = self._build_extractor(feature_cls=_unwrapping(self._extractor), **create_args)
+        return self._unwrapped.model
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The extractor that timm would have made, of this model in place of the one that was built last."""
+        extractor = self._extractor(model, **self._unwrapped.settings)
+        for name, value in self._unwrapped.set_by_timm().items():
+            setattr(extractor, name, value)
+        extractor.pretrained_cfg = extractor.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
+        return extractor
+
+    def _default(self) -> Type[nn.Module]:
+        extractor = type(self._build_extractor(device='meta'))
+        # Model classes of features alone (EfficientNetFeatures, …) lack tensors that the plan names.
+        return extractor if issubclass(extractor, tuple(_EXTRACTORS.values())) else FeatureGetterNet
 
 
-def _cut_then_wrap(feature_cls: Type[nn.Module], plan: Plan, deferred: DeferredInit) -> Type[nn.Module]:
-    class CutThenWrap(feature_cls):
-        """Stands in for ``feature_cls`` in timm's builder, which asks for its base classes and then calls it."""
+def _by_name(feature_cls: Any) -> Type[nn.Module]:
+    if not isinstance(feature_cls, str):
+        return feature_cls
+    if feature_cls not in _EXTRACTORS:
+        raise PruningError(f'feature_cls={feature_cls!r} is unknown; give one of {", ".join(_EXTRACTORS)}')
+    return _EXTRACTORS[feature_cls]
 
-        def __new__(cls, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-            return feature_cls(apply_plan(model, plan, deferred), *args, **kwargs)
 
-    return CutThenWrap
+def _unwrapping(extractor: Type[nn.Module]) -> Type[nn.Module]:
+    """A stand-in for an extractor. By its base class, timm decides which settings it gets."""
+
+    class Unwrapped(extractor):
+        """Holds the model that it should wrap and its settings, and does nothing with them."""
+
+        def __init__(self, model: nn.Module, **settings: Any):
+            nn.Module.__init__(self)
+            self.model, self.settings = model, settings
+            self._own = set(vars(self))
+
+        def set_by_timm(self) -> Dict[str, Any]:
+            """Attributes that were set since."""
+            return {name: value for name, value in vars(self).items() if name not in (*self._own, '_own')}
+
+    return Unwrapped

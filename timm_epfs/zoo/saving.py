@@ -2,19 +2,18 @@
 import copy
 import json
 import shutil
-import uuid
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, Union
+from typing import Dict, Union
 
 import safetensors.torch
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
 from torch import Tensor, nn
 
-from ..core import PruningError
+from ..core import PruningError, whole_folder
 from ..plan import Plan, check_arguments
 from ..surgery import TORCHVISION
-from .entry_point import ARCHITECTURE, describe_torchvision
+from .description import ARCHITECTURE
+from .entry_point import describe_torchvision
 
 __all__ = ['check_free', 'save_pretrained']
 
@@ -48,7 +47,7 @@ def save_pretrained(model: nn.Module, folder: Union[str, Path], overwrite: bool 
     folder = Path(folder).resolve()
     check_free(folder, overwrite)
     try:
-        with _whole_folder(folder) as part:
+        with whole_folder(folder) as part:
             safetensors.torch.save_file(_separate(model.state_dict()), part / HF_SAFE_WEIGHTS_NAME, {'format': 'pt'})
             _save_config(model, plan, part / 'config.json')
             # safetensors writes for its owner alone; both files are for whoever may read the folder
@@ -92,24 +91,3 @@ def check_free(folder: Path, overwrite: bool) -> None:
     others = [name for name in present if name not in _OWN_FILES]
     if others:
         raise PruningError(f'save: {folder} holds {others[0]!r}, which no saved model does; name another folder')
-
-
-@contextmanager
-def _whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to fill, which takes the name ``folder`` once the block is through."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    part, old = (folder.with_name(f'.{folder.name}.{uuid.uuid4().hex[:8]}.{suffix}') for suffix in ('tmp', 'old'))
-    try:
-        part.mkdir()
-        yield part
-        if folder.exists():
-            folder.rename(old)
-        try:
-            part.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -4,12 +4,15 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
 import safetensors
 import torch
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, download_cached_file, download_from_hf
 from torch import Tensor
 
 from ..core import PruningError, first_few
 
-__all__ = ['read_weights']
+__all__ = ['find_weights', 'has_weights', 'read_weights', 'shape_misfits']
 
+# The fields of a pretrained_cfg that say where weights are.
+_SOURCES = ('state_dict', 'file', 'hf_hub_id', 'url')
 # The names of a model's tensors and their shapes: 100 bytes each, and timm's largest models have 5,000.
 MAX_HEADER = 2 ** 23
 _MISTAKEN = (
@@ -24,6 +27,36 @@ _OTHERS = {
 }
 
 
+def has_weights(cfg: Mapping[str, Any]) -> bool:
+    """Whether a pretrained_cfg says where weights are."""
+    return any(cfg.get(source) for source in _SOURCES)
+
+
+def find_weights(cfg: Mapping[str, Any], cache_dir: Optional[Union[str, Path]] = None) -> Path:
+    """The safetensors file that a pretrained_cfg names, in timm's order of precedence; downloaded where it's remote.
+
+    Raises:
+        PruningError: It names a file of another format.
+    """
+    source, file, repo = cfg.get('source'), cfg.get('file'), cfg.get('hf_hub_id')
+    if source == 'local-dir':
+        return Path(file) / HF_SAFE_WEIGHTS_NAME
+    if file and source != 'hf-hub':
+        _check_format(file)
+        return Path(file)
+    if repo:
+        name = cfg.get('hf_hub_filename') or HF_SAFE_WEIGHTS_NAME
+        _check_format(name)
+        return Path(download_from_hf(repo, name, cache_dir=cache_dir))
+    _check_format(cfg['url'])
+    return Path(download_cached_file(cfg['url'], cache_dir=cache_dir))
+
+
+def _check_format(name: Union[str, Path]) -> None:
+    if not str(name).endswith('.safetensors'):
+        raise PruningError(f'weights in {name} are not read, only safetensors are; convert them')
+
+
 def read_weights(
         path: Union[str, Path],
         expected: Optional[Mapping[str, Tensor]] = None,
@@ -35,7 +68,7 @@ def read_weights(
         path: The file.
         expected: Tensors that it should hold, by name, on any device, the meta device included. Their shapes are to be
             the same; floating-point numbers may have another precision, and nothing else another type.
-        otherwise: Makes what else the file may hold; only called where it doesn't hold that.
+        otherwise: Makes what else the file may hold; only called where it doesn't hold what is expected.
 
     Raises:
         PruningError: It is no safetensors file, or holds other tensors: the first three names, with their shapes.
@@ -45,7 +78,7 @@ def read_weights(
         with safetensors.safe_open(path, framework='pt') as file:
             found = {name: _described(file.get_slice(name)) for name in file.keys()}
             problems = [] if expected is None else _misfits(found, expected)
-            if otherwise is not None and (expected is None or problems):
+            if otherwise is not None and problems:
                 problems = _misfits(found, otherwise())
             if not found:
                 raise PruningError(f'weights not read from {path}: it holds no tensors')
@@ -72,15 +105,21 @@ def _described(part: Any) -> Tuple[str, Tuple[int, ...]]:
     return part.get_dtype(), tuple(part.get_shape())
 
 
-def _misfits(found: Mapping[str, Tuple[str, Tuple[int, ...]]], expected: Mapping[str, Tensor]) -> List[str]:
+def shape_misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> List[str]:
+    """How tensors differ in names and shapes from those that are expected, one line each."""
+    return _misfits({name: (None, tuple(tensor.shape)) for name, tensor in found.items()}, expected)
+
+
+def _misfits(found: Mapping[str, Tuple[Optional[str], Tuple[int, ...]]], expected: Mapping[str, Tensor]) -> List[str]:
     problems = [f'{name[:80]!r} is not in the model' for name in found if name not in expected]
     for name, tensor in expected.items():
-        wanted = _FLOATS if tensor.is_floating_point() else {_OTHERS.get(tensor.dtype)}
-        dtype, shape = found.get(name, (None, None))
-        if shape is None:
+        if name not in found:
             problems.append(f'{name} is missing')
-        elif shape != tuple(tensor.shape):
+            continue
+        dtype, shape = found[name]
+        allowed = _FLOATS if tensor.is_floating_point() else {_OTHERS.get(tensor.dtype)}
+        if shape != tuple(tensor.shape):
             problems.append(f'{name} has shape {shape} where the model has {tuple(tensor.shape)}')
-        elif dtype not in wanted:
+        elif dtype is not None and dtype not in allowed:
             problems.append(f'{name} is {dtype} where the model has {tensor.dtype}')
     return problems

@@ -23,7 +23,8 @@ from torch import nn
 from ...core import PruningError, one_line
 from ...plan import Plan
 from ..config import check_config, is_from_config
-from ..entry_point import WEIGHT_SOURCES, as_plan, epfs_pruned
+from ..entry_point import as_plan, epfs_pruned
+from ..weights import has_weights
 
 __all__ = ['names', 'plan_path', 'register', 'tags', 'weights_path']
 
@@ -122,7 +123,7 @@ def _entry_point(name: str, plan: Union[Plan, Path]) -> Callable[..., nn.Module]
         if is_from_config(pretrained_cfg):
             check_config(pretrained_cfg, kwargs.get('pretrained_model_args') or {})
         cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay).to_dict()
-        if pretrained and not any(cfg.get(source) for source in WEIGHT_SOURCES):
+        if pretrained and not has_weights(cfg):
             raise _no_weights(name, plan)
         return epfs_pruned(pretrained, cfg, plan=plan, **kwargs)
 

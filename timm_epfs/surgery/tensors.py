@@ -1,0 +1,56 @@
+"""What a plan does to single tensors, and whether they are those that it was made for."""
+from typing import Callable, Dict, List, Mapping, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..core import PruningError, complement, first_few
+from ..plan import Plan
+
+__all__ = ['cut_tensor', 'dense_lengths', 'tensor_misfits', 'wrong_base']
+
+
+def cut_tensor(tensor: Tensor, removed: Mapping[int, np.ndarray]) -> Tensor:
+    """A copy without some entries of some dims, in the tensor's own memory format."""
+    cut = tensor.detach()
+    for dim, gone in removed.items():
+        keep = torch.from_numpy(complement(gone, tensor.shape[dim]))
+        cut = cut.index_select(dim, keep.to(tensor.device))
+    channels_last = tensor.ndim == 4 and not tensor.is_contiguous() and \
+        tensor.is_contiguous(memory_format=torch.channels_last)
+    return cut.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def dense_lengths(plan: Plan) -> Dict[Tuple[str, int], int]:
+    """Lengths of the dense model's dims, by tensor and dim. Where a member doesn't say, structures own all of a dim."""
+    lengths: Dict[Tuple[str, int], int] = {}
+    for member in (member for cut in plan.cuts for member in cut.structure.members):
+        key = member.tensor, member.dim
+        lengths[key] = max(lengths.get(key, 0), member.length or int(member.index.max()) + 1)
+    return lengths
+
+
+def tensor_misfits(plan: Plan, tensors: Mapping[str, Tensor], may_lack: Callable[[str], bool]) -> List[str]:
+    """What stands in the way of cutting these tensors, one line each.
+
+    Args:
+        plan: The plan.
+        tensors: Dense tensors by name.
+        may_lack: Whether a tensor that the plan names may be missing.
+    """
+    problems = []
+    for (name, dim), length in dense_lengths(plan).items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            if not may_lack(name):
+                problems.append(f'{name} is missing')
+        elif dim >= tensor.ndim or tensor.shape[dim] != length:
+            problems.append(f'{name} has shape {tuple(tensor.shape)} where dim {dim} should have {length}')
+    return list(dict.fromkeys(problems))
+
+
+def wrong_base(plan: Plan, problems: Sequence[str], remedy: str) -> PruningError:
+    """The error for tensors or attributes that aren't those of the plan's base."""
+    base = f' (base {plan.base})' if plan.base else ''
+    return PruningError(f'a plan for another base{base}: {first_few(problems)}; {remedy}')
