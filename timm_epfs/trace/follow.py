@@ -80,7 +80,7 @@ class Follower:
 
     @property
     def normalizes(self) -> bool:
-        """Whether the torch function that is running is a layer norm or one of its kin."""
+        """Whether the torch function that is running is a layer norm or an RMS norm."""
         return 'normalized_shape' in self._given
 
     def argument(self, name: str, position: int, label: Label) -> None:
@@ -115,7 +115,7 @@ class Follower:
                         self._match(stop, label)
 
     def normalized(self, labels: List[Label]) -> None:
-        """A layer norm or one of its kin, be it one operation or many, gave a tensor with these labels."""
+        """A layer norm or an RMS norm, be it one operation or many, gave a tensor with these labels."""
         shape = self._given['normalized_shape']
         for i, label in enumerate(labels[len(labels) - len(shape):] if shape else ()):
             self._labels.mark_inexact(label, 'normalised over the channels')
@@ -167,12 +167,12 @@ class Follower:
 
 
 class WatchIntegers(TorchFunctionMode):
-    """Tells a follower what integers the torch functions that shape tensors are given.
+    """Passes the integers that shape tensors to a follower.
 
-    It sits above autograd, where a length that was read from ``x.shape`` or ``self.num_heads`` is still an object.
+    It works above autograd, where a length that was read from ``x.shape`` or ``self.num_heads`` is still an object.
 
     Args:
-        follower: Told before a function runs, and of what a norm gives.
+        follower: It gets the integers before a function runs, and the labels of what a norm gives.
         labels_of: Labels of a tensor.
     """
 

@@ -65,7 +65,7 @@ class Labels:
         self._split: Dict[Tuple, Tuple[np.ndarray, ...]] = {}
         self._merged: Dict[Tuple, np.ndarray] = {}
 
-    # -- what operations say ----------------------------------------------------------------------------------------
+    # -- what rules call --------------------------------------------------------------------------------------------
 
     def fresh(self, n: int) -> Label:
         """A label of ``n`` new nodes. A dim of one entry can't be cut and gets none."""
@@ -153,7 +153,7 @@ class Labels:
             self.add_reshape(Reshape.along_longest(Grid(self._merged[key], tuple(axes))))
         return self._merged[key]
 
-    # -- what it comes to -------------------------------------------------------------------------------------------
+    # -- solving ----------------------------------------------------------------------------------------------------
 
     def solve(self, extra_pins: Sequence[np.ndarray] = ()) -> Solution:
         """Find the units.

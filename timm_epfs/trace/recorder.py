@@ -3,8 +3,7 @@
 Below autograd every model is a few dozen ATen operations; what each does to labels is looked up in the table of rules.
 """
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 import torch
@@ -18,9 +17,10 @@ from .copies import call_site, quiet
 from .follow import CREATES, Follower, WatchIntegers
 from .labels import Label, Labels
 from .provenance import tagged
+from .records import Dim, Operation, Product, RecordedCall
 from .rules import RULES, elementwise, opaque
 
-__all__ = ['Operation', 'Product', 'RecordedCall', 'Recorder', 'TRANSPARENT', 'operation_name', 'same_name']
+__all__ = ['Recorder', 'TRANSPARENT', 'operation_name', 'same_name']
 
 # Operations through which no label could pass: that they have no rule isn't worth a report.
 _NO_LABELS = frozenset({
@@ -29,8 +29,6 @@ _NO_LABELS = frozenset({
 
 # Not recorded: a cut may change strides, and with them whether a reshape copies.
 TRANSPARENT = frozenset({'clone', 'contiguous', 'alias', 'as_strided_', 'detach', 'lift_fresh', '_to_copy'})
-
-Dim = Tuple[int, Label]  # a dim's length and its label
 
 
 def operation_name(func: Any) -> str:
@@ -48,56 +46,6 @@ def _is_pointwise(func: Any, name: str) -> bool:
         return True
     plain = getattr(torch.ops.aten, name[:-1], None) if name.endswith('_') else None
     return plain is not None and any(torch.Tag.pointwise in getattr(plain, o).tags for o in plain.overloads())
-
-
-@dataclass(frozen=True)
-class Operation:
-    """One ATen operation. A cut model must repeat it, with lengths as the labels predict.
-
-    Attributes:
-        name: Its name.
-        site: File and line of the model's code that called it.
-        inputs: Labels of the dims of each tensor that it was given.
-        outputs: Shape and labels of each tensor that it gave.
-        start: Of a slice, the label of what lies before it.
-    """
-    name: str
-    site: Tuple[str, int]
-    inputs: List[List[Label]]
-    outputs: List[Tuple[Tuple[int, ...], List[Label]]]
-    start: Label = None
-
-    @property
-    def labels(self) -> List[np.ndarray]:
-        """The labels that it touches."""
-        dims = (*self.inputs, *(labels for _, labels in self.outputs))
-        return [label for labels in dims for label in labels if label is not None]
-
-
-class Product(NamedTuple):
-    """A matrix product or a convolution.
-
-    Attributes:
-        dims: The dims whose lengths, multiplied, are its MACs.
-        written: The dims of its output.
-        modules: Paths of the modules that it runs in.
-    """
-    dims: List[Dim]
-    written: List[Dim]
-    modules: Tuple[str, ...]
-
-
-class RecordedCall(NamedTuple):
-    """A call of a torch function.
-
-    Attributes:
-        function: The function.
-        tensors: Shape and labels of each tensor among its arguments.
-        modules: Paths of the modules that it runs in.
-    """
-    function: Callable
-    tensors: List[Tuple[Tuple[int, ...], List[Label]]]
-    modules: Tuple[str, ...]
 
 
 class Recorder(TorchDispatchMode):

@@ -25,7 +25,8 @@ from .calls import Call
 from .copies import meta_copy
 from .costs import build_calls
 from .interface import watch_interface
-from .recorder import Operation, Recorder
+from .recorder import Recorder
+from .records import Operation
 from .sizes import Sizer
 from .verify import Cut, Mismatch, Verifier
 
@@ -148,7 +149,7 @@ def _settle(
 
     Returns:
         proposal: The one that holds.
-        skipped: What was skipped, and what is skipped because of the limits.
+        skipped: The places given, and those that the limits come from.
     """
     limits = _Limits((), rec.blocks, tuple(skipped))
     for _ in range(_MAX_ROUNDS):
@@ -175,7 +176,7 @@ def _tighten(
     if verifier is None or not proposal.structures:
         return None
     try:
-        copy = verifier.cut_copy(proposal)
+        copy = verifier.verify(proposal)
     except Mismatch as e:
         skipped = Skipped(_place(operations[e.index].site), e.why)
         pins = _labels_around(operations, e.index, proposal.sizer)
@@ -186,9 +187,9 @@ def _tighten(
 
 
 def _labels_around(operations: Sequence[Operation], index: int, sizer: Sizer) -> List[np.ndarray]:
-    """Labels that an operation touches, wherever its line of code runs, if any of them is cut.
+    """Labels to pin because of an operation: what its line of code touches, wherever it runs, and what is cut of that.
 
-    Otherwise the cause lies elsewhere: all labels that it and its neighbours touch.
+    If nothing of it is cut, the cause lies nearby: whatever the operation and its neighbours touch.
     """
     cut = [label for label in _touched(operations, [operations[index]]) if sizer.is_cut(label)]
     return cut or _touched(operations, operations[max(index - 3, 0):index + 4])

@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .build import Proposal
 from .copies import meta_copy, quiet
 from .labels import Label
-from .recorder import TRANSPARENT, Operation, operation_name, same_name
+from .recorder import TRANSPARENT, operation_name, same_name
+from .records import Operation
 
 __all__ = ['Cut', 'Mismatch', 'Verifier']
 
@@ -55,8 +56,8 @@ class Verifier:
     args: Tuple
     kwargs: Dict[str, Any]
 
-    def cut_copy(self, proposal: Proposal) -> nn.Module:
-        """Cut a copy, and compare its forward with the recorded one.
+    def verify(self, proposal: Proposal) -> nn.Module:
+        """Cut a copy and compare its forward with the recorded one. Returns the copy.
 
         About half of everything but residual blocks is cut, by amounts that differ from structure to structure.
 

@@ -112,20 +112,21 @@ def _slide(rec, label: Label, same: bool) -> Label:
 
 
 def _groups(rec, x: torch.Tensor, weight: torch.Tensor, groups: int) -> Label:
-    """What goes together in a convolution in groups. Returns the label of the channels that it makes.
+    """What is cut together in a convolution in groups. Returns the label of the channels that it makes.
 
     In G groups, each of which reads i channels and makes o, the input has G·i channels, the weight has shape
-    (G·o, i, …), and the output has G·o channels:
+    (G·o, i, …), and the output has G·o channels. Three cases:
 
-    - *Depthwise* (i = 1): a channel of the input goes with its group and with the o channels that are made of it.
-      In ``Conv2d(8, 16, groups=8)``, channel 3 goes with rows 6 and 7 of the weight.
-    - *Many narrow groups*: whole groups go. In ``Conv2d(128, 128, groups=32)`` of ResNeXt, group 3 is channels 12 to 15
-      of the input and rows 12 to 15 of the weight, which are channels 12 to 15 of the output.
-    - *Few wide groups*: the same channels of every group go. In ``Conv2d(128, 64, groups=2)``, channel 5 of each group
-      is channels 5 and 64 + 5 of the input and column 5 of the weight. Likewise, channel 7 of each group is rows 7 and
-      32 + 7 of the weight, which are channels 7 and 32 + 7 of the output.
+    - *Depthwise* (i = 1): a channel of the input, which is a group, and the o channels that are made of it. In
+      ``Conv2d(8, 16, groups=8)``: channel 3 of the input; rows 6 and 7 of the weight, which are channels 6 and 7 of
+      the output.
+    - *Many narrow groups*: whole groups. In ``Conv2d(128, 128, groups=32)`` of a ResNeXt, for group 3: channels 12 to
+      15 of the input; rows 12 to 15 of the weight, which are channels 12 to 15 of the output.
+    - *Few wide groups*: the same channels of every group. In ``Conv2d(128, 64, groups=2)``, for channel 5 of what each
+      group reads: channels 5 and 64 + 5 of the input, and column 5 of the weight. For channel 7 of what each group
+      makes: rows 7 and 32 + 7 of the weight, which are channels 7 and 32 + 7 of the output.
 
-    So both the input and the output are grids of shape (G, i) and (G, o), cut along the same axis.
+    So the input and the output are grids, of shapes (G, i) and (G, o), and both are cut along the same axis.
     """
     read, (made, column) = rec.labels_of(x)[1], rec.labels_of(weight)[:2]
     n_read, n_made = weight.shape[1], weight.shape[0] // groups
