@@ -1,6 +1,9 @@
-"""The methods that learn what to cut, by name. A new one is a file here and a line in this list.
+"""Methods that learn what to cut while a model is trained.
 
-``OneShot`` and ``Scratch`` have the same calls and learn nothing: they are there to compare with.
+In: a model in its user's training loop, and a budget. Out: masks that are learned, and the model that they leave.
+
+A new method is a file here and a line in ``METHODS``. ``OneShot`` and ``Scratch`` have the same calls and learn nothing:
+they are there to compare with.
 """
 from typing import Dict, Type
 
