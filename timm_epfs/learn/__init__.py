@@ -2,8 +2,8 @@
 
 In: a model in its user's training loop, and a budget. Out: masks that are learned, and the model that they leave.
 
-A new method is a file here and a line in ``METHODS``. ``OneShot`` and ``Scratch`` have the same calls and learn nothing:
-they are there to compare with.
+A new method is a file here and a line in ``METHODS``. ``OneShot`` and ``Scratch`` have the same calls and learn
+nothing: they are there to compare with.
 """
 from typing import Dict, Type
 
