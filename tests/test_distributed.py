@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from helpers import forkserver
 from safetensors.numpy import load_file, save_file
 
 import timm_epfs
@@ -63,7 +64,8 @@ def seen(tmp_path_factory):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    mp.spawn(worker, args=(str(folder), port), nprocs=2)
+    forkserver()
+    mp.start_processes(worker, args=(str(folder), port), nprocs=2, start_method='forkserver')
     for first in FIRST:
         run(str(folder), first=first)
     return folder

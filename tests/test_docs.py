@@ -13,7 +13,9 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 
 import timm_epfs
 from timm_epfs.cli import shell as cli
@@ -167,7 +169,7 @@ def measured():
     ranges = []
     for by in ('macs', 'torch-pruning'):
         ranges.append([row['dense']['least_ms'] / row[by]['least_ms'] for row in clock['rows'].values() if by in row])
-    timed = len(ranges[0])
+    timed = len({row.partition('@')[0] for row in clock['rows']})
     ranges.append([row['ours_whole'] for row in speed['models'].values()])
     ranges.append([100 * (row['time'] - 1) for row in added['models'].values()])
     ends = [end for values in ranges for end in (min(values), max(values))]
@@ -178,8 +180,9 @@ def test_headlines_give_the_numbers_of_the_committed_results():
     told = re.search(r'<!-- headlines -->\n(.*)\n<!-- /headlines -->', PAGES[0].read_text(encoding='utf-8'), re.S)[1]
     shown = re.findall(r'(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e-\d+)?(?!\w)', re.sub('`.*?`', '', told))
     facts = measured()
-    assert [number for number in shown if not any(gives(number, fact) for fact in facts)] == []
-    assert [fact for fact in facts if not any(gives(number, fact) for number in shown)] == []
+    wrong = np.array([[not gives(number, fact) for fact in facts] for number in shown])
+    numbers, places = linear_sum_assignment(wrong)  # each number gives a fact of its own
+    assert [(shown[i], facts[j]) for i, j in zip(numbers, places) if wrong[i, j]] == [] and len(shown) == len(facts)
 
 
 def gives(number, fact):

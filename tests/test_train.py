@@ -1,6 +1,5 @@
 """The trainer: one command from a dense model to a pruned one, that survives being killed."""
 import csv
-import multiprocessing
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ import safetensors.torch
 import sklearn.datasets
 import timm
 import torch
+from helpers import forkserver
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.task import ClassificationTask
@@ -179,9 +179,7 @@ def _die(arguments, updates, checkpoint):
 
 def run_apart(arguments, updates=None, checkpoint=None):
     """Exit code of a run in a process of its own."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['timm_epfs.cli', 'timm_epfs.training.run', 'sklearn.model_selection'])
-    process = context.Process(target=_die, args=(arguments, updates, checkpoint))
+    process = forkserver().Process(target=_die, args=(arguments, updates, checkpoint))
     process.start()
     process.join()
     return process.exitcode
