@@ -53,7 +53,7 @@ def make_setup(
         PruningError: An argument is invalid, or the model can't be traced.
     """
     if steps is not None and not (isinstance(steps, int) and steps >= 1):
-        raise PruningError(f'steps={steps!r} was given; give the number of optimizer steps, 1 or more')
+        raise PruningError(f'steps={steps!r} was given; give the number of optimizer steps, a positive integer')
     budget = Budget.given(macs, params, latency, latency_batch_size)
     choice = Choice(scope=scope, widths=widths, floor=floor, round_to=round_to)
     options = dict(
