@@ -1,9 +1,9 @@
-"""Methods that learn what to cut while a model is trained.
+"""The methods that learn which units to cut, in one file each.
 
-In: a model in its user's training loop, and a budget. Out: masks that are learned, and the model that they leave.
+In: a model in its user's training loop, and a budget. Out: masks that are learned, and the cut that they choose.
 
-A new method is a file here and a line in ``METHODS``. ``OneShot`` and ``Scratch`` have the same calls and learn
-nothing: they are there to compare with.
+To add a method, add its file here and its class to ``METHODS``. ``OneShot`` and ``Scratch`` have the same calls but
+learn no masks: they are the baselines to compare with.
 """
 from typing import Dict, Type
 
