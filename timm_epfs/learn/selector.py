@@ -59,10 +59,14 @@ class Selector:
 
     def _share_timings(self) -> None:
         """Take over what the first process measured."""
-        cost, device = self.allocator.cost, self._device.device
+        cost, widths, device = self.allocator.cost, self.allocator.widths or {}, self._device.device
+        shared_widths = from_first(np.array([*widths.values()]), device).tolist()
         self.allocator = replace(
-            self.allocator, cost=cost.with_seconds(from_first(cost.seconds, device)),
-            align=int(from_first(np.array(self.allocator.align), device)))
+            self.allocator,
+            cost=cost.with_seconds(from_first(cost.seconds, device)),
+            widths=dict(zip(widths, shared_widths)) or None,
+            align=int(from_first(np.array(self.allocator.align), device)),
+        )
 
     def _set_latency_share(self, share: float) -> None:
         """Set the budget to the share of the table's latency that the first process found."""
