@@ -102,7 +102,8 @@ def add_choice_arguments(group: argparse._ArgumentGroup) -> None:
         help='round the widths of layers that are cut to multiples of this; auto measures which multiple is fastest '
              'on the device (default: 16 in wide layers and less in narrow ones; auto with --latency)')
     group.add_argument(
-        '--floor', type=float, metavar='SHARE', help='smallest share of its units that a layer may keep (default: 0.05)')
+        '--floor', type=float, metavar='SHARE',
+        help='smallest share of its units that a layer may keep (default: 0.05)')
     group.add_argument(
         '--exclude', nargs='+', metavar='PATTERN', help='do not cut the outputs of these layers (default: none)')
     group.add_argument(

@@ -21,7 +21,7 @@ from ..report import Rows, compare, top1
 from ..surgery import rebuild
 from ..zoo import save_pretrained
 from .checkpoints import Checkpoints
-from .cutting import Cutter
+from .cutter import Cutter
 from .data import Batches, count_classes, describe, open_batches
 from .dense_model import DenseModel
 from .options import PHASES, check_options, check_unchanged, phase_epochs, run_options
