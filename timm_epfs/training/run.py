@@ -21,11 +21,11 @@ from ..report import Rows, compare, top1
 from ..surgery import rebuild
 from ..zoo import save_pretrained
 from .checkpoints import Checkpoints
-from .cutter import Cutter
 from .data import Batches, count_classes, describe, open_batches
-from .dense_model import DenseModel
+from .dense_weights import DenseWeights
 from .options import PHASES, check_options, check_unchanged, phase_epochs, run_options
 from .phase import Phase, evaluate
+from .run_cut import RunCut
 from .run_pictures import mask_histogram
 from .summary import claim_folder, write_report, write_summary
 
@@ -107,14 +107,14 @@ class Run:
 
         self.saved = self._load_checkpoint() if args.resume else None
         random_seed(args.seed)
-        self.dense = DenseModel(args, self.model_args, self.folder)
-        self.model = self.dense.build(resumed=self.saved is not None)
+        self.dense_weights = DenseWeights(args, self.model_args, self.folder)
+        self.model = self.dense_weights.start_model(resumed=self.saved is not None)
         self.config = describe(self.model, args)
         self.num_classes = count_classes(self.model, self.config['input_size'])
         self._to_device(self.model)
-        self._cutter = Cutter(args, self.model, lambda: self.batches.train)
+        self._cut = RunCut(args, self.model, lambda: self.batches.train)
         if not self.saved:
-            self._cutter.check()
+            self._cut.check()
         self.batches = self._open_batches()
 
     def _open_batches(self) -> Batches:
@@ -155,13 +155,13 @@ class Run:
             self.model.load_state_dict(averaged.state_dict())
         if name == 'dense':
             if self.first:
-                self.dense.save(self.model)
+                self.dense_weights.save(self.model)
             self._wait()
 
     def _phase(self, name: str, saved: Optional[Mapping[str, Any]]) -> Phase:
         """A phase at its start, or where the checkpoint was saved."""
         updates = ceil(len(self.batches.train) / self.args.grad_accum_steps)
-        learner = self._cutter.learner(self.epochs[name] * updates, updates) if name == 'sparse' else None
+        learner = self._cut.learner(self.epochs[name] * updates, updates) if name == 'sparse' else None
         phase = Phase(self.args, name, self._task(name), self.epochs[name], updates, learner, self.num_classes)
         if saved:
             with one_line(f'--resume: the checkpoint in {self.checkpoints.folder} is of another version or model'):
@@ -244,7 +244,7 @@ class Run:
         return model
 
     def _one_shot(self) -> nn.Module:
-        return self._cutter.one_shot()
+        return self._cut.one_shot()
 
     def _task(self, phase: str) -> TrainingTask:
         """timm's task of a phase: classification, with distillation if it is asked for and the phase fine-tunes."""
@@ -253,8 +253,9 @@ class Run:
         loss = {'smoothing': 0.0 if mixed else self.args.smoothing, 'soft_targets': mixed}
         if phase != 'finetune' or not self.args.distill:
             return ClassificationTask(self.model, criterion_kwargs=loss, device=device, verbose=False)
+        teacher = DistillationTeacher(self.dense_weights.saved_model(), device=device)
         return LogitDistillationTask(
-            self.model, DistillationTeacher(self.dense.load(), device=device), criterion_kwargs=loss, device=device,
+            self.model, teacher, criterion_kwargs=loss, device=device,
             distill_loss_weight=self.args.distill_loss_weight, task_loss_weight=self.args.task_loss_weight,
             temperature=self.args.kd_temperature, verbose=False,
         )
@@ -286,7 +287,7 @@ class Run:
         folder = save_pretrained(self.model, self.folder / 'pruned', overwrite=True)
         with one_line(f'{folder} can\'t be loaded again'):
             slim = timm.create_model(f'local-dir:{folder}', pretrained=True).to(args.device).eval()
-        dense = self.dense.load()
+        dense = self.dense_weights.saved_model()
         models, images = [dense, slim], self.batches.test
         accuracy = top1(models, progress(images, 'measuring top-1', len(images)))
         image = torch.randn(1, *self.config['input_size'], generator=torch.Generator().manual_seed(args.seed))

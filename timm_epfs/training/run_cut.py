@@ -14,13 +14,13 @@ from ..learn import METHODS, Learner
 from ..pruner import Pruner
 from .options import budget, cut_options
 
-__all__ = ['Cutter']
+__all__ = ['RunCut']
 
 _SCORING_BATCHES = 32  # for a criterion that needs data
 
 
-class Cutter:
-    """Cuts the dense model of a run as ``--method`` says.
+class RunCut:
+    """The cut of a run, as ``--method`` says.
 
     Args:
         args: The options of ``timm-epfs train``.

@@ -11,10 +11,10 @@ from ..zoo import create_model, load_weights, note_origin
 from .checkpoints import write_tensors
 from .data import describe
 
-__all__ = ['DenseModel']
+__all__ = ['DenseWeights']
 
 
-class DenseModel:
+class DenseWeights:
     """Builds the dense model of a run, and saves and loads its weights.
 
     Args:
@@ -27,7 +27,7 @@ class DenseModel:
         self.args, self.model_args = args, model_args
         self.path = folder / 'dense.safetensors'
 
-    def build(self, resumed: bool) -> nn.Module:
+    def start_model(self, resumed: bool) -> nn.Module:
         """The model that the run starts from.
 
         Args:
@@ -49,7 +49,7 @@ class DenseModel:
         """Save the weights: for the comparison at the end, for distillation, and for other runs."""
         write_tensors(self.path, model.state_dict())
 
-    def load(self) -> nn.Module:
+    def saved_model(self) -> nn.Module:
         """The dense model with the saved weights, on the device of the run.
 
         Raises:
