@@ -94,7 +94,7 @@ def test_engines(saved, engine, capsys):
     (['test_resnet', '--plot', 'picture.pdf'], 'only .png is drawn'),
     (['test_resnet', '--json', 'nowhere/b.json'], 'there is no folder nowhere'),
     (['test_vit', 'test_efficientnet', '--img-size', '30'], "test_vit can't be"),
-    (['test_resnet', '--torchcompile', 'nothing'], "torch.compile by nothing can't be used"),
+    (['test_resnet', '--torchcompile', 'nothing'], "torch.compile with backend 'nothing' can't be used"),
 ])
 def test_what_cannot_be_timed_is_refused_in_a_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

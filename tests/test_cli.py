@@ -197,7 +197,7 @@ def test_images_for_calibration_are_not_all_of_one_class(images):
 
 @pytest.mark.parametrize('splits, classes, message', [
     (('train', 'elsewhere'), None, "no folder or .tar of split 'elsewhere'"),
-    (('train', 'validation'), 1, '2 classes, the model tells 1 apart'),
+    (('train', 'validation'), 1, '2 classes, the model has 1'),
 ])
 def test_images_that_would_be_the_wrong_ones_are_refused(images, splits, classes, message):
     with pytest.raises(PruningError, match=message) as e:

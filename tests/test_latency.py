@@ -236,8 +236,9 @@ def test_a_latency_model_does_not_change():
 
 
 def test_examples_in_docstrings():
-    found = doctest.testmod(interpolation)
-    assert found.attempted and not found.failed
+    for module in (device_latency, interpolation):
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed
 
 
 def test_the_gradient_is_the_finite_difference():

@@ -1,4 +1,4 @@
-"""``timm-epfs export``."""
+"""``timm-epfs export``: write a model as ONNX or as a torch.export archive."""
 import argparse
 from pathlib import Path
 
@@ -15,18 +15,24 @@ __all__ = ['add_export_arguments']
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Add all options of the command."""
-    parser.add_argument('model', metavar='NAME|DIR', help='timm name, or the folder of a saved model')
+    parser.add_argument('model', metavar='NAME|DIR', help='a timm name, or the folder of a saved model (required)')
     parser.add_argument(
-        '--format', required=True, choices=FORMATS, help='onnx, or pt2: an archive of torch.export; no default')
-    parser.add_argument('-o', '--output', type=Path, metavar='FILE', help='file to write (NAME.FORMAT in this folder)')
-    parser.add_argument('--overwrite', action='store_true', help='replace a file that is there (off)')
-    parser.add_argument('-b', '--batch-size', type=positive, default=1, metavar='N', help='images in a batch (1)')
-    parser.add_argument('--dynamic-batch', action='store_true', help='take batches of any size (off)')
-    parser.add_argument('--img-size', type=positive, metavar='N', help="image size in pixels (the model's own)")
+        '--format', required=True, choices=FORMATS, help='onnx, or pt2: a torch.export archive (required)')
     parser.add_argument(
-        '--pretrained', action='store_true', help="a name's published weights; a folder has its own (off)")
+        '-o', '--output', type=Path, metavar='FILE',
+        help='file to write (default: <model>.<format> in the current folder)')
+    parser.add_argument('--overwrite', action='store_true', help='replace the file if it exists (default: off)')
     parser.add_argument(
-        '--reparam', action='store_true', help='merge the branches that are only there for training (off)')
+        '-b', '--batch-size', type=positive, default=1, metavar='N', help='images per batch (default: %(default)s)')
+    parser.add_argument(
+        '--dynamic-batch', action='store_true', help='let the file take batches of any size (default: off)')
+    parser.add_argument(
+        '--img-size', type=positive, metavar='N', help="image size in pixels (default: the model's own)")
+    parser.add_argument(
+        '--pretrained', action='store_true',
+        help='load the published weights of a timm name; a saved model always has its own weights (default: off)')
+    parser.add_argument(
+        '--reparam', action='store_true', help='merge the branches that only training needs (default: off)')
     parser.set_defaults(run=_export)
 
 
@@ -34,7 +40,7 @@ def _export(args: argparse.Namespace) -> None:
     path = args.output or Path(f'{Path(args.model).resolve().name}.{args.format}')
     check_place(path, 'export')
     if path.exists() and not args.overwrite:
-        raise PruningError(f'export: {path} exists; name another file or give --overwrite')
+        raise PruningError(f'export: {path} exists; name another file, or replace it with --overwrite')
     with step(f'building {args.model}'):
         model = load_model(args.model, args.pretrained, args.img_size)
         model = reparameterize_model(model, inplace=True) if args.reparam else model

@@ -1,4 +1,7 @@
-"""The shell's way in. Options are named as in timm's scripts; each command but the smallest has a file of its own."""
+"""The command line: its parser and its exit codes. Options are named as in timm's scripts.
+
+The two smallest commands, ``inspect`` and ``autoload``, are here. Each of the others has a file of its own.
+"""
 import argparse
 import json
 import os
@@ -27,10 +30,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line.
 
     Args:
-        argv: Arguments after the program's name, the process's own by default.
+        argv: Arguments after the program's name. None: those of this process.
 
     Returns:
-        Exit code: 0, 2 where what was asked can't be done, 130 where it was interrupted.
+        Exit code: 0 for success, 2 for an error, 130 after an interruption, 1 if the reader of stdout closed it.
     """
     args = parse_args(argv)
     try:
@@ -43,53 +46,51 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except KeyboardInterrupt:
         print('timm-epfs: interrupted', file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever reads stdout has enough of it (| head)
+    except BrokenPipeError:  # the reader of stdout closed it, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Options of a command line; arguments as in ``main``."""
+    """Parse a command line. Its argument is that of ``main``."""
     return _parser().parse_args(argv)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print its usage first."""
+        """Print one line; argparse would print the usage before it."""
         self.exit(2, f'timm-epfs: error: {message} (see {self.prog} --help)\n')
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser('timm-epfs', description='Cut models of timm and torchvision to a budget.')
+    parser = _Parser('timm-epfs', description='Prune models of timm and torchvision to a budget.')
     parser.add_argument('--version', action='version', version=f'timm-epfs {__version__}')
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
 
-    show = commands.add_parser('inspect', help='show what can be cut of a model')
-    add_model_arguments(show)
-    show.add_argument('--json', action='store_true', help='print JSON (off)')
-    show.set_defaults(run=_inspect)
+    inspecting = commands.add_parser('inspect', help='show what can be cut from a model')
+    add_model_arguments(inspecting)
+    inspecting.add_argument('--json', action='store_true', help='print JSON (default: off)')
+    inspecting.set_defaults(run=_inspect)
 
-    cut = commands.add_parser('prune', help='cut a model and save it')
-    add_model_arguments(cut)
-    add_prune_arguments(cut)
+    pruning = commands.add_parser('prune', help='prune a model and save it')
+    add_model_arguments(pruning)
+    add_prune_arguments(pruning)
 
-    learn = commands.add_parser('train', help='train a model, learn what to cut, cut it, fine-tune and save it')
-    add_model_arguments(learn)
-    add_train_arguments(learn)
+    training = commands.add_parser('train', help='train a model, learn what to cut, cut it, fine-tune it and save it')
+    add_model_arguments(training, "the model's own; 16 for --dataset digits")
+    add_train_arguments(training)
 
-    time = commands.add_parser('benchmark', help='time pruned models against dense ones')
-    add_benchmark_arguments(time)
+    add_benchmark_arguments(commands.add_parser('benchmark', help='time pruned models against dense ones'))
+    add_export_arguments(commands.add_parser('export', help='write a model as ONNX or as a torch.export archive'))
+    add_push_arguments(commands.add_parser('push', help='push a saved model to the Hub, with a model card'))
 
-    write = commands.add_parser('export', help='write a model as ONNX or as an archive of torch.export')
-    add_export_arguments(write)
-
-    share = commands.add_parser('push', help='push a saved model to the Hub, with a model card')
-    add_push_arguments(share)
-
-    auto = commands.add_parser('autoload', help='have programs that import timm know our names with no line changed')
-    auto.add_argument('state', choices=('on', 'off', 'status'), help='for the Python environment that this runs in')
-    auto.set_defaults(run=_autoload)
+    autoloading = commands.add_parser(
+        'autoload', help='let every program that imports timm build pruned models, without importing timm_epfs')
+    autoloading.add_argument(
+        'state', choices=('on', 'off', 'status'),
+        help='switch this on or off for the running Python environment, or show whether it is on (required)')
+    autoloading.set_defaults(run=_autoload)
     return parser
 
 
@@ -107,9 +108,9 @@ def _autoload(args: argparse.Namespace) -> None:
     elif args.state == 'off':
         switch_off()
     if is_on():
-        print(f'autoload is on ({autoload_path()}): what imports timm knows our names')
+        print(f'autoload is on ({autoload_path()}): every program that imports timm can build pruned models')
     else:
-        print("autoload is off: 'import timm_epfs' tells timm our names")
+        print('autoload is off: a program must import timm_epfs before timm can build pruned models')
 
 
 @contextmanager

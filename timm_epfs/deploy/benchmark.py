@@ -1,16 +1,16 @@
-"""Dense against pruned by the clock, beside what the MACs promise."""
+"""Measured latency and memory of a pruned model and its dense base, beside the speed-up that their MACs suggest."""
 import tempfile
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..core import one_line
-from ..latency.clock import Forward, in_turns, peak_memory
+from ..latency import Forward, in_turns, peak_memory
 from ..report import count_macs, random_images, size_on_disk
 from ..surgery import build_base
 from ..zoo import model_args
@@ -18,7 +18,7 @@ from .export import onnx_forward, trace_program, write_onnx
 
 __all__ = ['Conditions', 'Timed', 'time_together', 'with_base']
 
-LEAST = 5  # turns, however slow a model is
+LEAST = 5  # smallest number of timed forwards, however slow a model is
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,12 @@ class Conditions:
 
     Attributes:
         device: Device to run on.
-        seconds: How long to measure, for each model and batch size.
-        img_size: Image size in pixels; None: the model's own.
-        amp_dtype: Number format of mixed precision; None: float32 throughout.
-        channels_last: Whether weights and images are in that memory layout.
-        compile_backend: Backend of ``torch.compile``; None: not compiled.
-        onnx: Whether ONNX Runtime runs them, on the CPU.
+        seconds: How long to measure a model and its base together, at each batch size.
+        img_size: Image size in pixels. None: the model's own.
+        amp_dtype: Data type of automatic mixed precision. None: float32 throughout.
+        channels_last: Whether weights and images have the channels-last memory layout.
+        compile_backend: Backend of ``torch.compile``. None: the models are not compiled.
+        onnx: Whether ONNX Runtime runs the models, on the CPU.
     """
     device: str = 'cpu'
     seconds: float = 10.0
@@ -45,22 +45,23 @@ class Conditions:
 
 @dataclass(frozen=True)
 class Timed:
-    """What was measured of one model at one batch size.
+    """Measurements of one model at one batch size.
 
     Attributes:
-        model: Its name or folder.
-        dense: Name of the model that it was cut from, timed in the same turns; None for one that is timed alone.
-        batch_size: Images a forward.
-        forwards: How many were timed.
-        median_ms, p10_ms, p90_ms: Milliseconds of a forward: half, a tenth and nine tenths took less.
-        images_per_second: At the median.
-        peak_bytes: Weights, images and what a forward allocates beside them; None under ONNX Runtime, which has an
-            allocator of its own.
+        model: The model's name or folder.
+        dense: Name of the dense base, which was timed in turns with this model. None for a base, and for a model that
+            was timed alone.
+        batch_size: Images per forward.
+        forwards: Number of forwards that were timed.
+        median_ms, p10_ms, p90_ms: Median, 10th and 90th percentile of a forward's milliseconds.
+        images_per_second: Throughput at the median.
+        peak_bytes: Peak memory: weights, images and what torch allocates during a forward. None with ONNX Runtime,
+            which has its own allocator.
         weight_bytes: Size of the weights.
-        macs: Of one image.
-        speedup: The dense model's median over this one's.
-        promised: The dense model's MACs over this one's.
-        kept: ``speedup`` over ``promised``.
+        macs: Multiply-accumulates of one image.
+        speedup: The base's median latency divided by this model's.
+        promised: The base's MACs divided by this model's: the speed-up if latency were proportional to MACs.
+        kept: ``speedup / promised``: the share of that speed-up which was measured.
     """
     model: str
     dense: Optional[str]
@@ -79,21 +80,24 @@ class Timed:
 
 
 def with_base(name: str, model: nn.Module, conditions: Conditions) -> Dict[str, nn.Module]:
-    """A model and, where it was pruned, the dense one before it first, ready to run.
+    """A model, preceded by its dense base if it was pruned, both ready to run.
 
     Args:
-        name: What to call the model.
-        model: The model, in evaluation mode; it is moved to the device.
-        conditions: How it is to be run.
+        name: The model's name in the returned dict.
+        model: The model, in evaluation mode. It is moved to the device.
+        conditions: How the model will be run.
+
+    Returns:
+        The models by name: the base first, then the model.
 
     Raises:
         PruningError: The base can't be built, or the device can't be used.
     """
     models, plan = {name: model}, getattr(model, 'pruning_plan', None)
     if plan is not None:
-        own = model_args(plan.base, conditions.img_size, {})
-        dense = build_base(plan.base, {**plan.base_args, **own}).eval()
-        if getattr(dense, 'num_classes', None) != getattr(model, 'num_classes', None):  # its head was changed
+        size_args = model_args(plan.base, conditions.img_size, {})
+        dense = build_base(plan.base, {**plan.base_args, **size_args}).eval()
+        if getattr(dense, 'num_classes', None) != getattr(model, 'num_classes', None):  # the classifier was replaced
             dense.reset_classifier(model.num_classes)
         models = {plan.base: dense, **models}
     with one_line(f"device {conditions.device!r} can't be used"):
@@ -108,40 +112,55 @@ def time_together(models: Dict[str, nn.Module], batch_size: int, conditions: Con
     """Time models in turns.
 
     Args:
-        models: What ``with_base`` returned.
-        batch_size: Images in a batch.
-        conditions: How they are run.
+        models: The models that ``with_base`` returned.
+        batch_size: Images per batch.
+        conditions: How the models are run.
 
     Returns:
-        A row for each, the others compared with the first.
+        One row per model. The first model is the one that all others are compared with.
 
     Raises:
-        PruningError: A model can't be run so.
+        PruningError: A model can't be run under these conditions.
     """
     images = random_images(next(iter(models.values())), conditions.img_size, batch_size).to(conditions.device)
     if conditions.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
-    torch.compiler.reset()  # after some models of one class, it would run the next ones eagerly
+    torch.compiler.reset()  # otherwise, after a few models of one class, it runs the next ones without compiling them
     forwards = [_forward(each, images, conditions) for each in models.values()]
     autocast = torch.autocast(
         images.device.type, conditions.amp_dtype or torch.bfloat16, enabled=conditions.amp_dtype is not None)
     with torch.inference_mode(), autocast:
-        for each, forward in zip(models, forwards):  # what is compiled or chosen once isn't timed
-            with one_line(f'{each} can\'t be run on images of {tuple(images.shape)}'):
+        for name, forward in zip(models, forwards):  # run once before timing: this compiles and selects kernels
+            with one_line(f'{name} can\'t be run on images of {tuple(images.shape)}'):
                 forward()
         measured = in_turns(forwards, images.device, conditions.seconds, LEAST)
         peaks = [None if conditions.onnx else peak_memory(forward, images.device) for forward in forwards]
 
-    rows: List[Timed] = []
-    for (each, module), taken, peak in zip(models.items(), measured, peaks):
-        p10, median, p90 = (1000 * np.quantile(taken.times, (0.1, 0.5, 0.9))).tolist()
-        weights = size_on_disk(module)
-        row = Timed(
-            each, None, batch_size, len(taken.times), median, p10, p90, 1000 * batch_size / median,
-            None if peak is None else peak + weights + images.nbytes, weights, count_macs(module, (images[:1],), {}),
-        )
-        rows.append(_compared(rows[0], row) if rows else row)
-    return rows
+    rows = [
+        _row(name, models[name], images, measurement.times, peak)
+        for name, measurement, peak in zip(models, measured, peaks)
+    ]
+    return [rows[0], *(_compared(rows[0], row) for row in rows[1:])]
+
+
+def _row(name: str, model: nn.Module, images: Tensor, seconds: Sequence[float], allocated: Optional[int]) -> Timed:
+    """Measurements of one model, not yet compared with another one.
+
+    Args:
+        name: The model's name.
+        model: The model.
+        images: The batch that it was run on.
+        seconds: Seconds of each forward.
+        allocated: Peak bytes that a forward allocated, if they were measured.
+    """
+    p10, median, p90 = (1000 * np.quantile(seconds, (0.1, 0.5, 0.9))).tolist()
+    weight_bytes = size_on_disk(model)
+    return Timed(
+        model=name, dense=None, batch_size=len(images), forwards=len(seconds), median_ms=median, p10_ms=p10,
+        p90_ms=p90, images_per_second=1000 * len(images) / median,
+        peak_bytes=None if allocated is None else allocated + weight_bytes + images.nbytes, weight_bytes=weight_bytes,
+        macs=count_macs(model, (images[:1],), {}),
+    )
 
 
 def _forward(model: nn.Module, images: Tensor, conditions: Conditions) -> Forward:
@@ -151,7 +170,7 @@ def _forward(model: nn.Module, images: Tensor, conditions: Conditions) -> Forwar
             write_onnx(trace_program(model, images), path)
             return partial(onnx_forward(path), images)
     if conditions.compile_backend:
-        with one_line(f'torch.compile by {conditions.compile_backend} can\'t be used'):
+        with one_line(f'torch.compile with backend {conditions.compile_backend!r} can\'t be used'):
             model = torch.compile(model, backend=conditions.compile_backend, dynamic=False)
     return partial(model, images)
 

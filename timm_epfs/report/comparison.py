@@ -1,4 +1,4 @@
-"""What a user wants to know of a dense and a pruned model side by side: size, speed and accuracy."""
+"""The size, the speed and the accuracy of a dense and a pruned model, side by side."""
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Sequence, Tuple
 
 import torch
@@ -9,7 +9,7 @@ from ..core import PruningError, eval_mode, format_count
 
 __all__ = ['Rows', 'compare', 'count_macs', 'size_on_disk', 'table', 'top1']
 
-# By quantity: dense and pruned value, and how each is shown.
+# By quantity: the dense and the pruned value, and the function that formats them.
 Rows = Dict[str, Tuple[Tuple[float, float], Callable[[float], str]]]
 
 
@@ -17,19 +17,19 @@ def compare(
         dense: nn.Module,
         slim: nn.Module,
         accuracy: Mapping[str, Tuple[float, float]],
-        speed: Sequence[float],
+        latency_ms: Sequence[float],
 ) -> Rows:
-    """Dense against pruned, by quantity.
+    """Compare a pruned model with the model that it was cut from.
 
     Args:
-        dense: The model before the cut; one that was pruned earlier counts as what that left.
-        slim: The cut one, with its plan.
-        accuracy: Top-1 of both in percent, by what it's called.
-        speed: Milliseconds of both.
+        dense: The model before the cut. It may have been pruned earlier; then its cost is that after the earlier cut.
+        slim: The pruned model, with its plan.
+        accuracy: Top-1 of both models in percent, by its label in the table.
+        latency_ms: Milliseconds of a forward of both models.
     """
-    earlier = getattr(dense, 'pruning_plan', None)
+    earlier_plan = getattr(dense, 'pruning_plan', None)
     cost = {
-        quantity: (earlier.cost[quantity][1] if earlier else before, after)
+        quantity: (earlier_plan.cost[quantity][1] if earlier_plan else before, after)
         for quantity, (before, after) in slim.pruning_plan.cost.items()
     }
     return {
@@ -37,32 +37,32 @@ def compare(
         'MACs': (cost['macs'], format_count),
         'parameters': (cost['params'], format_count),
         'size on disk, bytes': ((size_on_disk(dense), size_on_disk(slim)), format_count),
-        'latency, ms': (tuple(speed), '{:.2f}'.format),
+        'latency, ms': (tuple(latency_ms), '{:.2f}'.format),
     }
 
 
 @torch.no_grad()
 def count_macs(model: nn.Module, args: Tuple, kwargs: Mapping[str, Any]) -> float:
-    """Multiply-accumulates of one forward: half of what torch's own counter finds, which sees attention's too.
+    """Multiply-accumulates of one forward, including those of attention: half of what torch's FLOP counter counts.
 
     Args:
-        model: On the inputs' device; meta will do.
+        model: A model on the device of the inputs, which may be meta.
         args: Positional arguments of the forward.
         kwargs: Keyword arguments of it.
     """
-    learning = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)  # else the counter fails where a module is called with a view of a parameter
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)  # otherwise the counter fails if a module is called with a view of a parameter
     try:
         with FlopCounterMode(display=False) as counter:
             model(*args, **kwargs)
     finally:
-        for p in learning:
+        for p in trainable:
             p.requires_grad_(True)
     return counter.get_total_flops() / 2
 
 
 def table(rows: Rows) -> List[Tuple[str, str, str, str]]:
-    """What is compared, for people to read, with its head."""
+    """The rows formatted for people, the table's head first."""
     return [('', 'dense', 'pruned', 'ratio')] + [
         (label, show(dense), show(pruned), f'{pruned / dense:.3f}' if dense else '-')
         for label, ((dense, pruned), show) in rows.items()
@@ -70,7 +70,7 @@ def table(rows: Rows) -> List[Tuple[str, str, str, str]]:
 
 
 def size_on_disk(model: nn.Module) -> int:
-    """Bytes of the model's tensors in a safetensors file, where tied ones are written under each name."""
+    """Bytes of the model's tensors in a safetensors file, in which tied tensors are written once per name."""
     return sum(tensor.nbytes for tensor in model.state_dict().values())
 
 
@@ -79,15 +79,15 @@ def top1(models: Sequence[nn.Module], batches: Iterable[Tuple[Tensor, Tensor]]) 
     """Top-1 accuracy of each model in percent, in one pass over the data.
 
     Raises:
-        PruningError: There is no image.
+        PruningError: The data holds no image.
     """
-    right, images_seen = [0] * len(models), 0
+    correct, images_seen = [0] * len(models), 0
     for images, targets in batches:
         images_seen += len(targets)
         for i, model in enumerate(models):
             device = next(model.parameters()).device
             with eval_mode(model):
-                right[i] += (model(images.to(device)).argmax(1) == targets.to(device)).sum().item()
+                correct[i] += (model(images.to(device)).argmax(1) == targets.to(device)).sum().item()
     if not images_seen:
-        raise PruningError('asked for top-1, found no image in the data: give at least one')
-    return [100 * count / images_seen for count in right]
+        raise PruningError('top-1: the data holds no image; give at least one')
+    return [100 * count / images_seen for count in correct]

@@ -1,4 +1,4 @@
-"""Images to measure on: timm's datasets, and random ones."""
+"""Images to measure on: timm's datasets, and random images."""
 from pathlib import Path
 from typing import Any, Mapping, Optional, Sequence, Tuple, Union
 
@@ -19,17 +19,17 @@ def image_splits(
         name: str = '',
         num_classes: Optional[int] = None,
 ) -> Tuple[Dataset, ...]:
-    """timm's datasets of labelled images, one a split.
+    """timm's datasets of labelled images, one for each split.
 
     Args:
-        root: Folder with a subfolder or a ``.tar`` for each split, as timm finds them, or a folder or ``.tar`` of
-            images without splits, which is then every split.
+        root: A folder that holds a subfolder or a ``.tar`` for each split, as timm finds them; or a folder or ``.tar``
+            of images without splits, which is then used for every split.
         splits: Names of the splits, such as ``('train', 'validation')``.
-        name: Kind of dataset, as in ``timm.data.create_dataset``; a folder or tar by default.
-        num_classes: How many classes the model tells apart; more in the data is an error.
+        name: Type of dataset, as in ``timm.data.create_dataset``. Empty: a folder or ``.tar``.
+        num_classes: Number of the model's classes. A dataset with more classes is an error.
 
     Raises:
-        PruningError: No images are found.
+        PruningError: There are no images, a split is missing, or a dataset has too many classes.
     """
     root = Path(root)
     if not name and not root.exists():
@@ -40,30 +40,31 @@ def image_splits(
         with one_line(f'data: no images of split {split!r} in {root}'):
             datasets.append(create_dataset(name, root=str(tar if tar.is_file() else root), split=split))
 
-    places = [Path(getattr(getattr(dataset, 'reader', None), 'root', root)) for dataset in datasets]
-    if not name and root in places and set(places) != {root}:
-        absent = splits[places.index(root)]
-        raise PruningError(f'data: no folder or .tar of split {absent!r} in {root}; name the split that is there')
+    # timm reads the root itself for a split that it doesn't find, which would mix all splits.
+    read_from = [Path(getattr(getattr(dataset, 'reader', None), 'root', root)) for dataset in datasets]
+    if not name and root in read_from and set(read_from) != {root}:
+        missing = splits[read_from.index(root)]
+        raise PruningError(f'data: no folder or .tar of split {missing!r} in {root}; name a split that is there')
     for dataset, split in zip(datasets, splits):
         check_classes(dataset, num_classes, f'split {split!r} of {root}')
     return tuple(datasets)
 
 
 def check_classes(dataset: Dataset, num_classes: Optional[int], what: str) -> None:
-    """Raise ``PruningError`` where a dataset says that it has more classes than a model tells apart.
+    """Raise ``PruningError`` if a dataset names more classes than a model has.
 
     Args:
-        dataset: One of timm's, or any with ``classes``.
-        num_classes: How many classes the model tells apart; None or 0 where it has no classifier.
-        what: What a message calls the dataset.
+        dataset: A dataset of timm's, or any other with ``classes``.
+        num_classes: Number of the model's classes. None or 0: the model has no classifier, and nothing is checked.
+        what: What the message calls the dataset.
     """
     reader = getattr(dataset, 'reader', None)
-    names = ('class_to_idx', 'class_name_to_idx')
-    classes = next(filter(None, (getattr(reader, name, None) for name in names)), getattr(dataset, 'classes', ()))
+    attributes = ('class_to_idx', 'class_name_to_idx')
+    of_reader = next(filter(None, (getattr(reader, name, None) for name in attributes)), None)
+    classes = of_reader or getattr(dataset, 'classes', ())
     if num_classes and len(classes) > num_classes:
         raise PruningError(
-            f'data: {what} has {len(classes)} classes, the model tells {num_classes} apart; give --num-classes '
-            f'{len(classes)}')
+            f'data: {what} has {len(classes)} classes, the model has {num_classes}; give --num-classes {len(classes)}')
 
 
 def image_loader(
@@ -77,12 +78,13 @@ def image_loader(
     """Batches as a model expects them for evaluation.
 
     Args:
-        dataset: One of ``image_splits``.
-        config: What ``timm.data.resolve_data_config`` says of the model.
-        batch_size: Images a batch.
-        workers: Processes that decode.
-        images: Take so many at random, all in their order by default. A plain first few would be of one class.
-        seed: For that choice.
+        dataset: A dataset that ``image_splits`` returned.
+        config: The model's data config, from ``timm.data.resolve_data_config``.
+        batch_size: Images per batch.
+        workers: Processes that load images.
+        images: Number of images to draw at random; the first images of a folder would all be of one class. None: all
+            images, in order.
+        seed: Seed of the draw.
     """
     dataset.transform = create_transform(**config)
     if images is not None and not isinstance(dataset, IterableDataset):
@@ -92,7 +94,14 @@ def image_loader(
 
 
 def random_images(model: nn.Module, img_size: Optional[int] = None, batch_size: int = 1, seed: int = 0) -> Tensor:
-    """Images of random values, as large as the model's MACs are counted for, or of ``img_size`` pixels."""
+    """A batch of images of random values.
+
+    Args:
+        model: The model that takes them.
+        img_size: Height and width in pixels. None: the size at which the model's MACs are counted.
+        batch_size: Images in the batch.
+        seed: Seed of the values.
+    """
     (example,), _ = example_for(model)
     _, channels, *size = example.shape
     size = size if img_size is None else [img_size, img_size]
