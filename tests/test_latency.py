@@ -26,8 +26,7 @@ from timm_epfs.latency import DeviceLatency, LatencyModel, Table, device_latency
 from timm_epfs.latency.call_grids import points
 from timm_epfs.plan import make_plan
 from timm_epfs.pruner import example_for, trace_model
-from timm_epfs.trace import meta_copy
-from timm_epfs.trace.calls import Calls, tensors_in
+from timm_epfs.trace import Calls, meta_copy, tensors_in
 from timm_epfs.training import run as run_room
 
 ROWS = {row.name: row for row in MODELS}

@@ -1,4 +1,4 @@
-"""How learners keep to a budget: λ, the pace, the floor, and what each mask weighs."""
+"""How learners keep to a budget: λ, the schedule, the floor, and what each mask weighs."""
 import numpy as np
 import pytest
 import timm
@@ -21,7 +21,7 @@ def test_lambda_is_steered_to_the_budget():
 
 
 @pytest.mark.parametrize('method, options', [('epfs', {'l2': None}), ('sss', {'kinds': ('neurons',)})])
-def test_what_is_alive_keeps_pace_with_the_schedule(method, options):
+def test_what_is_alive_follows_the_schedule(method, options):
     def off(follow_schedule):
         """The most that is alive over or under what is wanted, at any step, in units of the costliest structure."""
         model = build()

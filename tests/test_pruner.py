@@ -265,7 +265,7 @@ def test_a_run_times_its_layers_once_and_searches_no_more_than_it_needs(monkeypa
 def test_signatures_say_the_same():
     """What prune() takes is what a Pruner and its call take, with the same defaults."""
     parameters = inspect.signature(timm_epfs.prune).parameters
-    parts = {**inspect.signature(timm_epfs.Pruner).parameters, **inspect.signature(pruner_file._request).parameters}
+    parts = {**inspect.signature(timm_epfs.Pruner).parameters, **inspect.signature(pruner_file.make_request).parameters}
     own = {name: p.default for name, p in parameters.items() if name not in ('model', 'model_args')}
     assert own == {
         name: p.default for name, p in parts.items() if name not in ('model', 'model_args', 'unknown')}

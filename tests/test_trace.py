@@ -1,6 +1,10 @@
-"""The tracing room, piece by piece: labels against brute force, each group of rules on a module made for it."""
+"""The trace, piece by piece: labels and groups against brute force, each group of rules on a module made for it."""
 import copy
+import doctest
+import importlib
 import math
+import pkgutil
+from collections import Counter, defaultdict
 from typing import Dict
 
 import numpy as np
@@ -15,11 +19,13 @@ from timm.layers import RmsNorm, StdConv2d
 from torch import nn
 
 import timm_epfs
+import timm_epfs.trace
 from timm_epfs.core import PruningError
 from timm_epfs.plan import make_plan
 from timm_epfs.pruner import trace_model
 from timm_epfs.surgery import apply_plan
 from timm_epfs.trace import rule
+from timm_epfs.trace.grouping import group_units
 from timm_epfs.trace.labels import Labels
 from timm_epfs.trace.rules import RULES
 
@@ -31,9 +37,9 @@ pinned = st.lists(st.tuples(st.integers(0, 5), st.integers(0, LENGTH - 1)), max_
 seeds = st.integers(0, 2 ** 16)
 
 
-def brute_force(atoms: int, ties, pins):
-    """Representative and pinned by atom: every tie merges two sets, one after the other."""
-    sets = [{i} for i in range(atoms)]
+def brute_force(nodes: int, ties, pins):
+    """Smallest node of its unit and pinned, by node: every tie merges two sets, one after the other."""
+    sets = [{i} for i in range(nodes)]
     for a, b in ties:
         if sets[a] is not sets[b]:
             sets[a] |= sets[b]
@@ -117,10 +123,28 @@ def test_a_split_prefers_the_longer_axis_and_attention_its_heads():
     heads, inner = labels.split(entries)
     solution = labels.solve()
     assert solution.pinned[heads].all() and not solution.pinned[inner].any()
-    labels.mark_batched(heads)
+    labels.mark_heads(heads)
     solution = labels.solve()
     assert solution.pinned[inner].all() and not solution.pinned[heads].any()
-    assert {solution.kinds[int(solution.unit[atom])] for atom in heads} == {'heads'}
+    assert {solution.kinds[int(solution.unit[node])] for node in heads} == {'heads'}
+
+
+# -- groups ---------------------------------------------------------------------------------------------------------
+
+dims = st.lists(st.lists(st.integers(-1, 7), max_size=12).map(np.array), max_size=4)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(dims=dims, others=dims)
+def test_groups_are_the_units_with_equal_counts_in_each_dim(dims, others):
+    dims, others = ([dim.astype(np.int64) for dim in some] for some in (dims, others))
+    order = list(dict.fromkeys(unit for dim in dims for unit in dim.tolist() if unit >= 0))
+    counts = [Counter(dim.tolist()) for dim in (*dims, *others)]
+    groups = defaultdict(list)
+    for unit in order:
+        groups[tuple(count[unit] for count in counts)].append(unit)
+    expected = [group for group in groups.values() if len(group) > 1]
+    assert [group.tolist() for group in group_units(dims, others, 8)] == expected
 
 
 # -- rules ----------------------------------------------------------------------------------------------------------
@@ -480,3 +504,8 @@ def test_attention_is_cut_by_dims_of_heads_where_heads_are_not_asked_for():
     assert cut.attn_dim == cut.num_heads * cut.head_dim and cut.qkv.out_features == 3 * cut.attn_dim
     assert any(len(c.keep) < c.structure.units for c in attention)
     assert slim(torch.zeros(1, *model.default_cfg['input_size'])).shape == (1, 1000)
+
+
+@pytest.mark.parametrize('name', [m.name for m in pkgutil.walk_packages(timm_epfs.trace.__path__, 'timm_epfs.trace.')])
+def test_docstrings_say_what_is_so(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0

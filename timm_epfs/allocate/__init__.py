@@ -1,6 +1,6 @@
-"""Which units stay.
+"""Chooses the units that stay.
 
-In: scores, a cost model and a budget. Out: the units that each structure keeps, and how near that is to the budget.
+In: scores, a cost model and a budget. Out: the units that each structure keeps, and how near they come to the budget.
 """
 from .allocation import SCOPES, Allocation, allocate, top
 from .grids import ALIGN

@@ -1,9 +1,12 @@
-"""Scores and a budget in, the units that stay out.
+"""``allocate``: from scores and a budget to the units that stay.
 
-Every structure may keep the counts of its *grid*: multiples of its rounding step from its floor on, or all its units.
-The steps down all grids are put in one order, so that cutting more is walking further along one path, and the budget
-is a place on that path, found by bisection. Where the steps are too coarse to meet it there, a few structures leave the
-path: those that lose the least importance.
+1. Every structure has a *grid*, the numbers of units that it may keep: multiples of its rounding step that are at least
+   its floor, and all its units (``grids.py``).
+2. The steps down all grids are put into one order, by the scores. This makes a *path* from the dense model to the
+   smallest one (``path.py``).
+3. Bisection finds the place on the path whose cost is nearest to the budget. If the steps there are too coarse, a few
+   structures leave the path, those that lose the least importance by it (``search.py``).
+4. In each structure, the units with the highest scores stay.
 """
 from dataclasses import dataclass
 from numbers import Integral
@@ -27,10 +30,10 @@ class Allocation:
 
     Attributes:
         keep: Units that stay by structure name, ascending, int64.
-        asked: Cost that was asked for, as a share of the dense model's.
-        got: Cost of what stays, likewise.
-        problem: What keeps the cost more than 1 % of the dense model's away from what was asked, and what to do, in a
-            line; empty where it is nearer.
+        asked: The budget, as a share of the dense model's cost.
+        got: The cost of the units that stay, as a share of the dense model's cost.
+        problem: Why ``got`` differs from ``asked`` by more than 1 % of the dense cost, and what to do, in a line. Empty
+            where it doesn't.
     """
     keep: Dict[str, np.ndarray]
     asked: float
@@ -52,10 +55,12 @@ def allocate(
         ratios: Optional[Mapping[str, float]] = None,
         fixed: Collection[str] = (),
 ) -> Allocation:
-    """Choose the units that stay, so that the cost lands on the budget.
+    """Choose the units that stay, so that the cost meets the budget.
 
-    In each structure the highest scores stay, among equal ones those that come first. Equal scores in different
-    structures are cut by equal shares.
+    Each structure keeps the units with the highest scores, and among equal scores those that come first. Where scores
+    are equal between structures, each of these loses the same share of its units.
+
+    A convolution of 64 channels may cost an eighth, so its best 8 channels stay:
 
     >>> from timm_epfs.core import Size
     >>> conv = Structure('conv', 'channels', units=64, members=())
@@ -64,58 +69,74 @@ def allocate(
     {'conv': array([56, 57, 58, 59, 60, 61, 62, 63])}
 
     Args:
-        structures: Everything that the cost model counts.
-        scores: Importance by structure name, shape (units,), comparable between structures.
+        structures: All structures of the cost model.
+        scores: Importance scores by structure name, shape (units,), comparable between structures, higher = keep.
         cost: Prices a vector of counts.
-        budget: What may be left.
-        scope: ``'global'`` ranks all units together, ``'local'`` cuts the same share of every structure,
-            ``'isomorphic'`` ranks structures of one shape together and cuts the same share of every such set (Fang et
-            al., Isomorphic Pruning for Vision Models, ECCV 2024).
-        widths: Weights by structure name, in proportion to which structures keep units; scores then only say which.
-            Structures that have none are ranked by their scores.
-        round_to: Channel structures that are cut keep widths that are multiples of this. None: of ``align`` where
-            there are four times as many units, elsewhere of the largest power of two of which there are eight; and any
-            width in as few structures as possible where the budget needs it.
-        align: A power of two, what wide layers are to be multiples of.
-        floor: Share of its units that every structure but a block keeps, one unit at least.
-        ratios: Shares of units to remove by pattern, as ``Structure.matches`` reads it; of several that match, the
-            longest counts. These are set first, the rest meets the budget.
-        fixed: Names of structures to leave uncut.
+        budget: What the cut model may cost.
+        scope: ``'global'`` ranks all units together. ``'local'`` cuts the same share of every structure.
+            ``'isomorphic'`` ranks structures of the same shape together, and cuts the same share of every such set
+            (Fang et al., Isomorphic Pruning for Vision Models, ECCV 2024).
+        widths: Weights by structure name. These structures keep units in proportion to their weights, and their scores
+            only decide which. Structures without a weight are ranked by their scores.
+        round_to: Channel structures that are cut keep widths that are multiples of this. None: multiples of ``align``
+            where there are at least 4 · ``align`` units; elsewhere multiples of the largest power of two that is at
+            most an eighth of the units. Where the budget can't be met so, as few structures as possible keep other
+            widths.
+        align: Width that wide layers are multiples of, a power of two.
+        floor: Smallest share of its units that a structure keeps, and at least one unit. Blocks have no floor.
+        ratios: Shares of units to remove, by pattern as ``Structure.matches`` reads it. If several patterns match, the
+            longest counts. These structures are set first; all others then meet the budget.
+        fixed: Names of structures that are not cut.
+
+    Returns:
+        The units that stay of every structure.
 
     Raises:
-        OutOfReach: The floors, or what is left alone, cost more than the budget.
-        PruningError: An argument is not what it should be.
+        OutOfReach: The smallest allowed cut costs more than the budget.
+        PruningError: An argument is invalid.
     """
     _check_options(scope, round_to, floor)
     by_name = {s.name: s for s in structures}
     if not by_name or sorted(by_name) != sorted(cost.names):
-        raise PruningError('structures and cost model do not name the same things; take both from one trace')
-    # In the cost model's order, so that the order in which structures are listed decides nothing.
+        raise PruningError('structures and cost model have different names; take both from one trace')
+    # In the cost model's order, so that the result doesn't depend on the order in which structures are listed.
     ordered = [by_name[name] for name in cost.names]
     shares = _shares(ordered, ratios or {}, fixed, floor)
     values = {s.name: _values(s, scores, shares.get(s.name)) for s in ordered}
 
     grids = [grid(s, rounding_step(s, round_to, align), floor, shares.get(s.name)) for s in ordered]
     finest = [g if s.name in shares else grid(s, 1, floor) for s, g in zip(ordered, grids)]
-    worth = [
-        in_proportion(widths[s.name], s.units) if s.name in (widths or {}) else np.sort(values[s.name])[::-1]
+    widths = widths or {}
+    descending = [
+        in_proportion(widths[s.name], s.units) if s.name in widths else np.sort(values[s.name])[::-1]
         for s in ordered
     ]
-    search = Search(cost, budget, grids, worth)
+
+    search = Search(cost, budget, grids, descending)
     _check_reach(search, finest, floor)
-    search, at = _nearest_place(search, _sets(ordered, scope), finest if round_to is None else None)
-    left = dict(zip(cost.names, search.choices[at]))
+    search, place = _nearest_place(search, _sets(ordered, scope), finest if round_to is None else None)
+    left = dict(zip(cost.names, search.choices[place]))
+    gap = search.gap(place)
     return Allocation(
-        {name: top(values[name], left[name]) for name in by_name}, search.asked, search.asked + search.gap(at),
-        _problem(search, at, round_to, finest) if abs(search.gap(at)) > TOLERANCE else '',
+        keep={name: top(values[name], left[name]) for name in by_name},
+        asked=search.asked,
+        got=search.asked + gap,
+        problem=_problem(search, place, round_to, finest) if abs(gap) > TOLERANCE else '',
     )
 
 
 def top(scores: np.ndarray, left: int) -> np.ndarray:
-    """The units with the highest scores, among equal ones those that come first, ascending, int64, shape (left,).
+    """The units with the highest scores, and among equal scores those that come first.
 
     >>> top(np.array([3.0, 1.0, 2.0, 2.0]), 2)
     array([0, 2])
+
+    Args:
+        scores: Scores, shape (units,).
+        left: How many units to return.
+
+    Returns:
+        Units, ascending, int64, shape (left,).
     """
     threshold = np.partition(scores, -left)[-left]
     above, ties = np.flatnonzero(scores > threshold), np.flatnonzero(scores == threshold)
@@ -127,24 +148,29 @@ def _nearest_place(
         sets: np.ndarray,
         finest: Optional[List[np.ndarray]],
 ) -> Tuple[Search, np.ndarray]:
-    """The place on its grids that is nearest to the budget, with finer grids for a few structures if they are given."""
-    at = search.repair(search.walk(sets))
-    if abs(search.gap(at)) > TOLERANCE:
-        at = search.settle_coarsest(at, sets)
-    while finest is not None and abs(search.gap(at)) > TOLERANCE:
-        refined = search.refine(at, finest)
+    """Find the place that is nearest to the budget; and the search whose grids it is on.
+
+    If ``finest`` grids are given, a few structures get finer grids where the budget can't be met otherwise.
+    """
+    place = search.repair(search.walk(sets))
+    if abs(search.gap(place)) > TOLERANCE:
+        place = search.settle_coarsest(place, sets)
+    while finest is not None and abs(search.gap(place)) > TOLERANCE:
+        refined = search.refine(place, finest)
         if refined is None:
             break
-        search, at = refined[0], refined[0].repair(refined[1])
-    return search, at
+        search, start = refined
+        place = search.repair(start)
+    return search, place
 
 
 def _sets(structures: Sequence[Structure], scope: str) -> np.ndarray:
-    """The set that each structure is ranked in, numbered from 0, shape (structures,)."""
+    """The set of structures that each structure is ranked with, numbered from 0, shape (structures,)."""
     keys = []
     for s in structures:
         members = sorted((m.role, m.dim, m.tensor.rpartition('.')[2], m.index.shape[1]) for m in s.members)
-        keys.append({'global': (), 'local': (s.name,), 'isomorphic': (s.kind, s.units, *members)}[scope])
+        shape = (s.kind, s.units, *members)
+        keys.append({'global': (), 'local': (s.name,), 'isomorphic': shape}[scope])
     numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return np.array([numbers[key] for key in keys])
 
@@ -155,33 +181,34 @@ def _shares(
         fixed: Collection[str],
         floor: float,
 ) -> Dict[str, float]:
-    """The share of units to remove, where it is set before the search."""
+    """The share of units to remove, by structure name, where ``ratios`` or ``fixed`` sets it."""
     unknown = sorted(set(fixed) - {s.name for s in structures})
     if unknown:
-        raise PruningError(f'fixed= names {unknown[0]!r}, which no structure is called; use names of structures')
+        raise PruningError(f'fixed= names {unknown[0]!r}, but there is no such structure; give names of structures')
     shares = dict.fromkeys(fixed, 0.0)
     for pattern in sorted(ratios, key=lambda pattern: (-len(pattern), pattern)):
         share = ratios[pattern]
         if not is_number(share) or not 0 <= share <= 1 - floor + 1e-9:
             raise PruningError(
-                f'ratios= asks to remove {share!r} of {pattern!r}; give a share from 0 to {1 - floor:g} (1 - floor)')
+                f'ratios= has {share!r} for {pattern!r}; give a share from 0 to {1 - floor:g} (1 - floor)')
         matches = [s.name for s in structures if s.matches(pattern)]
         if not set(matches) - set(fixed):
-            raise PruningError(f'ratios= names {pattern!r}, which matches no structure that may be cut; check the name')
+            raise PruningError(f'ratios= names {pattern!r}, but no structure that may be cut matches; check the name')
         for name in matches:
             shares.setdefault(name, float(share))
     return shares
 
 
 def _values(structure: Structure, scores: Mapping[str, np.ndarray], share: Optional[float]) -> np.ndarray:
+    """The scores of a structure, checked. One that isn't cut needs none."""
     if share == 0:
         return np.zeros(structure.units)
     if structure.name not in scores:
-        raise PruningError(f'{structure.name} has no scores; give one score a unit, or name it in fixed=')
+        raise PruningError(f'{structure.name} has no scores; give one score per unit, or name it in fixed=')
     values = np.asarray(scores[structure.name], dtype=np.float64)
     if values.shape != (structure.units,):
         raise PruningError(
-            f'{structure.name} has scores of shape {values.shape} for {structure.units} units; give one score a unit')
+            f'{structure.name} has scores of shape {values.shape} for {structure.units} units; give one score per unit')
     if not np.isfinite(values).all():
         raise PruningError(f'{structure.name} has scores that are not finite; look for NaN or inf in its weights')
     return values
@@ -191,9 +218,9 @@ def _check_options(scope: str, round_to: Optional[int], floor: float) -> None:
     if scope not in SCOPES:
         raise PruningError(f'scope={scope!r} was given; choose one of {", ".join(SCOPES)}')
     if round_to is not None and not (is_number(round_to) and isinstance(round_to, Integral) and round_to >= 1):
-        raise PruningError(f'round_to={round_to!r} was given; give a whole number from 1 on, or None')
+        raise PruningError(f'round_to={round_to!r} was given; give a positive integer or None')
     if not is_number(floor) or not 0 <= floor < 1:
-        raise PruningError(f'floor={floor!r} was given; give the share of units that every structure keeps, as in 0.1')
+        raise PruningError(f'floor={floor!r} was given; give the smallest share of units to keep, from 0 to below 1')
 
 
 def _check_reach(search: Search, finest: List[np.ndarray], floor: float) -> None:
@@ -205,14 +232,15 @@ def _check_reach(search: Search, finest: List[np.ndarray], floor: float) -> None
             f'structures')
 
 
-def _problem(search: Search, at: np.ndarray, round_to: Optional[int], finest: List[np.ndarray]) -> str:
+def _problem(search: Search, place: np.ndarray, round_to: Optional[int], finest: List[np.ndarray]) -> str:
+    """Why the budget is missed, and what to do."""
     if search.price(np.array([counts[-1] for counts in finest])) < search.asked:
         binds, remedy = 'ratios=', 'remove less there'
     elif any(len(counts) < len(fine) for counts, fine in zip(search.grids, finest)):
-        binds, remedy = f'round_to={round_to}', 'take a smaller one, or None'
+        binds, remedy = f'round_to={round_to}', 'give a smaller number, or None'
     else:
         binds, remedy = 'cutting whole units', 'allow more structures'
-    got = percent(search.asked + search.gap(at))
+    got = percent(search.asked + search.gap(place))
     return (
         f'{binds} leaves {got} of the {search.label} where {percent(search.asked)} were asked for, the nearest that '
         f'was found; {remedy}')

@@ -1,4 +1,4 @@
-"""Where a budget is met: on the path of ``path.step_order``, or a few moves away from it."""
+"""``Search``: finds the numbers of units that meet a budget, on the path of ``step_order`` or a few moves from it."""
 from dataclasses import dataclass
 from typing import List, Optional, Tuple
 
@@ -10,24 +10,24 @@ from .path import step_order
 __all__ = ['Search', 'TOLERANCE']
 
 # Distances from the target, as shares of the dense cost.
-TOLERANCE = 0.01    # within which no warning is needed
-NEAR = 0.001        # within which a repair ends
-PROGRESS = 1e-6     # by which a move must come nearer
-# A repair may take a structure so many grid steps from the path, while the gap is wider than this.
+TOLERANCE = 0.01    # a smaller gap needs no warning
+NEAR = 0.001        # a repair ends at a smaller gap
+PROGRESS = 1e-6     # each move must close the gap by this much
+# A repair may take structures this many grid steps from the path, as long as the gap is wider than the second number.
 REACHES = ((1, NEAR), (4, 2 * NEAR), (16, TOLERANCE), (1 << 30, TOLERANCE))
-LONGEST_MOVE = 16   # grid steps that one move of a repair goes
-FIRST_MOVES = 128   # first moves from which an exchange is tried, for about 0.1 ms each
+LONGEST_MOVE = 16   # largest number of grid steps in one move
+FIRST_MOVES = 128   # number of first moves that an exchange tries, each of which takes about 0.1 ms
 
 
 class Search:
-    """The counts that structures may keep, what they cost, and the search for those that meet a budget.
+    """A search for the counts of all structures that meet a budget.
 
-    The grids of all structures are laid end to end in ``choices``. A *place* is one position in it for each structure,
-    shape (structures,); ``choices[place]`` are the counts there. Costs and gaps are shares of the dense cost.
+    The grids of all structures are concatenated in ``choices``. A *place* has one position in ``choices`` for each
+    structure, shape (structures,), and ``choices[place]`` are its counts. Costs and gaps are shares of the dense cost.
 
-    Say ``a`` has four units that cost 1 each, ``b`` two that cost 3 each, and 6 of 10 may be left. The path of
-    ``step_order`` leads over the counts (4, 2), (3, 2), (2, 2), (2, 1) and (1, 1), which cost 10, 9, 8, 5 and 4. The
-    fourth is nearest to 6, and a repair closes the gap that it leaves by a unit of ``a``:
+    For example, ``a`` has four units that cost 1 each, ``b`` has two that cost 3 each, and the budget is 6 of 10. The
+    path of ``step_order`` goes through the counts (4, 2), (3, 2), (2, 2), (2, 1) and (1, 1), which cost 10, 9, 8, 5 and
+    4. The fourth is nearest to 6, and a repair closes the gap by one more unit of ``a``:
 
     >>> from timm_epfs.core import Size
     >>> terms = [('macs', price, (Size(0, ((name, 1),)),)) for name, price in (('a', 1), ('b', 3))]
@@ -42,16 +42,19 @@ class Search:
 
     Args:
         cost: Prices a vector of counts.
-        budget: What may be left.
+        budget: What the cut model may cost.
         grids: Counts that each structure may keep, ascending.
         descending: Scores of each structure's units, descending, shape (units,).
 
     Attributes:
-        asked: The target.
-        label: What is counted, in words.
-        choices: All grids, end to end.
-        first, last: Positions of each structure's smallest and largest count, shape (structures,).
-        importance: Sum of the scores of the units that stay, for each of ``choices``.
+        asked: The target: the budget as a share of the dense cost.
+        label: Name of the budget's quantity, for messages.
+        choices: All grids, concatenated, shape (choices,).
+        first, last: Position in ``choices`` of each structure's smallest and largest count, shape (structures,).
+        importance: For each of ``choices``, the sum of the scores of the units that stay, shape (choices,).
+
+    Raises:
+        PruningError: The dense model is within the budget already.
     """
 
     def __init__(self, cost: CostModel, budget: Budget, grids: List[np.ndarray], descending: List[np.ndarray]):
@@ -65,11 +68,11 @@ class Search:
         self.importance = np.concatenate([total[grid] for total, grid in zip(sums, grids)])
 
     def price(self, counts: np.ndarray) -> float:
-        """Cost at these counts."""
+        """Cost at these counts, shape (structures,)."""
         return self.cost(self.budget.quantity, counts) / self.dense
 
     def slope(self, place: np.ndarray) -> np.ndarray:
-        """Cost of one more unit in each structure, shape (structures,)."""
+        """Cost of one more unit in each structure, at a place, shape (structures,)."""
         return self.cost.gradient(self.budget.quantity, self.choices[place]) / self.dense
 
     def gap(self, place: np.ndarray) -> float:
@@ -77,24 +80,28 @@ class Search:
         return self.price(self.choices[place]) - self.asked
 
     def walk(self, sets: np.ndarray) -> np.ndarray:
-        """The place on the path that is nearest to the target, found by bisection, since each step lowers the cost.
+        """Find the place on the path that is nearest to the target. Each step lowers the cost, so bisection finds it.
 
         Args:
-            sets: The set that each structure is ranked in, 0, 1, …, shape (structures,).
+            sets: Number of the set that each structure is ranked in, from 0, shape (structures,).
         """
         steps = step_order(self.grids, self.descending, sets)
 
         def after(taken: int) -> np.ndarray:
+            """The place after the first steps."""
             return self.last - np.bincount(steps[:taken], minlength=len(self.last))
 
-        above, below = 0, len(steps)
+        above, below = 0, len(steps)  # numbers of steps at which the cost is above the target, and at most the target
         while below - above > 1:
             middle = (above + below) // 2
-            above, below = (middle, below) if self.gap(after(middle)) > 0 else (above, middle)
+            if self.gap(after(middle)) > 0:
+                above = middle
+            else:
+                below = middle
         return self._nearest([after(above), after(below)])
 
     def repair(self, start: np.ndarray) -> np.ndarray:
-        """Close the gap by moves of few structures, as near to the given place as possible."""
+        """Close the gap by moving a few structures, as little as possible from the given place."""
         best = start
         for reach, enough in REACHES:
             if abs(self.gap(best)) <= enough:
@@ -109,16 +116,22 @@ class Search:
     def settle_coarsest(self, place: np.ndarray, sets: np.ndarray) -> np.ndarray:
         """Try every count of the structure whose steps cost most, each with a walk and a repair of all others.
 
-        Heads that the whole model shares, say, leave a gap on both sides of the target, which the other structures
-        can close from only one of them.
+        A repair can get stuck next to a large step. If all layers share their heads, for example, one count of heads
+        costs more than the target and the next one less, and the other structures can make up for only one of them.
+
+        Args:
+            place: The best place so far.
+            sets: As in ``walk``.
         """
-        widest = np.array([np.diff(grid).max(initial=0) for grid in self.grids])
-        coarsest = int((widest * self.slope(place)).argmax())
+        largest_step = np.array([np.diff(grid).max(initial=0) for grid in self.grids])
+        coarsest = int((largest_step * self.slope(place)).argmax())
         places = [place]
-        for count in self.grids[coarsest] if len(self.grids[coarsest]) <= FIRST_MOVES else ():
-            grids = [np.array([count]) if i == coarsest else grid for i, grid in enumerate(self.grids)]
-            pinned = Search(self.cost, self.budget, grids, self.descending)
-            places.append(self._place_of(pinned.choices[pinned.repair(pinned.walk(sets))]))
+        if len(self.grids[coarsest]) <= FIRST_MOVES:
+            for count in self.grids[coarsest]:
+                grids = [np.array([count]) if i == coarsest else grid for i, grid in enumerate(self.grids)]
+                pinned = Search(self.cost, self.budget, grids, self.descending)
+                places.append(self._place_of(pinned.choices[pinned.repair(pinned.walk(sets))]))
+
         near = [place for place in places if abs(self.gap(place)) <= TOLERANCE]
         if near:
             return max(near, key=lambda place: self.importance[place].sum())
@@ -128,22 +141,24 @@ class Search:
         """Give as few structures as possible a finer grid, so that they can close the gap.
 
         Args:
-            place: Where the gap is.
-            finest: The finest grid of each structure, which holds all counts of its present one.
+            place: The best place on the present grids.
+            finest: The finest grid of each structure, which contains all counts of its present one.
 
         Returns:
-            A search with these grids, and the same place in it. None where no finer grid would help.
+            A search with the finer grids, and the same place in it. None if no finer grid would help.
         """
         gap, counts, slope = self.gap(place), self.choices[place], self.slope(place)
+        has_finer = np.array([len(grid) < len(fine) for grid, fine in zip(self.grids, finest)])
+        # How much of the gap each structure could close alone, by going to the end of its finest grid.
         ends = np.array([grid[0] if gap > 0 else grid[-1] for grid in finest])
-        coarse = np.array([len(grid) < len(fine) for grid, fine in zip(self.grids, finest)])
-        closes = coarse * slope * np.abs(counts - ends)  # so much of the gap, by each structure alone
-        if not closes.any():  # finer steps may still help against those of another structure
-            closes = coarse * slope
+        closes = has_finer * slope * np.abs(counts - ends)
+        if not closes.any():  # a finer step may still help together with a step of another structure
+            closes = has_finer * slope
         if not closes.any():
             return None
+
         order = np.argsort(-closes, kind='stable')
-        if closes[order[0]] >= abs(gap):  # one is enough: the one with the cheapest units lands nearest
+        if closes[order[0]] >= abs(gap):  # one structure is enough: that of the cheapest units comes nearest
             order = [np.where(closes >= abs(gap), slope, np.inf).argmin()]
         needed = np.searchsorted(np.cumsum(closes[order]), abs(gap)) + 1
         chosen = {int(i) for i in order[:needed] if closes[i] > 0}
@@ -152,46 +167,56 @@ class Search:
         return search, search._place_of(counts)
 
     def _place_of(self, counts: np.ndarray) -> np.ndarray:
+        """The place of these counts."""
         return self.first + [np.searchsorted(grid, count) for grid, count in zip(self.grids, counts)]
 
     def _nearest(self, places: List[np.ndarray]) -> np.ndarray:
-        """The place whose cost is nearest to the target, among equal ones the first."""
+        """The place whose cost is nearest to the target; the first of several such places."""
         return min(places, key=lambda place: abs(self.gap(place)))
 
     def _settle(self, place: np.ndarray, bounds: '_Bounds') -> np.ndarray:
         """Move structures until the cost is near the target, or no move brings it nearer."""
         while abs(self.gap(place)) > NEAR:
-            least = abs(self.gap(place)) - PROGRESS
-            to = self._move(place, bounds)
-            if abs(self.gap(to)) > least:
-                to = self._exchange(place, bounds)
-            if abs(self.gap(to)) > least:
+            largest_gap = abs(self.gap(place)) - PROGRESS
+            next_place = self._move(place, bounds)
+            if abs(self.gap(next_place)) > largest_gap:
+                next_place = self._exchange(place, bounds)
+            if abs(self.gap(next_place)) > largest_gap:
                 break
-            place = to
+            place = next_place
         return place
 
     def _move(self, place: np.ndarray, bounds: '_Bounds') -> np.ndarray:
-        """Make the move that loses least importance for its cost, of those that don't go beyond the target."""
+        """Make the move that loses the least importance per cost, among those that don't go beyond the target.
+
+        Returns:
+            The place after the move; the same place if there is no such move.
+        """
         gap, moves = self.gap(place), self._moves(place, bounds)
         closing = (moves.added * gap < 0) & (np.abs(moves.added) <= abs(gap) + NEAR)
         loss = np.divide(moves.lost, np.abs(moves.added), out=np.full(moves.lost.shape, np.inf), where=closing)
         return moves.make(loss.argmin()) if closing.any() else place
 
     def _exchange(self, place: np.ndarray, bounds: '_Bounds') -> np.ndarray:
-        """Make the two moves that land nearest to the target; of those that land near, the two that lose least."""
-        gap, moves = self.gap(place), self._moves(place, bounds)
-        found, best = place, (np.inf, np.inf)
-        for first in np.argsort(np.abs(gap + moves.added), axis=None, kind='stable')[:FIRST_MOVES]:
-            halfway = moves.make(first)
-            then = self._moves(halfway, bounds)
-            off = np.maximum(np.abs(self.gap(halfway) + then.added), NEAR)
-            second = np.where(off == off.min(), then.lost, np.inf).argmin()
-            result = (off.min(), moves.lost.flat[first] + then.lost.flat[second])
+        """Make the two moves that come nearest to the target; among pairs within ``NEAR``, those that lose the least.
+
+        Returns:
+            The place after both moves.
+        """
+        gap, first_moves = self.gap(place), self._moves(place, bounds)
+        best_place, best = place, (np.inf, np.inf)  # remaining gap, importance lost
+        for first in np.argsort(np.abs(gap + first_moves.added), axis=None, kind='stable')[:FIRST_MOVES]:
+            halfway = first_moves.make(first)
+            second_moves = self._moves(halfway, bounds)
+            gaps = np.maximum(np.abs(self.gap(halfway) + second_moves.added), NEAR)
+            second = np.where(gaps == gaps.min(), second_moves.lost, np.inf).argmin()
+            result = (gaps.min(), first_moves.lost.flat[first] + second_moves.lost.flat[second])
             if result < best:
-                found, best = then.make(second), result
-        return found
+                best_place, best = second_moves.make(second), result
+        return best_place
 
     def _moves(self, place: np.ndarray, bounds: '_Bounds') -> '_Moves':
+        """All moves of one structure from a place, within the bounds."""
         to = np.clip(place + bounds.steps, bounds.low, bounds.high)
         added = self.slope(place) * (self.choices[to] - self.choices[place])
         return _Moves(place, to, added, self.importance[place] - self.importance[to])
@@ -199,12 +224,12 @@ class Search:
 
 @dataclass(frozen=True)
 class _Bounds:
-    """How far a repair may go.
+    """How far a repair may move structures.
 
     Attributes:
-        low: The lowest position of each structure, shape (structures,).
-        high: The highest one.
-        steps: How many positions a move goes up, shape (moves, 1).
+        low: Lowest position of each structure, shape (structures,).
+        high: Highest position of each structure, shape (structures,).
+        steps: Number of positions that each move goes up, negative for down, shape (moves, 1).
     """
     low: np.ndarray
     high: np.ndarray
@@ -213,13 +238,13 @@ class _Bounds:
 
 @dataclass(frozen=True)
 class _Moves:
-    """All moves of one structure from a place, each quantity as a table of shape (moves, structures).
+    """All moves of one structure from a place.
 
     Attributes:
-        place: Where they start, shape (structures,).
-        to: The structure's position after the move.
-        added: Cost that it adds, to first order.
-        lost: Importance that it loses.
+        place: The place, shape (structures,).
+        to: Position of the structure after each move, shape (moves, structures).
+        added: Cost that each move adds, to first order, shape (moves, structures).
+        lost: Importance that each move loses, shape (moves, structures).
     """
     place: np.ndarray
     to: np.ndarray
@@ -227,7 +252,7 @@ class _Moves:
     lost: np.ndarray
 
     def make(self, move: int) -> np.ndarray:
-        """The place after a move, which is given by its position in the flattened tables."""
+        """The place after a move, which is given by its position in the flattened arrays."""
         place, structure = self.place.copy(), move % len(self.place)
         place[structure] = self.to.flat[move]
         return place

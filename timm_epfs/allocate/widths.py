@@ -1,4 +1,4 @@
-"""How many units structures keep where something else than the ranked scores says so."""
+"""How many units structures keep where something other than the scores decides it."""
 from typing import Collection, Dict, Sequence
 
 import numpy as np
@@ -14,22 +14,22 @@ def cost_aware_widths(
         quantity: str,
         fixed: Collection[str] = (),
 ) -> Dict[str, float]:
-    """Widths in inverse proportion to the square root of what a unit costs, by structure name.
+    """Widths that are inversely proportional to the square root of what a unit costs, by structure name.
 
-    This is Neyman's optimum allocation of a sample to strata (Cochran, Sampling Techniques, 5.5), n ∝ N·S/√c: the
-    sample are the units that stay of N, c is what one of them costs in the dense model. S says how much the units of a
-    stratum differ. Our reading: by one for every layer that reads or writes them, because what is lost of a residual
-    stream adds up over its layers, and by √k where a unit is k channels, so that a head is worth what its channels
-    would be.
+    This is Neyman's optimum allocation of a sample to strata (Cochran, Sampling Techniques, 5.5): ``n ∝ N·S/√c``. Here
+    a structure is a stratum of N units, n of them stay, and c is the cost of one unit in the dense model. S stands for
+    how much the units of a stratum differ, and had to be chosen: it is the sum of √k over the layers that read or write
+    the units, if a unit has k channels there. So a residual stream counts once for every layer, because what is lost
+    of it adds up over its layers, and a head of k channels counts as much as k separate channels.
 
     Args:
-        structures: Everything that the cost model counts.
+        structures: All structures of the cost model.
         cost: Prices a vector of counts.
-        quantity: What a unit costs of: ``'macs'``, ``'params'`` or ``'latency'``.
-        fixed: Names of structures that are left uncut. All blocks must be, which have no width.
+        quantity: Quantity of the cost: ``'macs'``, ``'params'`` or ``'latency'``.
+        fixed: Names of structures that are not cut. All blocks must be among them, since they have no width.
 
     Returns:
-        Weights by structure name; only their ratios matter.
+        Weights by structure name, of those that are cut. Only their ratios matter.
 
     Raises:
         PruningError: A block may be cut.
@@ -38,8 +38,8 @@ def cost_aware_widths(
     blocks = [s.name for s in cuttable if s.kind == 'blocks']
     if blocks:
         raise PruningError(
-            f"widths='cost' says how wide layers become, not which blocks stay, and {blocks[0]} may go whole; leave "
-            f'blocks out of kinds=, or widths= out')
+            f"widths='cost' says how wide layers become, not which blocks stay, but {blocks[0]} is a block that may be "
+            f"cut; leave out widths=, or leave 'blocks' out of kinds=")
     dense = cost.counts({s.name: s.units for s in structures})
     gradient = np.maximum(cost.gradient(quantity, dense), 1e-12 * cost(quantity, dense))
     price = dict(zip(cost.names, gradient))
@@ -48,18 +48,18 @@ def cost_aware_widths(
 
 
 def in_proportion(weight: float, units: int) -> np.ndarray:
-    """What each further unit of a structure is worth, if structures are to keep units in proportion to their weights.
+    """Scores that make structures keep units in proportion to their weights.
 
-    Where all structures are cut at the same worth t, a structure keeps ``weight / t`` units, rounded to the nearest.
+    If all structures are cut at the same score t, each keeps ``weight / t`` units, rounded to the nearest number:
 
-    >>> (in_proportion(3.0, 8) >= 1).sum(), (in_proportion(6.0, 8) >= 1).sum()
-    (np.int64(3), np.int64(6))
+    >>> int((in_proportion(3.0, units=8) >= 1).sum()), int((in_proportion(6.0, units=8) >= 1).sum())
+    (3, 6)
 
     Args:
         weight: The structure's weight.
-        units: How many units it has.
+        units: Its number of units.
 
     Returns:
-        Worth of the first unit, the second, …: descending, shape (units,).
+        Scores, descending, shape (units,).
     """
     return weight / (np.arange(units) + 0.5)

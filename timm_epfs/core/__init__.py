@@ -1,4 +1,4 @@
-"""What every other package uses: structures and their costs as plain data, errors, files, text.
+"""What all other packages use: structures and their costs as plain data, errors, files, text.
 
 In: nothing of this library. Out: ``Structure``, ``CostModel``, ``Budget``, ``PruningError``, and small helpers.
 """

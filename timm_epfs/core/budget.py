@@ -1,4 +1,4 @@
-"""What a model may cost, as users ask for it."""
+"""``Budget``: what a cut model may cost."""
 import re
 from dataclasses import dataclass
 from numbers import Real
@@ -10,7 +10,7 @@ from .text import format_count
 
 __all__ = ['BUDGETS', 'Budget']
 
-# What a budget may be of, and how a message calls it.
+# The quantities that a budget may limit, and their names in messages.
 BUDGETS = {'macs': 'MACs', 'params': 'parameters', 'latency': 'latency'}
 
 _MILLISECONDS = re.compile(r'\s*(\d+(?:\.\d*)?|\.\d+)\s*ms\s*')
@@ -18,7 +18,7 @@ _MILLISECONDS = re.compile(r'\s*(\d+(?:\.\d*)?|\.\d+)\s*ms\s*')
 
 @dataclass(frozen=True)
 class Budget:
-    """What a model may cost: exactly one of MACs, parameters and latency.
+    """What a cut model may cost: exactly one of MACs, parameters and latency.
 
     >>> Budget(macs=0.5).share(dense=4e9)
     0.5
@@ -28,14 +28,13 @@ class Budget:
     0.25
 
     Args:
-        macs: Multiply-accumulates at batch 1: a share of the dense model's (``0.5``), or a count of more than 1
-            (``2e9``).
-        params: Number of parameters, likewise.
+        macs: Multiply-accumulates at batch 1: a share of the dense model's (``0.5``), or a count above 1 (``2e9``).
+        params: Number of parameters: a share of the dense model's, or a count above 1.
         latency: Time that a batch takes: a share of the dense model's (``0.5``), or milliseconds (``'12ms'``).
-        latency_batch_size: Images in a batch, where time is measured.
+        latency_batch_size: Number of images in a batch when latency is measured.
 
     Raises:
-        PruningError: Not exactly one quantity is given, or its value can't be a budget.
+        PruningError: None or several of the three are given, or a value is invalid.
     """
     macs: Optional[float] = None
     params: Optional[float] = None
@@ -47,22 +46,22 @@ class Budget:
         if not given:
             raise PruningError('no budget was given; give one of macs=, params= and latency=')
         if len(given) > 1:
-            raise PruningError(f'{" and ".join(given)} were given; a cut has one budget, leave out the others')
+            raise PruningError(f'{" and ".join(given)} were given; a cut has one budget, so give only one of them')
         if self.quantity == 'latency':
             self._check_latency()
         elif not is_number(self.value) or self.value <= 0:
             raise PruningError(
-                f'{self.quantity}={self.value!r} was given; give a share between 0 and 1, or a count of more than 1')
+                f'{self.quantity}={self.value!r} was given; give a share between 0 and 1, or a count above 1')
 
     def _check_latency(self) -> None:
         size = self.latency_batch_size
         if not (isinstance(size, int) and not isinstance(size, bool) and size >= 1):
-            raise PruningError(f'latency_batch_size={size!r} was given; give a whole number from 1 on')
-        share = isinstance(self.latency, Real) and not isinstance(self.latency, bool) and 0 < self.latency < 1
-        if not share and self._milliseconds is None:
+            raise PruningError(f'latency_batch_size={size!r} was given; give a positive integer')
+        is_share = isinstance(self.latency, Real) and not isinstance(self.latency, bool) and 0 < self.latency < 1
+        if not is_share and self._milliseconds is None:
             raise PruningError(
-                f'latency={self.latency!r} was given; give a share of the dense model\'s time, as in 0.5, or '
-                f'milliseconds, as in \'12ms\'')
+                f'latency={self.latency!r} was given; give a share of the dense model\'s time (0.5) or milliseconds '
+                f'(\'12ms\')')
 
     @classmethod
     def given(
@@ -72,14 +71,21 @@ class Budget:
             latency: Optional[Union[float, str]] = None,
             latency_batch_size: int = 1,
     ) -> Optional['Budget']:
-        """The budget that a function's arguments name, where the first may be a whole budget; None where none does.
+        """The budget that a function's arguments give, or None where they give none.
+
+        Args:
+            macs: As in ``Budget``, or a whole ``Budget``.
+            params: As in ``Budget``.
+            latency: As in ``Budget``.
+            latency_batch_size: As in ``Budget``.
 
         Raises:
-            PruningError: As ``Budget`` does.
+            PruningError: As for ``Budget``.
         """
         if isinstance(macs, Budget):
             if params is not None or latency is not None:
-                raise PruningError('a Budget was given with params= or latency=; a cut has one budget, leave them out')
+                raise PruningError(
+                    'a Budget was given with params= or latency=; a cut has one budget, so leave these out')
             return macs
         if macs is None and params is None and latency is None:
             return None
@@ -92,47 +98,47 @@ class Budget:
 
     @property
     def value(self) -> Any:
-        """What was given for the quantity."""
+        """The value that was given for the quantity."""
         return getattr(self, self.quantity)
 
     @property
     def label(self) -> str:
-        """What messages call the quantity."""
+        """The quantity's name in messages."""
         return BUDGETS[self.quantity]
 
     @property
     def in_milliseconds(self) -> bool:
-        """Whether it is a latency in milliseconds, whose share is only known once the dense model was timed."""
+        """Whether it is a latency in milliseconds. Its share is known only when the dense model has been timed."""
         return self._milliseconds is not None
 
     @property
     def _milliseconds(self) -> Optional[float]:
-        found = _MILLISECONDS.fullmatch(self.latency) if isinstance(self.latency, str) else None
-        return float(found[1]) if found and float(found[1]) > 0 else None
+        match = _MILLISECONDS.fullmatch(self.latency) if isinstance(self.latency, str) else None
+        return float(match[1]) if match and float(match[1]) > 0 else None
 
     def share(self, dense: float) -> float:
-        """What may be left, as a share of the dense model's cost.
+        """The budget as a share of the dense model's cost.
 
         Args:
             dense: Cost of the dense model: MACs, parameters, or seconds.
 
         Raises:
-            PruningError: The dense model costs no more than that.
+            PruningError: The dense model is within the budget already.
         """
         if self.in_milliseconds:
             share, has = self._milliseconds / (1000 * dense), f'takes {1000 * dense:.3g} ms'
         else:
-            share, has = float(self.value), f'has {format_count(dense)}'
-            share = share / dense if share > 1 else share
+            value, has = float(self.value), f'has {format_count(dense)}'
+            share = value / dense if value > 1 else value
         if share >= 1:
             raise PruningError(
                 f'{self.quantity}={self.value!r} was given, the dense model {has}; ask for less, as in 0.5')
         return share
 
     def at(self, share: float) -> 'Budget':
-        """A budget of the same quantity: a share of the dense model's cost."""
+        """A budget of the same quantity, for another share of the dense model's cost."""
         return Budget(**{self.quantity: share}, latency_batch_size=self.latency_batch_size)
 
     def to_dict(self) -> Dict[str, Any]:
-        """What was given, as for a plan's recipe."""
+        """The quantity and the value that was given, for the recipe of a plan."""
         return {self.quantity: self.value}

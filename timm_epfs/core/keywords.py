@@ -1,5 +1,5 @@
-"""Keywords that no function takes."""
-from inspect import signature
+"""Errors for unknown keywords, which name the nearest known one."""
+from inspect import Parameter, signature
 from typing import Any, Callable, List, Mapping, Optional
 
 from .errors import PruningError
@@ -9,12 +9,12 @@ __all__ = ['nearest_keyword', 'refuse_unknown']
 
 
 def nearest_keyword(name: str, *functions: Callable) -> Optional[str]:
-    """The parameter of these functions that is most like a name; None where none is alike."""
+    """The parameter of these functions that is most similar to a name, or None where none is similar."""
     return next(iter(nearest(name, _parameters(*functions), cutoff=0.75)), None)
 
 
 def refuse_unknown(given: Mapping[str, Any], *functions: Callable) -> None:
-    """Raise ``PruningError`` where keywords are left over that no parameter of the functions took.
+    """Raise ``PruningError`` if there are keywords that no parameter of the functions took.
 
     >>> def cut(model, exclude=(), **unknown):
     ...     refuse_unknown(unknown, cut)
@@ -24,8 +24,11 @@ def refuse_unknown(given: Mapping[str, Any], *functions: Callable) -> None:
     timm_epfs.core.errors.PruningError: unknown keyword exlude=; did you mean exclude=?
 
     Args:
-        given: Keywords that were left over.
-        *functions: Whose parameters there are to choose from.
+        given: The keywords that were left over, with their values.
+        *functions: Functions whose parameters are known keywords.
+
+    Raises:
+        PruningError: ``given`` is not empty. The message names the nearest known keyword, or all of them.
     """
     for name in given:
         near = nearest_keyword(name, *functions)
@@ -34,7 +37,7 @@ def refuse_unknown(given: Mapping[str, Any], *functions: Callable) -> None:
 
 
 def _parameters(*functions: Callable) -> List[str]:
-    """Names of what may be given by keyword."""
-    found = [p for f in functions for p in signature(f).parameters.values()]
-    variable = (found[0].VAR_KEYWORD, found[0].VAR_POSITIONAL) if found else ()
-    return sorted({p.name for p in found if p.kind not in variable} - {'self'})
+    """Names of the parameters that can be given by keyword."""
+    parameters = [p for function in functions for p in signature(function).parameters.values()]
+    variadic = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
+    return sorted({p.name for p in parameters if p.kind not in variadic} - {'self'})

@@ -1,4 +1,4 @@
-"""Progress on stderr, of whatever takes longer than two seconds."""
+"""Progress on stderr, for work that takes longer than two seconds."""
 import sys
 import threading
 from contextlib import contextmanager
@@ -12,15 +12,15 @@ DELAY = 2.0  # seconds
 
 
 def progress(batches: Iterable, what: str, total: Optional[int] = None) -> Iterable:
-    """The batches as they are, with a bar."""
-    # A log file is not a terminal: a line there every ten seconds is enough.
+    """The batches, with a progress bar."""
+    # Where stderr is a log file, every update is a line of its own: one every ten seconds is enough.
     interval = 0.1 if sys.stderr.isatty() else 10.0
     return tqdm(batches, what, total, leave=False, file=sys.stderr, delay=DELAY, mininterval=interval)
 
 
 @contextmanager
 def step(what: str) -> Iterator[None]:
-    """Say what is being done inside the block, and for how long."""
+    """Show what is being done inside the block, and for how long it has been running."""
     done = threading.Event()
     thread = threading.Thread(target=_tick, args=(what, done), daemon=True)
     thread.start()

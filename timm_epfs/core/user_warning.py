@@ -1,4 +1,4 @@
-"""Warnings that name the user's line."""
+"""Warnings that point at the user's code."""
 import sys
 import warnings
 
@@ -8,7 +8,7 @@ _PACKAGE = __name__.partition('.')[0]
 
 
 def warn(message: str) -> None:
-    """Warn of something, as a ``UserWarning`` at the line outside of this package that led here."""
+    """Issue a ``UserWarning`` for the nearest line on the call stack that is outside of this package."""
     level, frame = 2, sys._getframe(1)
     while frame is not None and frame.f_globals.get('__name__', '').partition('.')[0] == _PACKAGE:
         level, frame = level + 1, frame.f_back

@@ -13,9 +13,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core import PruningError, Size
-from ..trace import Trace, meta_copy
-from ..trace.calls import Call, Calls, tensors_in
-from ..trace.copies import quiet
+from ..trace import Call, Calls, Trace, meta_copy, quiet, tensors_in
 
 __all__ = ['Array', 'Kernel', 'inputs_of', 'kernels']
 
@@ -140,7 +138,7 @@ def kernels(model: nn.Module, traced: Trace, args: Tuple, kwargs: Dict[str, Any]
 
     Args:
         model: The model that was traced; it isn't touched.
-        traced: Its trace, made with ``with_calls=True``.
+        traced: Its trace.
         args: Positional arguments of the forward that was traced, batch 1.
         kwargs: Keyword arguments of that forward.
         batch_size: Images a batch.

@@ -1,4 +1,4 @@
-"""Processes that share a training: what one has, all get."""
+"""Exchange between processes that train together, with and without ``torch.distributed``."""
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -12,18 +12,18 @@ def world_size() -> int:
 
 
 def summed(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum over the processes, written into the tensor."""
+    """Sum a tensor over the processes, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def from_first(values: np.ndarray, device: torch.device) -> np.ndarray:
-    """What the first process has, as float64: its clock counts for all of them.
+    """The values that the first process has, in all processes, as float64.
 
     Args:
-        values: Of any shape, the same in all processes.
-        device: Where the processes exchange tensors.
+        values: An array of any shape, which is the same in all processes.
+        device: Device on which the processes exchange tensors.
     """
     if world_size() == 1:
         return np.asarray(values, dtype=np.float64)

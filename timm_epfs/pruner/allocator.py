@@ -1,4 +1,4 @@
-"""All that an allocation depends on beside scores and the amount of the budget."""
+"""``Allocator``: everything that an allocation depends on, except the scores and the budget."""
 from dataclasses import dataclass, field, replace
 from typing import Dict, FrozenSet, Mapping, Optional, Sequence, Union
 
@@ -13,14 +13,14 @@ __all__ = ['Allocator']
 
 @dataclass(frozen=True)
 class Allocator:
-    """Chooses the units that stay of one model, for any scores and amounts.
+    """Chooses the units of one model that stay, for any scores and any budget of one quantity.
 
     Attributes:
         structures: All structures of the model.
-        cost: Prices counts of their units.
-        fixed: Names of the structures that are left alone.
-        streams: Whether residual streams that are normalised over their channels may be cut; None: only where the
-            budget can't be met without.
+        cost: Prices numbers of units left.
+        fixed: Names of the structures that are not cut.
+        streams: Whether residual streams that are normalised over their channels may be cut. None: only if the budget
+            can't be met otherwise.
         scope: As in ``allocate``.
         widths: As in ``allocate``.
         round_to: As in ``allocate``.
@@ -40,48 +40,57 @@ class Allocator:
     ratios: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, scores: Mapping[str, np.ndarray], budget: Budget) -> Allocation:
-        """The units that stay.
+        """Choose the units that stay.
 
         Args:
-            scores: Importance by structure name, shape (units,), of all that aren't fixed.
-            budget: What may be left.
+            scores: Scores of all structures that aren't fixed, by name, shape (units,), higher = keep.
+            budget: What the cut model may cost.
 
         Raises:
             OutOfReach: The budget is less than any allowed cut leaves.
         """
         free = [s for s in self.structures if s.name not in self.fixed]
         streams = {s.name for s in free if s.stream}
-        if self.streams or not streams:
+        if not streams or self.streams:
             return self._allocate(scores, budget, self.fixed)
-        if self.streams is not None or len(streams) < len(free):
+        if self.streams is not None:
+            return self._allocate(scores, budget, self.fixed | streams)
+        if len(streams) < len(free):
             try:
                 return self._allocate(scores, budget, self.fixed | streams)
             except OutOfReach:
-                if self.streams is not None:
-                    raise
+                pass
         return self._allocate(scores, budget, self.fixed)
 
     def cuts_streams(self, allocation: Allocation) -> bool:
-        """Whether an allocation cuts a residual stream that is normalised over its channels."""
+        """Whether an allocation cuts any residual stream that is normalised over its channels."""
         return any(s.stream and len(allocation.keep[s.name]) < s.units for s in self.structures)
 
     def widths_by(self, scores: Mapping[str, np.ndarray], budget: Budget) -> Dict[str, float]:
-        """How many units scores leave each structure at a budget, as ``widths`` for other scores.
+        """How many units each structure keeps when these scores decide: ``widths`` for use with other scores.
 
-        Blocks have no width: all of them stay, and none is in the result.
+        Args:
+            scores: Scores by structure name, shape (units,), higher = keep.
+            budget: What the cut model may cost.
+
+        Returns:
+            Number of units left by structure name. Blocks have no width: all of them stay, and none is in the result.
+
+        Raises:
+            OutOfReach: The budget is less than any allowed cut leaves.
         """
         highest = max(float(values.max()) for values in scores.values())
         free = [s for s in self.structures if s.name not in self.fixed]
-        blocks = {s.name: np.full(1, highest + 1) for s in free if s.kind == 'blocks'}  # the last to go
+        blocks = {s.name: np.full(1, highest + 1) for s in free if s.kind == 'blocks'}  # so all other units go first
         keep = replace(self, widths=None)({**scores, **blocks}, budget).keep
         return {s.name: float(len(keep[s.name])) for s in free if s.name not in blocks}
 
     def price(self, quantity: str, left: Mapping[str, int]) -> float:
-        """What is left of the model costs, by the numbers of units left of each structure."""
+        """Cost of the cut model, given the number of units left of every structure."""
         return self.cost(quantity, self.cost.counts(left))
 
     def dense(self, quantity: str) -> float:
-        """What the dense model costs."""
+        """Cost of the dense model."""
         return self.price(quantity, {s.name: s.units for s in self.structures})
 
     def _allocate(self, scores: Mapping[str, np.ndarray], budget: Budget, fixed: FrozenSet[str]) -> Allocation:

@@ -1,4 +1,4 @@
-"""Which structures a user allows to be cut."""
+"""``exclude=``, ``only=`` and ``kinds=``: the structures that a user allows to be cut."""
 from typing import Collection, Sequence, Set
 
 from ..core import PruningError, Structure
@@ -13,16 +13,16 @@ def left_alone(
         only: Sequence[str],
         kinds: Collection[str],
 ) -> Set[str]:
-    """Names of the structures that stay whole.
+    """Names of the structures that may not be cut.
 
     Args:
-        structures: What can be cut.
-        exclude: Patterns of what is not to be cut, as ``Structure.matches`` reads them.
-        only: Patterns of what alone may be cut; none of them: everything.
+        structures: All structures that can be cut.
+        exclude: Patterns of structures that may not be cut, as ``Structure.matches`` reads them.
+        only: Patterns of the only structures that may be cut. Empty: all may be.
         kinds: Kinds that may be cut.
 
     Raises:
-        PruningError: A pattern names nothing.
+        PruningError: ``exclude`` or ``only`` is not a list, or a pattern matches no structure.
     """
     check_patterns('exclude', exclude, structures)
     check_patterns('only', only, structures)
@@ -35,7 +35,7 @@ def left_alone(
 
 
 def check_patterns(option: str, patterns: Sequence[str], structures: Sequence[Structure]) -> None:
-    """Raise ``PruningError`` where an option is no list of patterns, or one of them names nothing that can be cut."""
+    """Raise ``PruningError`` where an option is not a list of patterns, or a pattern matches no structure."""
     if isinstance(patterns, str):
         raise PruningError(f'{option}={patterns!r} was given; give a list of patterns: {option}=[{patterns!r}]')
     for pattern in patterns:

@@ -1,10 +1,10 @@
-"""The main jobs in one call: ``prune`` and ``inspect``."""
+"""``prune`` and ``inspect``: a ``Pruner`` that is used once."""
 from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Union
 
 import torch
 from torch import nn
 
-from ..core import DEFAULT_KINDS, KINDS
+from ..core import DEFAULT_KINDS, KINDS, Budget
 from ..plan import PrunedModel
 from .inputs import Example
 from .inspection import Report
@@ -15,7 +15,7 @@ __all__ = ['inspect', 'prune']
 
 def prune(
         model: Union[str, nn.Module],
-        macs: Optional[float] = None,
+        macs: Optional[Union[float, Budget]] = None,
         params: Optional[float] = None,
         *,
         latency: Optional[Union[float, str]] = None,
@@ -39,9 +39,9 @@ def prune(
         base: Optional[str] = None,
         **model_args: Any,
 ) -> PrunedModel:
-    """Cut a model to a budget in one shot, by the importance of its weights.
+    """Cut a model to a budget in one shot, without training.
 
-    For several cuts of one model, make a ``Pruner`` and call that: it traces once.
+    To cut one model several times, make a ``Pruner`` and call it: it traces the model only once.
 
     >>> slim = prune('resnet18', macs=0.5)
     >>> dense, pruned = slim.pruning_plan.cost['macs']
@@ -49,50 +49,53 @@ def prune(
     True
 
     Args:
-        model: timm name, ``'torchvision/<name>'``, or any module; a module is left as it is.
-        macs: Budget of multiply-accumulates at batch 1: a share of the dense model, or a count of more than 1.
-        params: Budget of parameters, likewise.
+        model: timm name, ``'torchvision/<name>'``, ``'local-dir:<folder>'``, ``'hf-hub:<repo>'``, or any module. A
+            module is not changed.
+        macs: Budget of multiply-accumulates at batch 1: a share of the dense model's (``0.5``), or a count above 1
+            (``2e9``). Exactly one of ``macs``, ``params`` and ``latency`` is needed.
+        params: Budget of parameters: a share or a count.
         latency: Budget of the time that a batch takes: a share of the dense model's (``0.5``), or milliseconds
-            (``'12ms'``). Exactly one of the three is given. Layers are timed on the model's device with torch's threads
-            as they are set, the first time for a minute or so; what is cut is then measured whole, and corrected until
-            it's within 5 %.
-        latency_batch_size: Images in a batch, where time is measured.
-        device: Device of a model that is given by name; a module is cut and measured where it is.
-        criterion: How units are ranked, one of ``timm_epfs.CRITERIA``.
-        scope: What is ranked with what: ``'global'``, ``'local'`` or ``'isomorphic'``, as in docs/budget.md.
-        widths: What says how many units each structure keeps: None for the ranked scores, ``'cost'`` for what a unit
-            costs (``timm_epfs.allocate.cost_aware_widths``), or another criterion that needs no data. Scores then only
-            say which units stay.
-        round_to: Widths that are cut stay multiples of this. None: 16 for wide layers, less for narrow ones; under
-            ``latency`` as ``'auto'``: as None, with what wide layers are fastest at on the device, as is measured, in
-            place of 16.
-        floor: Share of its units that each structure keeps at least.
-        exclude: Patterns of layers whose outputs are not to be cut: names, prefixes of modules (``'layer1'``), or with
-            wildcards (``'*.conv3'``).
-        only: The same, of the only layers to cut.
-        ratios: Shares to remove by pattern, set before the budget is met by the rest.
+            (``'12ms'``). The layers are timed on the model's device, with the number of threads that torch is set to,
+            which takes a minute or so the first time. Whole cut models are then measured, and the cut is corrected
+            until it is within 5 % of the budget.
+        latency_batch_size: Number of images in a batch when latency is measured.
+        device: Device of a model that is given by name. A module is cut and measured where it is.
+        criterion: How units are scored, one of ``timm_epfs.CRITERIA``.
+        scope: Which units are ranked together: ``'global'``, ``'local'`` or ``'isomorphic'``, as in docs/budget.md.
+        widths: What decides how many units each structure keeps; the scores then only decide which. None: the scores
+            decide both. ``'cost'``: the cost of a unit (``timm_epfs.allocate.cost_aware_widths``). Or another criterion
+            that needs no data.
+        round_to: Structures that are cut keep widths that are multiples of this. None: 16 for wide layers, less for
+            narrow ones. ``'auto'``: as None, but in place of 16 the multiple at which wide layers are measured to be
+            fastest on the device. Under ``latency``, None means ``'auto'``.
+        floor: Smallest share of its units that each structure keeps.
+        exclude: Patterns of layers whose outputs are not cut: names, prefixes of modules (``'layer1'``), or wildcards
+            (``'*.conv3'``).
+        only: Patterns of the only layers whose outputs are cut.
+        ratios: Shares of units to remove, by pattern. These are set first; all other structures then meet the budget.
         kinds: Kinds of units to cut: ``'channels'`` (or ``'filters'``, ``'neurons'``), ``'heads'``, ``'head_dims'``,
-            ``'groups'``, and, only where it is named, ``'blocks'``. Attention is cut by whole heads; with
-            ``'head_dims'`` and without ``'heads'``, by the dims of all heads of a layer.
-        streams: Whether to cut residual streams that are normalised over their channels (ViT, ConvNeXt), which can't
-            be done exactly. None: only where the budget can't be met without, with a warning.
-        data: Batches (images, targets) for criteria that need them.
-        loss_fn: ``loss_fn(output, target)`` for these. None: cross-entropy.
-        seed: For ``criterion='random'``.
-        example_input: What the forward takes, where that isn't known: a tensor, a tuple of positional or a dict of
-            keyword arguments; batch 1, only shapes matter.
-        pretrained: Load timm's weights, where ``model`` is a name.
-        base: Name from which the dense model can be rebuilt, where ``model`` is a module that doesn't say.
+            ``'groups'`` and, not by default, ``'blocks'``. Attention is cut by whole heads; with ``'head_dims'`` and
+            without ``'heads'``, the same dims of all heads of a layer are cut.
+        streams: Whether to cut residual streams that are normalised over their channels (ViT, ConvNeXt). Such a cut is
+            never exact. None: only if the budget can't be met otherwise, with a warning.
+        data: Batches (images, targets), for criteria that need them.
+        loss_fn: ``loss_fn(output, target)``, for the same criteria. None: cross-entropy.
+        seed: Seed of ``criterion='random'``, and of the targets that ``'obdc'`` draws.
+        example_input: Input of the forward, for models that don't declare it: a tensor, a tuple of positional or a dict
+            of keyword arguments, at batch 1. Only the shapes matter.
+        pretrained: Whether to load published weights, where ``model`` is a name.
+        base: Name from which the dense model can be rebuilt, where ``model`` is a module that doesn't know its name.
         **model_args: Keyword arguments of the model, where ``model`` is a name (``num_classes``, ``in_chans``, …).
 
     Returns:
-        A smaller module of the same class, with its ``pruning_plan``.
+        A smaller model of the same class, with its ``pruning_plan``.
 
     Raises:
-        PruningError: What was asked for can't be done; one line says why and what to do.
+        PruningError: An argument is invalid, the model can't be traced, or the budget is out of reach.
 
     Warns:
-        UserWarning: The budget was missed: by more than 1 % of the dense cost, or by more than 5 % of a latency.
+        UserWarning: The budget is missed, by more than 1 % of the dense cost or more than 5 % of a latency; or residual
+            streams had to be cut (``streams``).
     """
     pruner = Pruner(
         model, data=data, loss_fn=loss_fn, exclude=exclude, only=only, kinds=kinds, streams=streams,
@@ -105,7 +108,9 @@ def prune(
 
 
 def inspect(model: Union[str, nn.Module], example_input: Optional[Example] = None, **model_args: Any) -> Report:
-    """Report what can be cut of a model, without weights or compute: a giant takes seconds.
+    """Report what can be cut of a model.
+
+    It needs neither weights nor compute, so the largest models take only seconds.
 
     >>> report = inspect('resnet18')
     >>> report.structures[0].name, report.structures[0].units
@@ -114,12 +119,12 @@ def inspect(model: Union[str, nn.Module], example_input: Optional[Example] = Non
     '1.00'
 
     Args:
-        model: timm name, ``'torchvision/<name>'``, or any module.
-        example_input: What the forward takes, where that isn't known.
+        model: As in ``prune``.
+        example_input: As in ``prune``.
         **model_args: Keyword arguments of the model, where ``model`` is a name.
 
     Raises:
-        PruningError: There is no such model, or its forward fails.
+        PruningError: There is no such model, its input isn't known, or its forward fails.
     """
     device = 'meta' if isinstance(model, str) else None
     return Pruner(model, kinds=KINDS, example_input=example_input, device=device, **model_args).inspect()
