@@ -26,7 +26,8 @@ CARDS = ROOT / 'model_cards'
 SHIPPED = json.loads((ROOT / 'tests' / 'shipped.json').read_text())
 EACH = pytest.mark.parametrize('name', SHIPPED)
 SAMPLE = 1000
-TOLERANCE = 1e-2  # between logits of two processors, which are about 5: a hundred times what rounding makes
+TOLERANCE = 1e-2  # of logits, which are about 5, between processors: rounding makes 1e-6
+UNDECIDED = 0.1  # images whose best two logits are closer may be decided by the decoder of JPEG or the processor
 
 
 def shipped(name):
@@ -110,5 +111,5 @@ def test_top1_on_the_first_images(name, monkeypatch):
         for images, target in DataLoader(Subset(dataset, range(SAMPLE)), batch_size=250):
             logits = model(images)
             right += int((logits.argmax(1) == target).sum())
-            near += int((logits.topk(2).values.diff().abs() < TOLERANCE).sum())
-    assert near < 0.01 * SAMPLE and abs(right - SHIPPED[name]['right']) <= near
+            near += int((logits.topk(2).values.diff().abs() < UNDECIDED).sum())
+    assert near < 0.02 * SAMPLE and abs(right - SHIPPED[name]['right']) <= near
