@@ -91,6 +91,13 @@ def test_image_size_of_a_model_that_takes_any_is_that_of_its_input(capsys):
     assert json.loads(capsys.readouterr().out)['macs'] == inspect('test_resnet', torch.zeros(1, 3, 80, 80)).macs
 
 
+@pytest.mark.parametrize('channels', [['--in-chans', '1'], ['--model-kwargs', 'in_chans=1']])
+def test_image_size_leaves_the_channels_of_the_input_to_the_model(channels, capsys):
+    assert main(['inspect', 'test_resnet', '--json', '--img-size', '80', *channels]) == 0
+    expected = inspect('test_resnet', torch.zeros(1, 1, 80, 80), in_chans=1)
+    assert json.loads(capsys.readouterr().out)['macs'] == expected.macs
+
+
 def test_prune_saves_and_shows_what_it_saved(tmp_path, capsys):
     assert main(['prune', 'test_resnet', '--macs', '0.5', '-o', str(tmp_path / 'out')]) == 0
     out, err = capsys.readouterr()

@@ -14,7 +14,9 @@ import torch
 
 from ..core import PruningError, step
 from ..pruner import inspect
+from ..report import random_images
 from ..version import __version__
+from ..zoo import create_model
 from ..zoo.autoload import autoload_path, is_on, switch_off, switch_on
 from .arguments import add_model_arguments, given_model_args
 from .benchmark_command import add_benchmark_arguments
@@ -95,10 +97,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    size = args.img_size
-    example = None if size is None else torch.empty(1, args.in_chans or 3, size, size, device='meta')
     with step(f'inspecting {args.model}'):
-        report = inspect(args.model, example, **given_model_args(args))
+        with torch.device('meta'):
+            model = create_model(args.model, **given_model_args(args))
+        report = inspect(model, random_images(model, args.img_size))
     print(json.dumps(report.to_dict(), indent=1) if args.json else report)
 
 

@@ -22,7 +22,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from ..core import INTEGER, PruningError, Rule, check, format_count, is_number
+from ..core import INTEGER, PruningError, Rule, check, format_count, is_number, percent
 from ..learn import METHODS
 from ..plan import Plan, recipe_steps
 from ..report import draw_layers, size_on_disk
@@ -190,7 +190,7 @@ def _row(
 
 
 def _share(before: float, after: float) -> str:
-    return f'{100 * after / before:.1f} %'
+    return percent(after / before)
 
 
 def _describe_cuts(plan: Plan) -> str:

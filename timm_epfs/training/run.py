@@ -13,6 +13,7 @@ import torch.distributed as dist
 from timm.task import ClassificationTask, DistillationTeacher, LogitDistillationTask, TrainingTask
 from timm.utils import init_distributed_device, random_seed
 from torch import nn
+from tqdm import tqdm
 
 from ..core import one_line, progress, step, write_whole
 from ..latency import latencies, latency_note
@@ -260,15 +261,13 @@ class Run:
             temperature=self.args.kd_temperature, verbose=False,
         )
 
-    def _bar(self, first_phase: int) -> Any:
+    def _bar(self, first_phase: int) -> tqdm:
         """One progress bar for the whole run, so that it shows the time that the whole run still takes."""
         batches = len(self.batches.train)
-        bar = progress((), 'training', batches * self.args.epochs)
-        bar.disable = not self.first
-        bar.delay = 0  # with a delay, close() doesn't clear a bar that write() has drawn before the delay is over
         done = sum(self.epochs[name] for name in PHASES[:first_phase]) + (self.saved['epoch'] if self.saved else 0)
-        bar.initial = bar.n = batches * done
-        return bar
+        # With a delay, close() would not clear a bar that write() has drawn before the delay is over.
+        return progress(
+            (), 'training', batches * self.args.epochs, initial=batches * done, delay=0, disable=not self.first)
 
     def _load_checkpoint(self) -> Optional[Dict[str, Any]]:
         saved = self.checkpoints.load()
