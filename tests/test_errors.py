@@ -282,7 +282,7 @@ SHELL_ERRORS = {
     'batch of nothing': ('prune test_resnet --macs 0.5 -b 0 -o OUT', "'0'"),
     'no checkpoint': ('prune test_resnet --macs 0.5 --checkpoint OUT.safetensors -o OUT', 'does not exist'),
     'pickle': ('prune test_resnet --macs 0.5 --checkpoint model.pth -o OUT', 'convert it'),
-    'pickle by another name': ('prune test_resnet --macs 0.5 --checkpoint pickle.safetensors -o OUT', 'not read'),
+    'pickle by another name': ('prune test_resnet --macs 0.5 --checkpoint pickle.safetensors -o OUT', "can't be read"),
     'checkpoint of another model': (
         'prune test_resnet --macs 0.5 --checkpoint vit.safetensors -o OUT', 'does not fit: .*; .*; .* and \\d+ more'),
     'taken folder': ('prune test_resnet --macs 0.5 -o TAKEN', 'is not empty'),

@@ -34,8 +34,8 @@ def test_weights_of_any_precision_are_read(tmp_path, dtype):
 
 
 @pytest.mark.parametrize('change, message', [
-    ({'a.weight': None}, 'a.weight is missing'),
-    ({'b': torch.zeros(1)}, "'b' is not in the model"),
+    ({'a.weight': None}, 'a.weight (4, 3) is missing'),
+    ({'b': torch.zeros(1)}, "'b' (1,) is not in the model"),
     ({'b\n' * 9: torch.zeros(1)}, 'is not in the model'),
     ({'a.weight': torch.ones(3, 4)}, 'a.weight has shape (3, 4) where the model has (4, 3)'),
     ({'a.weight': torch.ones(4, 3, 1)}, 'a.weight has shape (4, 3, 1)'),

@@ -20,7 +20,7 @@ from .text import shorten
 __all__ = ['ANYTHING', 'DICT', 'FLAG', 'INTEGER', 'LIST', 'TEXT', 'Rule', 'check', 'invalid']
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rule:
     """A condition on a value.
 

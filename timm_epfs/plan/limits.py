@@ -43,8 +43,8 @@ RESERVED_ARGS = (
 _PLACEMENT_ARGS = ('device', 'dtype')
 # With arguments up to these, every model of timm stays of its usual size.
 _USUAL = {'num_classes': 2 ** 15, 'in_chans': 2 ** 6, 'img_size': 2 ** 10}
-_ARGUMENT = re.compile(r'[A-Za-z]\w{0,63}', re.ASCII)
-_WORD = re.compile(r'[\w-]{0,64}', re.ASCII)
+_ARGUMENT = r'[A-Za-z]\w{0,63}'
+_WORD = r'[\w-]{0,64}'
 
 
 class TooLarge(PruningError):
@@ -82,7 +82,7 @@ def check_arguments(args: Mapping[str, Any], where: str) -> None:
     if len(args) > MAX_ARGUMENTS:
         raise PruningError(f'{where}: more than {MAX_ARGUMENTS} arguments; no model takes so many')
     for name in args:
-        if not isinstance(name, str) or not _ARGUMENT.fullmatch(name):
+        if not isinstance(name, str) or not re.fullmatch(_ARGUMENT, name, re.ASCII):
             raise invalid(where, name, 'the name of an argument')
         if name in RESERVED_ARGS or name in _PLACEMENT_ARGS:
             raise PruningError(f'{where} hold {name!r}, which is not for a plan or a config to set; remove it')
@@ -94,7 +94,7 @@ def _check_values(value: Any, largest: int, where: str) -> None:
     for value in values:
         if isinstance(value, (dict, list, tuple)):
             values += [*value, *value.values()] if isinstance(value, dict) else value
-        elif isinstance(value, str) and not _WORD.fullmatch(value):
+        elif isinstance(value, str) and not re.fullmatch(_WORD, value, re.ASCII):
             raise invalid(where, value, 'a word')
         elif isinstance(value, (int, float)) and not -largest <= value <= largest:
             raise invalid(where, value, f'numbers up to {largest}')

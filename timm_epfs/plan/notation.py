@@ -13,16 +13,13 @@ import numpy as np
 __all__ = ['Ranges', 'Strided']
 
 # What no text of ranges has. To look for it takes less memory than to match millions of ranges.
-_NO_RANGE = re.compile(
-    r"""
+_NO_RANGE = r"""
     ^$ | [^0-9,-]                    # nothing, or another character
     | [0-9]{10}                      # a number too large
     | ^[,-] | [,-][,-] | [,-]$       # a separator without numbers on both sides
     | -[0-9]+-                       # three numbers in a run
-    """,
-    re.VERBOSE,
-)
-_STRIDED = re.compile(r'(\d{1,9})(?: \+ (\d{1,9})u)?((?: \+ \d{1,9}x\d{1,9}){0,8})', re.ASCII)
+"""
+_STRIDED = r'(\d{1,9})(?: \+ (\d{1,9})u)?((?: \+ \d{1,9}x\d{1,9}){0,8})'
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +52,7 @@ class Ranges:
         Raises:
             ValueError: The text is not a list of ranges.
         """
-        wrong = _NO_RANGE.search(text)
+        wrong = re.search(_NO_RANGE, text, re.VERBOSE)
         if wrong:
             start = text.rfind(',', 0, wrong.start() + 1) + 1 if wrong.start() else 0
             raise ValueError(f'{text[start:start + 40].partition(",")[0]!r} is no range; write 0-5,8,10-63')
@@ -145,7 +142,7 @@ class Strided:
         Raises:
             ValueError: The text is no such layout, or its entries don't ascend.
         """
-        match = _STRIDED.fullmatch(text)
+        match = re.fullmatch(_STRIDED, text, re.ASCII)
         if not match:
             raise ValueError(f'{text[:40]!r} is no index map; write 0 + 64u + 3x384')
         inner = tuple(tuple(map(int, pair.split('x'))) for pair in match[3].split(' + ')[1:])

@@ -39,8 +39,9 @@ MAX_MEMBERS = 2 ** 15
 MAX_ENTRIES = 12_000_000
 MAX_INDEX = 2 ** 31 - 1
 
-_BASE = re.compile(r'(torchvision/)?\w{1,100}(\.\w{1,100})?', re.ASCII)
-_MEMBER = re.compile(r'(.+) dim ([0-9])(?: of ([0-9]{1,9}))? (out|in|per)(?: (at|rows) (.+))?')
+# Patterns are compiled when they're first used: importing timm_epfs reads no plan.
+_BASE = r'(torchvision/)?\w{1,100}(\.\w{1,100})?'
+_MEMBER = r'(.+) dim ([0-9])(?: of ([0-9]{1,9}))? (out|in|per)(?: (at|rows) (.+))?'
 
 _PLAN = {
     'format': INTEGER, 'base': ANYTHING, 'base_args': DICT, 'recipe': DICT, 'cost': DICT, 'attributes': DICT,
@@ -79,7 +80,7 @@ def parse_plan(data: Any) -> Dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _ParsedMember:
     """A member whose text is checked and whose index map isn't allocated yet."""
     tensor: str
@@ -92,7 +93,7 @@ class _ParsedMember:
         return Member(self.tensor, self.dim, self.role, self.index.array().reshape(units, -1), self.length)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _ParsedCut:
     """A cut whose text is checked and whose arrays aren't allocated yet."""
     name: str
@@ -123,7 +124,7 @@ def _check_format(data: Any) -> None:
 
 
 def _parse_base(name: Any) -> str:
-    if not isinstance(name, str) or not _BASE.fullmatch(name):
+    if not isinstance(name, str) or not re.fullmatch(_BASE, name, re.ASCII):
         raise invalid('plan.base', name, "a timm name, 'torchvision/<name>' or null")
     if '_epfs' in name or name.startswith('epfs_'):
         raise invalid('plan.base', name, 'a dense model; this one is pruned already')
@@ -189,7 +190,7 @@ def _parse_keep(text: str, units: int, where: str) -> Optional[IndexText]:
 
 
 def _parse_member(text: Any, units: int, where: str) -> _ParsedMember:
-    match = _MEMBER.fullmatch(check(text, TEXT, where))
+    match = re.fullmatch(_MEMBER, check(text, TEXT, where))
     if not match:
         raise invalid(where, text, "'layer1.0.conv1.weight dim 0 out'")
     tensor, dim, length, role, form, layout = match.groups()

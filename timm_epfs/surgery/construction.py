@@ -1,7 +1,7 @@
 """What a model's constructor does to its parameters: watched, changed, or left out."""
 from contextlib import contextmanager
 from threading import get_ident
-from typing import Any, Callable, Dict, Iterator, List, Optional, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, Optional, Set, Tuple
 
 from torch import Tensor, nn
 from torch.nn import init
@@ -10,10 +10,11 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ['SkipInit', 'parameters_as_they_are_made']
 
-_INITIALISERS = {
-    Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.fill_, Tensor.zero_, Tensor.add_, Tensor.mul_,
-    Tensor.clamp_, init.uniform_, init.normal_, init.constant_, init.kaiming_uniform_,
+_OVERWRITE = {
+    Tensor.uniform_, Tensor.normal_, Tensor.fill_, Tensor.zero_, init.uniform_, init.normal_, init.constant_,
+    init.kaiming_uniform_,
 }
+_CHANGE = {Tensor.erfinv_, Tensor.add_, Tensor.mul_, Tensor.clamp_}
 
 
 class SkipInit(TorchFunctionMode):
@@ -32,19 +33,27 @@ class SkipInit(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._tensors: List[Tensor] = []  # while they exist, nothing else is at their addresses
-        self._addresses: Set[int] = set()
+        self._tensors: Dict[int, Tensor] = {}  # by address; while they exist, nothing else is there
+        self._overwritten: Set[int] = set()
 
     def add(self, tensor: Tensor) -> None:
-        """Skip initialisers of a tensor, under whatever view of it."""
-        self._tensors.append(tensor)
-        self._addresses.add(tensor.data_ptr())
+        """Skip the initialisers of a tensor, under whatever view of it."""
+        self._tensors[tensor.data_ptr()] = tensor
+
+    def would_overwrite(self, tensor: Tensor) -> bool:
+        """Whether an initialiser that was skipped would have written to all entries of a tensor."""
+        return tensor.data_ptr() in self._overwritten
 
     def __torch_function__(self, func: Callable, types: Any, args: Tuple = (), kwargs: Optional[Dict] = None) -> Any:
         kwargs = kwargs or {}
-        if func in _INITIALISERS:
+        if func in _OVERWRITE or func in _CHANGE:
             tensor = args[0] if args else kwargs['tensor']
-            if tensor.is_meta or self._addresses and tensor.data_ptr() in self._addresses:
+            if tensor.is_meta:
+                return tensor
+            whole = self._tensors.get(tensor.data_ptr()) if self._tensors else None
+            if whole is not None:
+                if func in _OVERWRITE and tensor.numel() == whole.numel():
+                    self._overwritten.add(tensor.data_ptr())
                 return tensor
         return func(*args, **kwargs)
 

@@ -5,9 +5,9 @@ activation or gate stands between (members with the role ``'in'``); a block is s
 weight-sized multiply instead of an activation-sized one, works under DDP, autocast and torch.compile, and folds away
 exactly.
 
-All masks of a model are one flat vector. It is no parameter and no buffer: optimizers, weight decay, ``zero_grad``,
-clipping, DDP and checkpoints of the model never see it. The parameters stay the very objects they were, under longer
-names while the masks are on.
+All masks of a model are one flat vector. It is neither a parameter nor a buffer: optimizers, weight decay,
+``zero_grad``, clipping, DDP and checkpoints of the model never see it. The parameters stay the same objects, under
+longer names while the masks are on.
 """
 from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
@@ -35,12 +35,12 @@ def _scales(structure: Structure, role: str) -> bool:
 class Masks:
     """The masks of some structures of a model, all ones at first.
 
-    The network runs with ``running`` in training mode and with ``selected`` in evaluation mode. Both have one entry a
-    unit and two more: a constant one for what no structure owns, and one that is added to the loss and measures by
-    what the loss was scaled before its backward (a ``GradScaler``, accumulation).
+    The network runs with ``running`` in training mode and with ``selected`` in evaluation mode. Both have one entry
+    per unit and two more: a constant one for what no structure owns, and a probe. The probe is added to the loss, so
+    that its gradient says how the loss was scaled before the backward pass (by a ``GradScaler``, by accumulation).
 
-    A deep copy of the model (EMA) shares them: its own averaged weights, the masks of today, so that its zeros are
-    exact.
+    A deep copy of the model (EMA) shares the masks: it has its own averaged weights and the current masks, so that its
+    zeros are exact.
 
     Args:
         model: The model, changed in place until ``remove``.
@@ -113,7 +113,7 @@ class Masks:
         self.selected[:self.units].copy_(selected)
 
     def split(self, flat: np.ndarray) -> Dict[str, np.ndarray]:
-        """One value a unit, by structure name."""
+        """One value per unit, by structure name."""
         return {name: flat[at] for name, at in self.slices.items()}
 
     def remove(self) -> None:

@@ -4,6 +4,7 @@ A constructor makes dense models. It runs with its initialisers left out, so tha
 what it makes is cut. Values come from a checkpoint, or from the constructor itself: it runs a second time, with each
 parameter cut as soon as it is made, and so initialises it for the shape that stays.
 """
+from dataclasses import dataclass
 from functools import partial
 from typing import Callable, Dict, List, Mapping, Optional, Tuple, Union, cast
 
@@ -34,6 +35,20 @@ def rebuild(plan: Plan, device: Optional[Union[str, torch.device]] = None) -> Pr
     return model
 
 
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A parameter that a constructor makes.
+
+    Attributes:
+        module: The module that is given it.
+        name: Its name in the model; None where it doesn't stay there.
+        is_initialised: Whether an initialiser fills it later, so that the values it is made with don't matter.
+    """
+    module: nn.Module
+    name: Optional[str]
+    is_initialised: bool
+
+
 class Skeleton:
     """A pruned model that has everything but the values of its parameters, which are on the meta device.
 
@@ -57,8 +72,9 @@ class Skeleton:
             with parameters_as_they_are_made(note):
                 model = build()
         names = {id(parameter): name for name, parameter in _parameters(model).items()}
-        # For every parameter that a module was given, in order: the module, and the parameter's name in the model.
-        self._made = [(module, names.get(id(parameter))) for module, parameter in made]
+        self._made = [
+            _Made(module, names.get(id(parameter)), skipped.would_overwrite(parameter)) for module, parameter in made
+        ]
         self._device = next((parameter.device for parameter in model.parameters()), None)
         _replace(model, {id(parameter): _to_meta(parameter) for parameter in model.parameters()})
         self._model = apply_plan(model, plan)
@@ -102,16 +118,17 @@ class Skeleton:
         with SkipInit() as skipped:
 
             def cut(module: nn.Module, parameter: nn.Parameter) -> Optional[nn.Parameter]:
-                first, name = next(order)
-                place = places.get(name)
-                if place is None:  # it is in a block that goes, or in no model
+                made = next(order)
+                place = places.get(made.name)
+                if place is None:  # it goes
                     skipped.add(parameter)
                     return None
                 if id(place) not in fresh:  # else it is tied
-                    fresh[id(place)] = _cut_to(place.shape, parameter, removed.get(name, {}))
+                    values = None if made.is_initialised else removed.get(made.name, {})
+                    fresh[id(place)] = _cut_to(place, parameter, values)
                     for size in _SIZES:
-                        if hasattr(first, size):
-                            setattr(module, size, getattr(first, size))
+                        if hasattr(made.module, size):
+                            setattr(module, size, getattr(made.module, size))
                 return fresh[id(place)]
 
             with parameters_as_they_are_made(cut):
@@ -119,12 +136,19 @@ class Skeleton:
         return fresh
 
 
-def _cut_to(shape: torch.Size, parameter: nn.Parameter, removed: Mapping[int, np.ndarray]) -> nn.Parameter:
-    if parameter.shape == shape:
+def _cut_to(
+        place: nn.Parameter,
+        parameter: nn.Parameter,
+        removed: Optional[Mapping[int, np.ndarray]],
+) -> nn.Parameter:
+    """A parameter cut to the shape of the one whose place it takes; without its values where ``removed`` is None."""
+    if parameter.shape == place.shape:
         return parameter
+    if removed is None:
+        return _empty(place, parameter.device)
     cut = cut_tensor(parameter, removed)
-    if cut.shape != shape:
-        raise ValueError(f'a parameter of shape {tuple(parameter.shape)} is cut to {tuple(cut.shape)}, not to {shape}')
+    if cut.shape != place.shape:
+        raise ValueError(f'a parameter of shape {tuple(parameter.shape)} is not the one that the plan cuts')
     return nn.Parameter(cut, parameter.requires_grad)
 
 

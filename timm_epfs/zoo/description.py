@@ -16,7 +16,7 @@ __all__ = ['ARCHITECTURE', 'Description']
 ARCHITECTURE = 'epfs_pruned'
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Description:
     """What timm says of a model, as it passes it to an entry point.
 

@@ -1,4 +1,5 @@
 """``features_only`` for pruned models: timm's feature extractors, put around the model once it is cut."""
+from functools import partial
 from typing import Any, Callable, Dict, Type
 
 from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
@@ -21,25 +22,26 @@ _EXTRACTORS = {
 
 
 class FeatureExtraction:
-    """What timm does in one go in two steps: build the model, then wrap it in a feature extractor.
+    """timm's feature extraction in two steps, so that the model can be cut in between: build it, then wrap it.
 
     Args:
         build: Builds the model with timm, given further arguments of ``timm.create_model``.
-        feature_cls: The extractor, by name or as a class; None: what timm takes for this model.
+        feature_cls: The extractor, by name or as a class; None: the one that timm uses for this model.
         **feature_args: Further arguments of feature extraction (``out_indices``).
     """
 
     def __init__(self, build: Callable[..., nn.Module], feature_cls: Any = None, **feature_args: Any):
-        self._build_extractor = lambda **args: build(features_only=True, **feature_args, **args)
+        self._build_extractor = partial(build, features_only=True, **feature_args)
         self._extractor = self._default() if feature_cls is None else _by_name(feature_cls)
+        self._unwrapped: Any = None
 
     def build(self, **create_args: Any) -> nn.Module:
-        """The model, dense, not wrapped."""
+        """The dense model."""
         self._unwrapped = self._build_extractor(feature_cls=_unwrapping(self._extractor), **create_args)
         return self._unwrapped.model
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The extractor that timm would have made, of this model in place of the one that was built last."""
+        """The extractor that timm would have put around the model that was built last, around this one."""
         extractor = self._extractor(model, **self._unwrapped.settings)
         for name, value in self._unwrapped.set_by_timm().items():
             setattr(extractor, name, value)
@@ -61,18 +63,18 @@ def _by_name(feature_cls: Any) -> Type[nn.Module]:
 
 
 def _unwrapping(extractor: Type[nn.Module]) -> Type[nn.Module]:
-    """A stand-in for an extractor. By its base class, timm decides which settings it gets."""
+    """A class for timm to use in place of an extractor. It has its base, by which timm decides on the settings."""
 
     class Unwrapped(extractor):
-        """Holds the model that it should wrap and its settings, and does nothing with them."""
+        """Holds the model that it should wrap, and its settings."""
 
         def __init__(self, model: nn.Module, **settings: Any):
             nn.Module.__init__(self)
             self.model, self.settings = model, settings
-            self._own = set(vars(self))
+            self._own = {'_own', *vars(self)}
 
         def set_by_timm(self) -> Dict[str, Any]:
             """Attributes that were set since."""
-            return {name: value for name, value in vars(self).items() if name not in (*self._own, '_own')}
+            return {name: value for name, value in vars(self).items() if name not in self._own}
 
     return Unwrapped

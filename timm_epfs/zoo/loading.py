@@ -1,4 +1,4 @@
-"""Models by name: timm's, torchvision's, and saved ones."""
+"""Models by the name that a user gives: timm's, torchvision's, and saved ones."""
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
 
@@ -15,7 +15,7 @@ __all__ = ['base_of', 'create_model', 'load_model', 'model_args']
 
 
 def create_model(name: str, pretrained: bool = False, /, **model_args: Any) -> nn.Module:
-    """Build the model that a user names, in evaluation mode, ready to be cut.
+    """Build a model by name, in evaluation mode, ready to be cut.
 
     Args:
         name: timm name, ``'torchvision/<name>'``, or a saved model: ``'local-dir:<folder>'``, ``'hf-hub:<repo>'``.
@@ -23,33 +23,42 @@ def create_model(name: str, pretrained: bool = False, /, **model_args: Any) -> n
         **model_args: Keyword arguments of the model.
 
     Raises:
-        PruningError: No such model, or it can't be built with these arguments.
+        PruningError: There is no such model, it can't be built with these arguments, or it has no weights that are
+            read here.
     """
-    if not name.startswith(TORCHVISION):
-        if name.startswith(('local-dir:', 'hf-hub:')):
-            with one_line(f'{name} can\'t be loaded'):
-                model = timm.create_model(name, pretrained=pretrained, **model_args)
-        else:
-            model = build_base(name, model_args, pretrained=pretrained)
-        return note_origin(model.eval()) if pretrained else model.eval()
+    if name.startswith(TORCHVISION):
+        return _create_torchvision(name, pretrained, model_args).eval()
+    if name.startswith(('local-dir:', 'hf-hub:')):
+        with one_line(f"{name} can't be loaded"):
+            model = timm.create_model(name, pretrained=pretrained, **model_args)
+    else:
+        model = build_base(name, model_args, pretrained=pretrained)
+    return note_origin(model.eval()) if pretrained else model.eval()
+
+
+def _create_torchvision(name: str, pretrained: bool, model_args: Dict[str, Any]) -> nn.Module:
     if pretrained:
         raise PruningError(
             f"{name}: torchvision's weights are pickles, and no pickle is read here; load them yourself and give the "
             f'module: prune(model, base={name!r}), or convert them to safetensors for --checkpoint'
         )
     model = build_base(name, model_args)
-    object.__setattr__(model, '_timm_epfs_base', (name, dict(model_args)))
-    return model.eval()
+    model._timm_epfs_base = name, dict(model_args)  # timm's models know this of themselves
+    return model
 
 
 def base_of(model: nn.Module) -> Tuple[Optional[str], Dict[str, Any]]:
-    """Name and keyword arguments from which timm rebuilds a module, as far as that is known."""
+    """The name and the keyword arguments by which a model's dense base is built.
+
+    Returns:
+        They are None and empty where the model doesn't say: a module of the user's own.
+    """
     plan = getattr(model, 'pruning_plan', None)
     if isinstance(plan, Plan):
         return plan.base, plan.base_args
-    name = getattr(model, '_timm_epfs_base', None)
-    if name is not None:
-        return name
+    base = getattr(model, '_timm_epfs_base', None)
+    if base is not None:
+        return base
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     architecture = cfg.get('architecture') if isinstance(cfg, dict) else getattr(cfg, 'architecture', None)
     if architecture and timm.is_model(architecture):

@@ -1,4 +1,4 @@
-"""Weights from anyone: a safetensors file is compared with what is expected before a tensor of it is read."""
+"""Weights from anyone: where they are, and a safetensors file checked by its header before a tensor of it is read."""
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
@@ -111,15 +111,17 @@ def shape_misfits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
 
 
 def _misfits(found: Mapping[str, Tuple[Optional[str], Tuple[int, ...]]], expected: Mapping[str, Tensor]) -> List[str]:
-    problems = [f'{name[:80]!r} is not in the model' for name in found if name not in expected]
+    unknown = {name: shape for name, (_, shape) in found.items() if name not in expected}
+    problems = [f'{name[:80]!r} {shape} is not in the model' for name, shape in unknown.items()]
     for name, tensor in expected.items():
+        own = tuple(tensor.shape)
         if name not in found:
-            problems.append(f'{name} is missing')
+            problems.append(f'{name} {own} is missing')
             continue
         dtype, shape = found[name]
         allowed = _FLOATS if tensor.is_floating_point() else {_OTHERS.get(tensor.dtype)}
-        if shape != tuple(tensor.shape):
-            problems.append(f'{name} has shape {shape} where the model has {tuple(tensor.shape)}')
+        if shape != own:
+            problems.append(f'{name} has shape {shape} where the model has {own}')
         elif dtype is not None and dtype not in allowed:
             problems.append(f'{name} is {dtype} where the model has {tensor.dtype}')
     return problems

@@ -4,6 +4,7 @@ A file ``<name>.json`` is a plan and makes ``<name>`` a timm model; ``<name>.<ta
 weights, under timm's ``<name>.<tag>``. Names come from the folder's listing: a plan is read when its model is made.
 """
 import dataclasses
+import os
 import re
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Union
@@ -33,7 +34,7 @@ FOLDER = Path(__file__).parent
 # timm's register_model looks for its module's default_cfgs.
 default_cfgs: Dict[str, Any] = {}
 
-_NAME = re.compile(r'[a-zA-Z_]\w*', re.ASCII)
+_NAME = r'[a-zA-Z_]\w*'
 _HUB = 'hf-hub:'
 # What a base's default cfg says about its dense weights.
 _OF_THE_WEIGHTS = dict(
@@ -47,12 +48,21 @@ def names() -> List[str]:
 
     ``_blocks`` follows where residual blocks were removed.
     """
-    return sorted(path.stem for path in FOLDER.glob('*.json'))
+    return list(_tags_by_name())
 
 
 def tags(name: str) -> List[str]:
     """Tags of the weights that come with a variant."""
-    return sorted(path.name[len(name) + 1:-len('.safetensors')] for path in FOLDER.glob(f'{name}.*.safetensors'))
+    return _tags_by_name().get(name, [])
+
+
+def _tags_by_name() -> Dict[str, List[str]]:
+    files = sorted(os.listdir(FOLDER))
+    weights = [file.removesuffix('.safetensors').partition('.') for file in files if file.endswith('.safetensors')]
+    return {
+        plan.removesuffix('.json'): [tag for name, _, tag in weights if f'{name}.json' == plan]
+        for plan in files if plan.endswith('.json')
+    }
 
 
 def plan_path(name: str) -> Path:
@@ -85,7 +95,7 @@ def register(
     Raises:
         PruningError: The name is taken or no name for timm, or the plan or the weights can't be read.
     """
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(_NAME, name, re.ASCII):
         raise PruningError(f'register: {name[:80]!r} is no name for timm; use letters, digits and underscores')
     if timm.is_model(name):
         raise PruningError(f'register: timm has a model named {name!r} already; choose another name')
@@ -96,10 +106,10 @@ def register(
 
 
 def _register_folder() -> None:
-    for name in names():
+    for name, its_tags in _tags_by_name().items():
         base = get_pretrained_cfg(name.rpartition('_epfs')[0]) or PretrainedCfg()
         cfg = dataclasses.replace(base, **_OF_THE_WEIGHTS)
-        cfgs = {f'{name}.{tag}': dataclasses.replace(cfg, file=str(weights_path(name, tag))) for tag in tags(name)}
+        cfgs = {f'{name}.{tag}': dataclasses.replace(cfg, file=str(weights_path(name, tag))) for tag in its_tags}
         _add(name, plan_path(name), cfgs or {name: cfg})
 
 
