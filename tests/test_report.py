@@ -113,7 +113,7 @@ def test_torchvision_models_are_named():
 @pytest.mark.parametrize('model, args, message', [
     ('resnet5o', {}, 'nearest: resnet50'),
     ('test_resnet', {'colour': 3}, 'colour'),
-    (nn.Linear(2, 2), {'num_classes': 3}, 'num_classes= goes with a model\'s name'),
+    (nn.Linear(2, 2), {'num_classes': 3}, "num_classes= was given with a module, but goes with a model's name"),
     (None, {}, 'NoneType was given'),
 ])
 def test_bad_input_gets_one_line(model, args, message):
