@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Push every ready-made variant that has weights to the Hub, each with its card.
+"""Push every variant that ships with weights to the Hub, each with its card.
 
-Pushing what the Hub already has does nothing, so a run that was interrupted or failed in part is finished by the same
-command. The exit code is 0 where all went well, 1 where something failed, 2 where nothing could be done.
+Files that the Hub already has are not pushed again, so the same command finishes a run that was interrupted or failed
+in part. The exit code is 0 if every push succeeded, 1 if some failed, 2 if no variant matches or an option is wrong.
 
     python hub_upload.py --org ORG --only "resnet*" --dry-run
 """
@@ -24,16 +24,19 @@ CARDS = Path(__file__).parent / 'model_cards'
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--org', required=True, metavar='ORG', help='user or organisation to push to')
-    parser.add_argument('--only', default='*', metavar='PATTERN', help='names to push, such as "resnet*"')
-    parser.add_argument('--dry-run', action='store_true', help='show what would be pushed, write nothing')
-    parser.add_argument('--private', action='store_true', help='make new repos private')
-    parser.add_argument('--overwrite-cards', action='store_true', help='replace cards that were edited on the Hub')
+    parser.add_argument('--org', required=True, metavar='ORG', help='user or organisation to push to (required)')
+    parser.add_argument(
+        '--only', default='*', metavar='PATTERN',
+        help='push only variants whose names match, such as "resnet*" (default: %(default)s)')
+    parser.add_argument('--dry-run', action='store_true', help='show what would be pushed, push nothing (default: off)')
+    parser.add_argument('--private', action='store_true', help='make new repos private (default: off)')
+    parser.add_argument(
+        '--overwrite-cards', action='store_true', help='replace cards that were edited on the Hub (default: off)')
     args = parser.parse_args(argv)
 
     names = [name for name in variants() if fnmatchcase(name, args.only)]
     if not names:
-        print(f'hub_upload: no variant that has weights matches {args.only!r}', file=sys.stderr)
+        print(f'hub_upload: no variant that has weights matches {args.only!r}; give another --only', file=sys.stderr)
         return 2
     rows = []
     for name in names:
@@ -47,7 +50,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def variants() -> List[str]:
-    """Full names of the variants whose weights are in the package."""
+    """Full names (name and tag) of the variants whose weights are in the package."""
     from timm_epfs.zoo import variants
     return [f'{name}.{tag}' for name in variants.names() for tag in variants.tags(name)]
 
@@ -57,15 +60,18 @@ def build(name: str) -> nn.Module:
 
 
 def upload(name: str, repo_id: str, args: argparse.Namespace) -> str:
-    """Push one variant, with the card ``model_cards/<name>.md``, or one made of ``model_cards/<name>.json``.
+    """Push one variant with its card.
+
+    The card is ``model_cards/<name>.md``, if there is one. Otherwise it is generated from the measurements in
+    ``model_cards/<name>.json``.
 
     Returns:
-        What was done.
+        The status to show: what was pushed.
 
     Raises:
-        PruningError: It was not; the message says why.
+        PruningError: The push failed; the message says why.
     """
-    card, metrics = (CARDS / f'{name}.{suffix}' for suffix in ('md', 'json'))
+    card, metrics = CARDS / f'{name}.md', CARDS / f'{name}.json'
     with one_line(name):
         pushed = push_to_hub(
             build(name),
@@ -76,8 +82,8 @@ def upload(name: str, repo_id: str, args: argparse.Namespace) -> str:
             card=card.read_text(encoding='utf-8') if card.is_file() else None,
             dry_run=args.dry_run,
         )
-    done = 'would push' if args.dry_run else 'pushed'
-    return f'{done} {", ".join(pushed.files)}' if pushed.files else 'unchanged'
+    verb = 'would push' if args.dry_run else 'pushed'
+    return f'{verb} {", ".join(pushed.files)}' if pushed.files else 'unchanged'
 
 
 def print_table(rows: Sequence[Sequence[str]]) -> None:

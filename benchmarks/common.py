@@ -13,13 +13,15 @@ from typing import Any, Callable, Dict, Iterable, List, Sequence, Union
 
 from tqdm import tqdm
 
+from timm_epfs import __version__
+from timm_epfs.core import write_whole
+
 RESULTS = Path(__file__).parent / 'results'
 PACKAGES = ('torch', 'timm', 'torchvision', 'torch-pruning')
 
 
 def header() -> Dict[str, Any]:
     """Machine, versions and date. Nothing that tells one owner's machine from another's."""
-    import timm_epfs
     return {
         'cpu': _cpu(),
         'cores': os.cpu_count(),
@@ -27,7 +29,7 @@ def header() -> Dict[str, Any]:
         'os': _os(),
         'python': platform.python_version(),
         **{name: version(name) for name in PACKAGES},
-        'timm_epfs': timm_epfs.__version__,
+        'timm_epfs': __version__,
         'date': date.today().isoformat(),
     }
 
@@ -60,16 +62,14 @@ def one_line(error: Union[BaseException, str], length: int = 300) -> str:
     return re.sub(r'(?<![\w.])(?:/[^\s/:]+)+/', '', ' '.join(text.split()))[:length]
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and the folder that it is in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.tmp')
-    part.write_text(text, encoding='utf-8', newline='')
-    os.replace(part, path)
+    write_whole(path, lambda part: part.write_text(text, encoding='utf-8', newline=''))
 
 
 def write_json(path: Path, data: Any) -> None:
-    write_atomic(path, json.dumps(data, indent=1) + '\n')
+    write_text(path, json.dumps(data, indent=1) + '\n')
 
 
 def write_results(path: Path, results: Any, table: str) -> None:
@@ -81,7 +81,7 @@ def write_results(path: Path, results: Any, table: str) -> None:
         table: The same in Markdown.
     """
     write_json(path, results)
-    write_atomic(path.with_suffix('.md'), table)
+    write_text(path.with_suffix('.md'), table)
     print(table)
 
 
@@ -146,7 +146,7 @@ class Table:
         writer = csv.DictWriter(text, self.columns, lineterminator='\n', extrasaction='ignore')
         writer.writeheader()
         writer.writerows(self.rows[name] for name in sorted(self.rows))
-        write_atomic(self.path, text.getvalue())
+        write_text(self.path, text.getvalue())
         self._saved = time.monotonic()
 
     def numbers(self, column: str, names: Iterable[str]) -> List[float]:

@@ -1,7 +1,8 @@
-"""What int8 costs a pruned model: top-1 of ONNX Runtime, quantised statically, against float32.
+"""What int8 costs a pruned model: top-1 by ONNX Runtime after static quantisation, against float32.
 
-``python benchmarks/int8.py FOLDER --data-dir DIR`` takes a folder of a saved model and CIFAR-10 as benchmarks/cifar10
-does, and writes results/int8_<base>.json and .md. ``--dense FILE`` does the same to the base with those weights.
+``python benchmarks/int8.py FOLDER --data-dir DIR`` takes the folder of a saved model, and CIFAR-10 as
+benchmarks/cifar10 does, and writes results/int8_<base>.json and .md. ``--dense FILE`` also measures the dense base with
+those weights.
 """
 import argparse
 import sys
@@ -19,8 +20,8 @@ from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from timm_epfs.deploy.export import Run, load_model, onnx_forward, trace_program, write_onnx
-from timm_epfs.zoo import load_weights
+from timm_epfs.deploy import Run, onnx_forward, trace_program, write_onnx
+from timm_epfs.zoo import load_model, load_weights
 
 sys.path.insert(0, str(Path(__file__).parent / 'cifar10'))
 
@@ -108,8 +109,8 @@ def markdown(results: Dict[str, Any]) -> str:
     lines = [
         f'# {results["model"]} in int8',
         '',
-        f'Weights (a scale a channel) and activations in int8, by ONNX Runtime\'s static quantisation on '
-        f'{results["calibration_images"]:,} training images; top-1 on {results["test_images"]:,} test images of '
+        'Weights (one scale per channel) and activations in int8, by ONNX Runtime\'s static quantisation, calibrated '
+        f'on {results["calibration_images"]:,} training images. Top-1 on {results["test_images"]:,} test images of '
         f'{results["images"]}. Pruned to {after / before:.2f} of the MACs.',
         f'{header_line(results["machine"])[:-1]}; {packages}.',
         '',

@@ -1,10 +1,11 @@
-"""Does half of the MACs mean twice as fast? ``prune(macs=0.5)``, ``prune(latency=)`` at the same time, torch-pruning.
+"""Are models at half their MACs twice as fast? ``prune(macs=)``, ``prune(latency=)`` at equal time, torch-pruning.
 
-All models of a row take turns in one process, each forward after two that don't count; the least of all forwards is
-what the table shows, since what else runs on a machine only adds to it (medians are in the JSON). Weights are random:
-the shapes matter. torch-pruning's one-shot ranks by L2, rounds widths to 8, and is asked again until its MACs are the
-same. ``python benchmarks/latency.py`` writes results/latency.json and .md; rows that are in the file already are left
-out, ``--redo`` measures them again. A ``note`` that was put in a row's JSON by hand is shown beside it.
+All models of a row take turns in one process, and two forwards that aren't counted precede each that is. The table
+shows the fastest forward, since whatever else runs on the machine only makes one slower (medians are in the JSON).
+Weights are random: only shapes matter. torch-pruning's one-shot ranks by L2 and rounds widths to 8; its ratio is
+searched until its MACs are the same. ``python benchmarks/latency.py`` writes results/latency.json and .md. Rows that
+are in the file already are left out, unless with ``--redo``. A ``note`` that was added to a row's JSON by hand is shown
+beside it.
 """
 import argparse
 import copy
@@ -22,8 +23,7 @@ from torch import nn
 from torch_pruning_recipe import one_shot
 
 import timm_epfs
-from timm_epfs.latency import Bench, race, time_models
-from timm_epfs.pruner import example_for, trace_model
+from timm_epfs.latency import least_seconds, time_models
 from timm_epfs.report import count_macs
 
 ROWS = (
@@ -63,7 +63,7 @@ def compare(name: str, batch: int, seconds: float) -> Dict[str, Any]:
     size = dense.pretrained_cfg['input_size']
     images = torch.randn(batch, *size)
     models = {'dense': dense, 'macs': timm_epfs.prune(dense, macs=0.5)}
-    before, after = race([dense, models['macs']], (images,), {})
+    before, after = least_seconds([dense, models['macs']], (images,), {})
     models['latency'] = timm_epfs.prune(dense, latency=after / before, latency_batch_size=batch)
     row: Dict[str, Any] = {'asked': after / before}
     try:
@@ -109,10 +109,9 @@ def at_equal_macs(name: str, wanted: float) -> nn.Module:
 
 def binds(dense: nn.Module, slim: nn.Module, batch: int) -> Dict[str, List[float]]:
     """Share of the dense model's calls by kind, and what is left of each, by the table: [share, left]."""
-    traced = trace_model(dense, with_calls=True)
-    bench = Bench(dense, traced, *example_for(dense), batch)
+    device = timm_epfs.Pruner(dense).latency(batch)
     left = {cut.structure.name: len(cut.keep) for cut in slim.pruning_plan.cuts}
-    pairs = zip(bench.calls(bench.units), bench.calls(left))
+    pairs = zip(device.calls(device.units), device.calls(left))
     kinds: Dict[str, np.ndarray] = defaultdict(lambda: np.zeros(2))
     for (kernel, before), (_, after) in pairs:
         kinds[kind(kernel)] += before, after
@@ -132,11 +131,11 @@ def kind(kernel) -> str:
 
 def markdown(results: Dict[str, Any]) -> str:
     lines = [
-        '# Latency: what half of the MACs is worth on the clock',
+        '# How much faster models at half their MACs run',
         '',
-        f'{results["threads"]} thread, float32, contiguous; all models of a row in turns, the least of all forwards. '
-        '*of promise* is the speed-up over what the MACs promise (dense MACs / MACs): 1 where half the MACs take half '
-        'the time. `latency=` was asked for the time that `macs=0.5` had been measured at.',
+        f'{results["threads"]} thread, float32, contiguous. The models of a row took turns; *ms* is the fastest '
+        'forward. *of promise* is the speed-up divided by what the MACs promise (dense MACs / MACs): 1 if half the '
+        'MACs take half the time. `latency=` was given the time that the `macs=0.5` model had taken.',
         header_line(results['machine']),
         '',
         '| model | batch | dense ms | cut by | MACs | parameters | ms | speed-up | of promise |',
@@ -155,9 +154,9 @@ def markdown(results: Dict[str, Any]) -> str:
             elif 'error' in found:
                 lines.append(f'| {name} | {batch or 1} | {dense["least_ms"]:.1f} | {label} | fails | | | | |')
     lines += [
-        '', '## What binds', '',
-        'Share of the dense time by kind of call, and what `macs=0.5` leaves of each, by the table of timed calls: '
-        'what leaves more than 0.5 keeps the clock behind the MACs.', '',
+        '', '## Where the time goes', '',
+        'Share of the dense model\'s time by kind of call, and how much of that time `macs=0.5` leaves, both from the '
+        'table of timed calls. Where more than 0.5 is left, the speed-up falls short of the MACs.', '',
     ]
     for row, found in results['rows'].items():
         parts = ', '.join(f'{name} {share:.0%} → {left:.2f}' for name, (share, left) in found['binds'].items())

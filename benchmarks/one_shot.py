@@ -117,8 +117,8 @@ def markdown(results: Dict[str, Any]) -> str:
     lines = [
         f'# {results["model"]}, cut once to {results["macs"]:.0%} of its MACs, not fine-tuned',
         '',
-        f'Top-1 on {images["test"]:,} test images; BatchNorm recalibrated, and criteria that need data shown, training '
-        f'images ({images["recalibration"]:,}; taylor {images["taylor"]:,}, obdc {images["obdc"]:,}).',
+        f'Top-1 on {images["test"]:,} test images. BatchNorm was recalibrated on {images["recalibration"]:,} training '
+        f'images; taylor ranked by {images["taylor"]:,} of them, obdc by {images["obdc"]:,}.',
         header_line(results['machine']),
         '',
         '| criterion | MACs | parameters | top-1 % | after `recalibrate_bn` |',

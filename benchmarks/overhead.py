@@ -26,17 +26,22 @@ GOALS = {'time': 1.05, 'memory': 1.02}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('models', nargs='*', metavar='MODEL', help=f'of {", ".join(CASES)}; all by default')
     parser.add_argument('--repeats', type=int, default=9)
     parser.add_argument('--threads', type=int, default=2)
+    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
     parser.add_argument('--peak', nargs=2, metavar=('MODEL', 'KIND'), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    unknown = [name for name in args.models if name not in CASES]
+    if unknown:
+        parser.error(f'{unknown[0]!r} is not measured here; one of {", ".join(CASES)}')
     torch.set_num_threads(args.threads)
     if args.peak:
         print(peak(*args.peak))
         return
-    rows = {name: measure(name, args.repeats, args.threads) for name in CASES}
+    rows = {name: measure(name, args.repeats, args.threads) for name in args.models or CASES}
     results = {'machine': header(), 'threads': args.threads, 'repeats': args.repeats, 'goals': GOALS, 'models': rows}
-    write_results(RESULTS / 'overhead.json', results, markdown(rows, args.repeats, args.threads))
+    write_results(args.results / 'overhead.json', results, markdown(rows, args.repeats, args.threads))
 
 
 def measure(name: str, repeats: int, threads: int) -> Dict[str, float]:

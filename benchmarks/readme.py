@@ -2,9 +2,11 @@
 import json
 import re
 from pathlib import Path
+from textwrap import wrap
 from typing import Any, Dict, List
 
-from common import RESULTS, write_atomic
+from common import RESULTS, write_text
+from methods import methods
 
 HERE = Path(__file__).parent
 README = HERE.parent / 'README.md'
@@ -23,7 +25,7 @@ LONG = 30  # rows; a longer table is folded
 
 def main() -> None:
     tables = {name: table((RESULTS / file).read_text()) for name, file in TABLES.items() if (RESULTS / file).exists()}
-    fill(HERE / 'README.md', {**tables, **cifar10()})
+    fill(HERE / 'README.md', {'methods': methods(), **tables, **cifar10()})
     fill(README, {'headlines': '\n'.join(headlines())})
 
 
@@ -36,7 +38,7 @@ def fill(page: Path, sections: Dict[str, str]) -> None:
             lambda _, name=name, body=body: f'<!-- {name} -->\n{body}\n<!-- /{name} -->',
             text, flags=re.DOTALL,
         )
-    write_atomic(page, text)
+    write_text(page, text)
 
 
 def table(markdown: str, fold: bool = True) -> str:
@@ -61,28 +63,29 @@ def cifar10() -> Dict[str, str]:
 
 
 def headlines() -> List[str]:
-    """One line for each thing that a new user asks."""
+    """What a new user asks first, as lines of a Markdown list."""
     zoo, exact, speed, added, clock = (
         load(name) for name in ('zoo', 'exactness', 'prune_speed', 'overhead', 'latency'))
     ours, rivals = (
-        sorted(row['dense']['least_ms'] / row[by]['least_ms']
-               for row in clock['rows'].values() if by in row)
+        sorted(row['dense']['least_ms'] / row[by]['least_ms'] for row in clock['rows'].values() if by in row)
         for by in ('macs', 'torch-pruning'))
-    seconds = [row['ours_whole'] for row in speed['models'].values()]
+    models = {row.partition('@')[0] for row in clock['rows']}
+    seconds = {name: row['ours_whole'] for name, row in speed['models'].items()}
+    fastest, slowest = (pick(seconds, key=seconds.get) for pick in (min, max))
     steps = [100 * (row['time'] - 1) for row in added['models'].values()]
-    return [
-        f'- {zoo["timm"]["ok"]:,} of timm\'s {zoo["timm"]["names"]:,} models and {zoo["torchvision"]["ok"]} of '
-        f'torchvision\'s {zoo["torchvision"]["names"]} are cut to half their',
-        '  MACs, run, and are rebuilt from their plans: residual streams, depthwise and grouped convolutions, SE, '
-        'attention heads.',
-        f'- Masked and cut give the same outputs in {exact["ok"]} of {exact["names"]} models: '
-        f'median error {exact["median_error"]:.1e}, worst {max(exact["worst"].values()):.1e}, '
-        f'{len(exact["float64_needed"])} judged in float64.',
-        f'- Half of the MACs run {ours[0]:.1f} to {ours[-1]:.1f} times as fast on {clock["threads"]} thread, '
-        f'torch-pruning\'s {rivals[0]:.1f} to {rivals[-1]:.1f} times ({len(ours)} models).',
-        f'- Pruning takes {min(seconds):.1f} to {max(seconds):.1f} s, `resnet18` to `vit_large_patch16_224`, on '
-        f'{speed["threads"]} threads; EPFS adds {min(steps):.0f} to {max(steps):.0f} % to a training step.',
-    ]
+    items = (
+        f'{zoo["timm"]["ok"]:,} of timm\'s {zoo["timm"]["names"]:,} models and {zoo["torchvision"]["ok"]} of '
+        f'torchvision\'s {zoo["torchvision"]["names"]} can be cut to half their MACs, run, and rebuilt from their '
+        'plans: residual streams, depthwise and grouped convolutions, SE and attention heads included.',
+        f'Masking units and cutting them give the same outputs in {exact["ok"]} of {exact["names"]} models: median '
+        f'error {exact["median_error"]:.1e}, worst {max(exact["worst"].values()):.1e}, '
+        f'{len(exact["float64_needed"])} of them compared in float64.',
+        f'Models cut to half their MACs run {ours[0]:.1f} to {ours[-1]:.1f} times faster on {clock["threads"]} thread, '
+        f'{rivals[0]:.1f} to {rivals[-1]:.1f} times where torch-pruning cuts them ({len(models)} models).',
+        f'Pruning takes {seconds[fastest]:.1f} s (`{fastest}`) to {seconds[slowest]:.1f} s (`{slowest}`) on '
+        f'{speed["threads"]} threads. EPFS makes a training step {min(steps):.0f} to {max(steps):.0f} % longer.',
+    )
+    return [line for item in items for line in wrap(f'- {item}', 120, subsequent_indent='  ', break_on_hyphens=False)]
 
 
 def load(name: str) -> Dict[str, Any]:

@@ -1,7 +1,7 @@
 """Make the plans of ``timm_epfs/variants`` that aren't learned: ``python benchmarks/variants.py [NAME ...]``, or all.
 
-In these every layer is cut by about the same share and its first units stay. What a plan like this is good for is its
-widths, to be trained. A learned plan takes its place by taking its file, and its name leaves the list below.
+In these, every layer is cut by about the same share and its first units stay: they offer widths to train, nothing more.
+To replace one by a learned plan, overwrite its file and remove its name from the list below.
 """
 import argparse
 import warnings
@@ -53,12 +53,12 @@ def parse_args() -> argparse.Namespace:
 def make(name: str) -> Plan:
     """The plan of a variant, just at or above the share that its name says is removed."""
     base, wanted = VARIANTS[name]
+    # base= leaves the base's arguments at their defaults, so that those of create_model's caller count.
+    pruner = timm_epfs.Pruner(base, base=base)
     for more in np.arange(0, NEAR, STEP):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            # base= leaves the base's arguments at their defaults, so that those of create_model's caller count.
-            asked = round(float(1 - wanted - more), 5)
-            plan = timm_epfs.prune(base, macs=asked, criterion='uniform', scope='local', base=base).pruning_plan
+            plan = pruner.plan(macs=round(float(1 - wanted - more), 5), criterion='uniform', scope='local')
         dense, pruned = plan.cost['macs']
         if wanted <= 1 - pruned / dense <= wanted + NEAR:
             return replace(plan, recipe={

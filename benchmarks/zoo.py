@@ -13,7 +13,7 @@ import numpy as np
 import timm
 import torchvision
 import zoo_checks
-from common import RESULTS, Table, header, header_line, write_atomic, write_json
+from common import RESULTS, Table, header, header_line, write_json, write_text
 from pool import run
 from timm.models import model_entrypoint
 from tqdm import tqdm
@@ -38,7 +38,7 @@ def main() -> None:
     if not args.patterns:
         write_json(path.with_suffix('.json'), {'machine': header(), **result})
     if args.markdown:
-        write_atomic(path.with_suffix('.md'), markdown(table, result))
+        write_text(path.with_suffix('.md'), markdown(table, result))
 
 
 def parse_args() -> argparse.Namespace:
@@ -155,8 +155,8 @@ def markdown(table: Table, result: Dict[str, Any]) -> str:
 def _in_words(figures: Dict[str, Any]) -> str:
     median, least = figures['share_cuttable_median_min']
     _, most, longest = figures['seconds_p50_p90_max']
-    return (f'share of the MACs in layers that can be cut: median {median:.2f}, least {least:.2f}; '
-            f'{most:.1f} s for nine names in ten, {longest:.0f} s at most')
+    return (f'share of the MACs in layers that can be cut: median {median:.2f}, lowest {least:.2f}; '
+            f'90 % of the names take at most {most:.1f} s, the slowest {longest:.0f} s')
 
 
 def _markdown_row(table: Table, group: str, names: List[str]) -> str:

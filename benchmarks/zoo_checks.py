@@ -2,7 +2,6 @@
 import time
 import warnings
 from typing import Any, Dict, List, Tuple
-from unittest.mock import patch
 
 import torch
 import torchvision
@@ -14,9 +13,10 @@ from torch_pruning_recipe import DrawnMagnitude, NoInit, one_shot
 
 import timm_epfs
 from timm_epfs.plan import Plan
-from timm_epfs.pruner import api
+from timm_epfs.pruner import example_for
 from timm_epfs.report import count_macs
 from timm_epfs.surgery import TORCHVISION, build_base, rebuild
+from timm_epfs.trace import Trace
 
 STAGES = ('build', 'trace', 'cut', 'forward', 'backward', 'cost', 'rebuild')
 COLUMNS = (
@@ -87,7 +87,7 @@ def _ours(name: str, row: Dict[str, Any], caught: List) -> None:
         raise Failed(f'{left / macs:.3f} of the MACs are left: {said}')
 
     row['status'] = 'forward'
-    args, kwargs = api.example_for(model)
+    args, kwargs = example_for(model)
     check_forward(model, slim, args, kwargs)
     row['status'] = 'backward'
     check_backward(model, slim, args, kwargs)
@@ -100,22 +100,15 @@ def _ours(name: str, row: Dict[str, Any], caught: List) -> None:
     _check_rebuild(slim)
 
 
-def _prune(model: nn.Module, name: str, row: Dict[str, Any]) -> Tuple[nn.Module, Any]:
-    """``timm_epfs.prune``, timed whole, and the trace that it made on the way."""
-    traces = []
-
-    def trace_model(*args, **kwargs):
-        traces.append(original(*args, **kwargs))
-        row['status'] = 'cut' if any(s.kind != 'blocks' for s in traces[0].structures) else 'trace'
-        return traces[0]
-
-    original, start = api.trace_model, time.perf_counter()
+def _prune(model: nn.Module, name: str, row: Dict[str, Any]) -> Tuple[nn.Module, Trace]:
+    """A model's cut, timed with its trace, and the trace."""
+    start = time.perf_counter()
     try:
-        with patch.object(api, 'trace_model', trace_model):
-            slim = timm_epfs.prune(model, macs=TARGET, criterion='random', base=name)
+        pruner = timm_epfs.Pruner(model, base=name)
+        row['status'] = 'cut' if any(s.kind != 'blocks' for s in pruner.trace.structures) else 'trace'
+        return pruner(macs=TARGET, criterion='random'), pruner.trace
     finally:
         row['seconds'] = time.perf_counter() - start
-    return slim, traces[0]
 
 
 @torch.no_grad()
@@ -172,7 +165,7 @@ def _theirs(name: str, row: Dict[str, Any], caught: List) -> None:
     with NoInit():
         slim = build_base(name).eval()
     row['status'] = 'trace'
-    (image,), _ = api.example_for(model)
+    (image,), _ = example_for(model)
     start = time.perf_counter()
     try:
         one_shot(slim, torch.zeros(image.shape), DrawnMagnitude(), lambda stage: row.update(status=stage))

@@ -1,6 +1,8 @@
 """What several test files share: random weights that hide nothing, masking, and the table of small models."""
 import copy
+import multiprocessing
 from dataclasses import dataclass, field
+from multiprocessing.context import BaseContext
 from typing import Any, Dict, Iterable, Mapping, Tuple
 
 import numpy as np
@@ -67,6 +69,13 @@ def flat(out: Any) -> torch.Tensor:
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """Largest difference, relative to the largest entry of ``a``."""
     return ((a - b).abs().max() / a.abs().max()).item()
+
+
+def forkserver() -> BaseContext:
+    """Starts processes that share one import of all that they need."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['timm_epfs.cli', 'timm_epfs.training.run', 'sklearn.model_selection'])
+    return context
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from timm_epfs.pruner import api
+from timm_epfs.pruner import example_for, trace_model
 
 Entry = Tuple[str, int, int]  # tensor, dim, index
 
@@ -62,8 +62,8 @@ def coupled(model: nn.Module, image: torch.Tensor) -> Set[FrozenSet[Entry]]:
 def test_units_are_torch_prunings(name):
     with torch.device('meta'):
         model = timm.create_model(name).eval()
-    (image,), _ = api.example_for(model)
-    traced = api.trace_model(model)
+    (image,), _ = example_for(model)
+    traced = trace_model(model)
     ours = set(units(s for s in traced.structures if s.kind == 'channels'))
     theirs = coupled(model, image)
     assert len(ours) > 500

@@ -58,9 +58,10 @@ def test_parts_of_a_batch_count_as_one():
 
 
 def test_half_precision_features_count_in_full():
-    loss = CenterLoss(CLASSES, FEATURES)
-    features, target = next(batches())
-    assert loss(torch.from_numpy(features).bfloat16(), torch.from_numpy(target)).dtype == torch.float32
+    features, target = (torch.from_numpy(part) for part in next(batches()))
+    half = CenterLoss(CLASSES, FEATURES)(features.bfloat16(), target)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, CenterLoss(CLASSES, FEATURES)(features.bfloat16().float(), target))
 
 
 @pytest.mark.parametrize('target, word', [

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from timm_epfs.plan import Plan
+import timm_epfs
+from timm_epfs.core import PruningError
 from timm_epfs.training.options import check_options
 
 CIFAR10 = Path(__file__).parents[1] / 'benchmarks' / 'cifar10'
@@ -21,7 +22,7 @@ DENSE, L1 = 'resnet20_cifar/dense-0', 'resnet20_cifar/l1-50-0'
 def script(monkeypatch):
     """``run.py`` as a module, without a trace afterwards."""
     monkeypatch.setattr(sys, 'path', [str(CIFAR10), *sys.path])
-    modules = ('run', 'ship', 'baselines', 'data', 'common')
+    modules = ('run', 'ship', 'baselines', 'data', 'records', 'methods', 'common')
     for name in modules:
         monkeypatch.delitem(sys.modules, name, raising=False)
     import run
@@ -157,13 +158,54 @@ def really_run(script, tmp_path):
 
 
 def _cuts(result):
-    return {cut.structure.name: cut for cut in Plan.from_dict(result['plan']).cuts}
+    from records import plan_of
+
+    return {cut.structure.name: cut for cut in plan_of(result['plan']).cuts}
+
+
+@pytest.mark.parametrize('kinds', [['channels'], ['blocks']])
+def test_a_result_keeps_of_a_plan_what_gives_all_of_it_again(script, kinds):
+    from records import plan_of
+
+    plan = timm_epfs.prune('resnet20_cifar', macs=0.6, kinds=kinds, criterion='l1', num_classes=7).pruning_plan
+    record = json.loads(json.dumps(script.plan_record(plan)))
+    cut = {cut.structure.name for cut in plan.cuts if len(cut.keep) < cut.structure.units}
+    assert record['keep'].keys() == cut and 'cuts' not in record
+    assert plan_of(record).to_json() == plan.to_json()
+
+
+def test_every_committed_result_gives_the_plan_that_it_measured(script):
+    from records import plan_of
+
+    for folder in filter(Path.is_dir, sorted((CIFAR10 / 'results').iterdir())):
+        results = [json.loads(path.read_text()) for path in sorted(folder.glob('*.json'))]
+        plans = [plan_of(result['plan']) for result in results]
+        slim = timm_epfs.rebuild(plans[-1], 'meta')
+        assert sum(parameter.numel() for parameter in slim.parameters()) == results[-1]['params'][1], folder.name
+
+
+def test_the_table_of_methods_is_of_committed_results(script):
+    import methods
+
+    for method in methods.METHODS:
+        for model, name in zip(methods.MODELS, method.experiments):
+            assert bool(methods._results(model, name)) == (name is not None), name
+    header, _, *rows = methods.methods().splitlines()
+    assert len(rows) == len(methods.METHODS) + 1 and {row.count('|') for row in rows} == {header.count('|')}
+
+
+def test_a_structure_that_is_no_more_is_named(script):
+    from records import plan_of
+
+    with pytest.raises(PruningError, match='cuts layer9, and resnet20_cifar has no such structure'):
+        plan_of({'base': 'resnet20_cifar', 'base_args': {}, 'recipe': {}, 'cost': {}, 'keep': {'layer9': '0-5'}})
 
 
 def test_shares_that_are_set_by_hand_are_kept_and_the_rest_meets_the_budget(really_run):
     result = really_run('wide', options={'method-kwargs': {'ratios': {'layer3.*.conv1': 0}}})
-    cuts = _cuts(result)
-    assert not {name for name in cuts if name.startswith('layer3') and 'conv1' in name and len(cuts[name].keep) < 64}
+    left = {name: len(cut.keep) for name, cut in _cuts(result).items()}
+    assert {name: left[name] for name in left if name.startswith('layer3.') and name.endswith('.conv1')} == {
+        f'layer3.{block}.conv1': 64 for block in range(3)}
     assert result['macs'][1] / result['macs'][0] == pytest.approx(0.5, abs=0.01)
 
 
@@ -185,7 +227,7 @@ def test_a_plan_that_ships_tells_what_its_weights_were_trained_with(really_run):
     import ship
 
     result = really_run('taught', runner='centered', center=0.1, options={'distill': True})
-    recipe = ship._told(Plan.from_dict(result['plan']), result, 'resnet20_cifar/taught').recipe
+    recipe = ship._plan(result, 'resnet20_cifar/taught').recipe
     assert (recipe['teacher'], recipe['finetune_center']) == ('the dense model', 0.1)
 
 

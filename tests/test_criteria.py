@@ -250,9 +250,9 @@ def test_structure_of_raw_parameters_has_scores(criterion):
     values = score(Scaled(), structures, criterion, data=data)['gamma']
     assert values.shape == (4,) and np.isfinite(values).all()
     if criterion == 'l1':
-        np.testing.assert_allclose(values, np.array([1, 3, 2, 0.5]) / 1.625)
+        np.testing.assert_allclose(values, np.array([1, 3, 2, 0.5]) / 1.625, rtol=1e-6)
     if criterion == 'bn_scale':  # by l2
-        np.testing.assert_allclose(values, np.array([1, 9, 4, 0.25]) / 3.5625)
+        np.testing.assert_allclose(values, np.array([1, 9, 4, 0.25]) / 3.5625, rtol=1e-6)
 
 
 @pytest.mark.parametrize('criterion', [name for name in CRITERIA if name not in ('random', 'uniform')])

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from helpers import forkserver
 from safetensors.numpy import load_file, save_file
 
 import timm_epfs
@@ -63,7 +64,8 @@ def seen(tmp_path_factory):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    mp.spawn(worker, args=(str(folder), port), nprocs=2)
+    forkserver()
+    mp.start_processes(worker, args=(str(folder), port), nprocs=2, start_method='forkserver')
     for first in FIRST:
         run(str(folder), first=first)
     return folder
@@ -76,5 +78,5 @@ def test_two_processes_are_one(seen, first):
     assert len(one) == 3 * STEPS and one[f'solver.x.{STEPS - 2}'].min() < 0.95
     for key in one:
         assert np.array_equal(left[key], right[key]), key
-        # Sums in another order: they move a mask by 1.5e-5 in the first step, by 2e-6 after.
-        np.testing.assert_allclose(left[key], one[key], atol=5e-5, err_msg=key)
+        # Sums in another order make 1e-5; sums over one process alone, 1e-2 and more.
+        np.testing.assert_allclose(left[key], one[key], atol=1e-3, err_msg=key)

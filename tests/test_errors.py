@@ -71,16 +71,16 @@ BAD_CALLS = {
     'unknown argument': call('colour', model='test_resnet', macs=0.5, colour=1),
     'arguments for a module': call('num_classes=', model=nn.Linear(2, 2), macs=0.5, num_classes=1),
     'no weights known': call('No pretrained weights', model='resnet20_cifar', macs=0.5, pretrained=True),
-    'target 0': call('macs=0 was asked; give a share between 0 and 1', macs=0),
-    'target below 0': call('params=-0.5 was asked', params=-0.5),
-    'target 1': call('macs=1 was asked, the dense model has', macs=1),
-    'target above the model': call(r'params=1e\+12 was asked, the dense model has', params=1e12),
-    'target not a number': call('macs=nan was asked', macs=float('nan')),
-    'target as text': call("macs='0.5' was asked", macs='0.5'),
-    'target out of reach': call(r'asked for 0\.0 % of the MACs .* can reach \d+\.\d %', macs=1e-4),
+    'target 0': call('macs=0 was given; give a share between 0 and 1', macs=0),
+    'target below 0': call('params=-0.5 was given', params=-0.5),
+    'target 1': call('macs=1 was given, the dense model has', macs=1),
+    'target above the model': call(r'params=1000000000000.0 was given, the dense model has', params=1e12),
+    'target not a number': call('macs=nan was given', macs=float('nan')),
+    'target as text': call("macs='0.5' was given", macs='0.5'),
+    'target out of reach': call(r'asked for 0\.0 % of the MACs.* can reach \d+\.\d %', macs=1e-4),
     'target out of reach under a floor': call(r'can reach \d\d\.\d %', params=0.3, floor=0.9),
-    'two budgets': call('2 budgets were given, one is needed', macs=0.5, params=0.5),
-    'no budget': call('0 budgets were given'),
+    'two budgets': call('macs= and params= were given; a cut has one budget', macs=0.5, params=0.5),
+    'no budget': call('no budget was given; give one of macs='),
     'unknown criterion': call("unknown criterion 'l3'", macs=0.5, criterion='l3'),
     'criterion without its data': call("'taylor' needs data, found none", macs=0.5, criterion='taylor'),
     'criterion with empty data': call('found no batch', macs=0.5, criterion='obdc', data=[]),
@@ -325,7 +325,7 @@ def test_a_folder_that_is_taken_is_refused_before_any_work(bad_files, monkeypatc
     def work(*args, **kwargs):
         raise AssertionError('built a model first')
 
-    monkeypatch.setattr('timm_epfs.cli.shell.create_base', work)
+    monkeypatch.setattr('timm_epfs.cli.prune_command.create_model', work)
     monkeypatch.chdir(bad_files)
     assert main('prune test_resnet --macs 0.5 -o TAKEN'.split()) == 2
     assert '--overwrite' in capsys.readouterr().err

@@ -1,3 +1,4 @@
+import doctest
 import json
 import math
 import os
@@ -13,18 +14,19 @@ import pytest
 import timm
 import torch
 from helpers import MODELS
+from scipy.interpolate import RegularGridInterpolator
+from torch import nn
 from torch.overrides import resolve_name
 
 import timm_epfs
 from timm_epfs.allocate import allocate
 from timm_epfs.cli import main
-from timm_epfs.core import PruningError
-from timm_epfs.latency import Asked, Bench, LatencyModel, Table, kernels, race
-from timm_epfs.latency import measured as bench_room
+from timm_epfs.core import Budget, PruningError
+from timm_epfs.latency import DeviceLatency, LatencyModel, Table, device_latency, interpolation, kernels
+from timm_epfs.latency.call_grids import points
 from timm_epfs.plan import make_plan
 from timm_epfs.pruner import example_for, trace_model
-from timm_epfs.trace import meta_copy
-from timm_epfs.trace.calls import Calls, tensors_in
+from timm_epfs.trace import Calls, meta_copy, tensors_in
 from timm_epfs.training import run as run_room
 
 ROWS = {row.name: row for row in MODELS}
@@ -43,15 +45,16 @@ def seconds(kernel, left):
     return seconds_of(kernel.name, [array.shape(left) for array in kernel.arrays])
 
 
-def seconds_of(name, shapes):
+def seconds_of(name, shapes, step=4):
     if 'conv' in name:
         (batch, channels, *image), (out, inside, *window) = shapes[:2]
-        return 1e-7 + 1e-12 * batch * math.prod(image) * math.prod(window) * fours(out) * fours(inside)
+        macs = batch * math.prod(image) * math.prod(window) * rounded_up(out, step) * rounded_up(inside, step)
+        return 1e-7 + 1e-12 * macs
     return 1e-7 + 1e-12 * max(map(math.prod, shapes))
 
 
-def fours(n):
-    return 4 * math.ceil(n / 4)
+def rounded_up(n, step):
+    return step * math.ceil(n / step)
 
 
 class FakeTable:
@@ -67,13 +70,13 @@ class FakeTable:
         pass
 
 
-def whole(model, args, kwargs):
+def whole(model, args, kwargs, step=4):
     """What the fake clock says of a whole model: a third more than its calls, and something that no cut changes."""
     taken = []
 
     def see(function, args, kwargs, out):
         shapes = [tuple(tensor.shape) for tensor in tensors_in((args, kwargs))]
-        taken.append(seconds_of(resolve_name(function), shapes))
+        taken.append(seconds_of(resolve_name(function), shapes, step))
 
     copy = meta_copy(model).eval()
     with torch.no_grad(), Calls(see):
@@ -83,8 +86,9 @@ def whole(model, args, kwargs):
 
 @pytest.fixture
 def fake_clock(monkeypatch):
-    monkeypatch.setattr(bench_room, 'Table', FakeTable)
-    monkeypatch.setattr(bench_room, 'race', lambda models, args, kwargs: [whole(m, args, kwargs) for m in models])
+    monkeypatch.setattr(device_latency, 'Table', FakeTable)
+    monkeypatch.setattr(
+        device_latency, 'least_seconds', lambda models, args, kwargs: [whole(m, args, kwargs) for m in models])
 
 
 @pytest.fixture
@@ -97,7 +101,7 @@ def built(name):
     row = ROWS[name]
     model = row.build()
     example = row.images(1)
-    return model, trace_model(model, example, with_calls=True), example
+    return model, trace_model(model, example), example
 
 
 def left_of(slim):
@@ -105,16 +109,16 @@ def left_of(slim):
 
 
 @pytest.mark.parametrize('name', FAMILIES)
-def test_calls_of_a_cut_model_are_foretold(name):
+def test_calls_of_a_cut_model_are_predicted(name):
     model, traced, example = built(name)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         kinds = ('channels', 'groups')  # a reshape around a single head is a view, and no call
         slim = timm_epfs.prune(model, macs=0.7, example_input=example, round_to=1, kinds=kinds)
-    foretold = [kernel.signature(left_of(slim)) for kernel in kernels(model, traced, (example,), {}, 3)]
-    cut = trace_model(slim, example, with_calls=True)
+    predicted = [kernel.signature(left_of(slim)) for kernel in kernels(model, traced, (example,), {}, 3)]
+    cut = trace_model(slim, example)
     units = {s.name: s.units for s in cut.structures}
-    assert foretold == [kernel.signature(units) for kernel in kernels(slim, cut, (example,), {}, 3)]
+    assert predicted == [kernel.signature(units) for kernel in kernels(slim, cut, (example,), {}, 3)]
 
 
 @pytest.mark.parametrize('name', FAMILIES)
@@ -127,10 +131,38 @@ def test_every_call_can_be_repeated_alone(name):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+class Transposed(nn.Module):
+    """Groups that have as many output as input channels, groups that haven't, and groups given by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 3)
+        self.grouped = nn.ConvTranspose2d(32, 16, 2, 2, groups=4)
+        self.depthwise = nn.ConvTranspose2d(16, 16, 2, 2, groups=16)
+        self.last = nn.Conv2d(16, 16, 1, groups=16)
+        self.head = nn.Conv2d(16, 10, 1)
+
+    def forward(self, x):
+        x = self.depthwise(self.grouped(self.stem(x)))
+        x = nn.functional.conv2d(x, self.last.weight, groups=self.last.groups)
+        return self.head(x).mean((2, 3))
+
+
+def test_groups_follow_the_channels():
+    model, example = Transposed().eval(), torch.randn(1, 3, 8, 8)
+    traced = trace_model(model, example)
+    dense = {s.name: s.units for s in traced.structures}
+    half = {name: units // 2 for name, units in dense.items()}
+    found = [kernel for kernel in kernels(model, traced, (example,), {}) if 'conv' in kernel.name]
+    for left, channels in ((dense, [32, 16, 16, 16, 10]), (half, [16, 8, 8, 8, 10])):
+        # torch refuses groups that contradict the channels of image, weight and bias
+        assert [kernel.bind(left, torch.device('cpu'))().shape[1] for kernel in found] == channels
+
+
 def test_calls_are_in_the_models_precision_and_memory_format():
     model = timm.create_model('test_resnet').bfloat16().to(memory_format=torch.channels_last).eval()
     args, options = example_for(model)
-    found = kernels(model, trace_model(model, with_calls=True), args, options, 2)
+    found = kernels(model, trace_model(model), args, options, 2)
     convolutions = [kernel.arrays[:2] for kernel in found if kernel.name.endswith('conv2d')]
     assert {array.dtype for arrays in convolutions for array in arrays} == {torch.bfloat16}
     assert {image.order for image, _ in convolutions} == {(0, 2, 3, 1)}
@@ -150,6 +182,63 @@ def test_a_model_costs_the_sum_of_its_calls_wherever_they_grow_linearly():
         expected = sum(bilinear(kernel, left) for kernel in found)
         assert latency('latency', latency.counts(left)) == pytest.approx(expected, rel=1e-9)
         assert latency('macs', latency.counts(left)) == traced.cost('macs', traced.cost.counts(left))
+
+
+def test_between_the_points_calls_are_interpolated_bilinearly():
+    model, traced, example = built('vgg16_bn_cifar')
+    units = {s.name: s.units for s in traced.structures}
+    found = kernels(model, traced, (example,), {})
+    latency = LatencyModel(traced.cost, traced.structures, found, seconds)
+    convolutions = [i for i, kernel in enumerate(found) if 'conv' in kernel.name and len(kernel.names) == 2]
+    assert len(convolutions) == 12  # all but the first, which reads the image
+    rng = np.random.default_rng(0)
+    lefts = [{name: int(rng.integers(n // 4, n + 1)) for name, n in units.items()} for _ in range(10)]
+    for i in convolutions:
+        grid = points(found[i], units)
+        rows, columns = [row[0] for row in grid], grid[0]
+        first, second = ([n for n in found[i].names if ends[0][n] != ends[-1][n]][0] for ends in (rows, columns))
+        measured = [[seconds(found[i], left) for left in row] for row in grid]
+        reference = RegularGridInterpolator(([a[first] for a in rows], [b[second] for b in columns]), measured)
+        for left in lefts:
+            expected = reference([left[first], left[second]])[0]
+            assert latency.seconds_of_calls(latency.counts(left))[i] == pytest.approx(expected, rel=1e-12)
+
+
+def test_fewer_units_take_no_longer_whatever_was_measured():
+    model, traced, example = built('vgg16_bn_cifar')
+    random = np.random.default_rng(0)
+    found = kernels(model, traced, (example,), {})
+    latency = LatencyModel(traced.cost, traced.structures, found, lambda kernel, left: random.uniform(1, 2))
+    counts = [np.array([round(share * s.units) for s in traced.structures]) for share in np.linspace(0.25, 1, 16)]
+    assert (np.diff([latency.seconds_of_calls(c) for c in counts], axis=0) >= -1e-12).all()
+
+
+def test_a_latency_model_does_not_change():
+    model, traced, example = built('resnet20_cifar')
+    latency = LatencyModel(traced.cost, traced.structures, kernels(model, traced, (example,), {}), seconds)
+    dense = latency.counts({s.name: s.units for s in traced.structures})
+    before = latency('latency', dense)
+    with pytest.raises(ValueError, match='read-only'):
+        latency.seconds[:] = 0
+    with pytest.raises(AttributeError):
+        latency.seconds = np.zeros(1)
+
+    measured = 2 * latency.seconds
+    slower = latency.with_seconds(measured)
+    measured[:] = 0
+    assert slower('latency', dense) == pytest.approx(2 * before)
+    assert slower('macs', dense) == latency('macs', dense) and slower.names == latency.names
+    assert latency('latency', dense) == before
+    with pytest.raises(ValueError, match='read-only'):
+        slower.seconds[:] = 0
+    with pytest.raises(PruningError, match='of the same model'):
+        latency.with_seconds(latency.seconds[1:])
+
+
+def test_examples_in_docstrings():
+    for module in (device_latency, interpolation):
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed
 
 
 def test_the_gradient_is_the_finite_difference():
@@ -208,9 +297,9 @@ def test_the_alignment_is_where_the_clock_has_steps(monkeypatch, step):
         def __call__(self, kernel, left):
             return math.prod(step * math.ceil(n / step) for array in kernel.arrays for n in array.shape(left)[:2])
 
-    monkeypatch.setattr(bench_room, 'Table', Stairs)
+    monkeypatch.setattr(device_latency, 'Table', Stairs)
     model, traced, example = built('vgg16_bn_cifar')
-    assert Bench(model, traced, (example,), {}).alignment() == step
+    assert DeviceLatency(model, traced, (example,), {}).alignment() == step
 
 
 def test_widths_are_what_the_clock_likes(fake_clock):
@@ -224,7 +313,7 @@ def test_widths_are_what_the_clock_likes(fake_clock):
     (dict(latency='fast'), "latency='fast'"),
     (dict(latency='0ms'), "latency='0ms'"),
     (dict(latency=True), 'latency=True'),
-    (dict(latency=0.5, macs=0.5), 'latency= was given with'),
+    (dict(latency=0.5, macs=0.5), 'macs= and latency= were given'),
     (dict(latency=0.5, latency_batch_size=0), 'latency_batch_size=0'),
     (dict(latency='1000ms'), 'the dense model takes'),
     (dict(latency=0.01), 'can reach'),
@@ -260,38 +349,38 @@ class Stopwatch:
 @pytest.mark.parametrize('bias', [0.5, 1, 2])
 def test_the_search_comes_to_what_was_asked(monkeypatch, bias, overhead, disturbed):
     """The whole model is faster or slower than the table says, and part of its time no cut removes."""
-    monkeypatch.setattr(bench_room, 'Table', FakeTable)
+    monkeypatch.setattr(device_latency, 'Table', FakeTable)
     model, traced, example = built('resnet20_cifar')
-    bench = Bench(model, traced, (example,), {})
+    bench = DeviceLatency(model, traced, (example,), {})
     scores = {s.name: np.arange(s.units) for s in traced.structures}
     fixed = {s.name for s in traced.structures if s.kind == 'blocks'}
 
-    def cut(budget):
-        keep = allocate(traced.structures, scores, bench.cost, budget, fixed=fixed, floor=0.05)
+    def cut(share):
+        keep = allocate(traced.structures, scores, bench.cost, Budget(latency=share), fixed=fixed, floor=0.05).keep
         slim = torch.nn.Module()
         slim.pruning_plan = make_plan(traced, keep, {})
         return slim
 
     for seed in range(10 if disturbed else 2):
         clock = Stopwatch(bench, bias, overhead, disturbed, seed)
-        monkeypatch.setattr(bench_room, 'time_models', clock)
-        slim, _, milliseconds = bench.meet(Asked(0.6), cut)
-        before, after = clock.true(bench.units), clock.true(left_of(slim))
+        monkeypatch.setattr(device_latency, 'time_models', clock)
+        match = bench.match(Budget(latency=0.6), cut)
+        before, after = clock.true(bench.units), clock.true(left_of(cut(match.share)))
         assert after / before == pytest.approx(0.6, rel=0.05)
-        assert milliseconds == pytest.approx([1e3 * before, 1e3 * after], rel=0.02)
+        assert match.milliseconds == pytest.approx([1e3 * before, 1e3 * after], rel=0.02)
         assert clock.rounds <= 45
 
 
 def test_a_miss_is_said(monkeypatch, fake_clock):
-    monkeypatch.setattr(bench_room, 'race', lambda models, args, kwargs: [1.0, 0.9])
-    with pytest.warns(UserWarning, match='90.0 % of the dense latency where 50.0 % were asked'):
+    monkeypatch.setattr(device_latency, 'least_seconds', lambda models, args, kwargs: [1.0, 0.9])
+    with pytest.warns(UserWarning, match='90.0 % of the dense latency where 50.0 % were asked for'):
         timm_epfs.prune('resnet20_cifar', latency=0.5)
 
 
 def test_milliseconds_are_a_share_of_the_dense():
-    assert Asked('12ms').share(0.048) == pytest.approx(0.25)
-    assert Asked(' 1.5 ms ').share(0.003) == pytest.approx(0.5)
-    assert Asked(0.3).share(7.0) == 0.3
+    assert Budget(latency='12ms').share(0.048) == pytest.approx(0.25)
+    assert Budget(latency=' 1.5 ms ').share(0.003) == pytest.approx(0.5)
+    assert Budget(latency=0.3).share(7.0) == 0.3
 
 
 class Clock:
@@ -317,11 +406,11 @@ def test_what_was_measured_is_remembered(tmp_path, one_call):
     table = Table('cpu', clock, tmp_path)
     table.learn([one_call, one_call])
     assert table(*one_call) == 1e-3
-    assert len(clock.timed) == 2 + 3  # the call twice, and the pace around it
+    assert len(clock.timed) == 2 + 3  # the call twice, and the reference workload around it
     table = Table('cpu', later, tmp_path)
     table.learn([one_call])
     assert table(*one_call) == 1e-3
-    assert len(later.timed) == 1  # the pace alone
+    assert len(later.timed) == 1  # the reference workload alone
     assert [path.suffix for path in tmp_path.iterdir()] == ['.json']
 
 
@@ -397,8 +486,8 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path, one_call):
 def test_masks_are_weighed_by_the_clock(fake_clock):
     model = timm.create_model('resnet20_cifar')
     learner = timm_epfs.EPFS(model, latency=0.5, steps=20)
-    cost = learner.traced.cost
-    dense = cost.counts({s.name: s.units for s in learner.traced.structures})
+    cost = learner.selector.allocator.cost
+    dense = cost.counts({s.name: s.units for s in learner.pruner.trace.structures})
     gradient = dict(zip(cost.names, cost.gradient('latency', dense)))
     weights = learner.masks.split(learner.weights.numpy())
     first, last = learner.structures[0].name, learner.structures[-1].name
@@ -412,7 +501,7 @@ def test_masks_are_weighed_by_the_clock(fake_clock):
 def test_methods_meet_a_latency(fake_clock, method):
     model = timm.create_model('resnet20_cifar')
     images, target = torch.randn(4, 3, 32, 32), torch.arange(4)
-    learner = method(model, latency=0.6, steps=10, structures=('filters',))
+    learner = method(model, latency=0.6, steps=10, kinds=['filters'])
     for _ in range(10):
         loss = torch.nn.functional.cross_entropy(model(images), target) + learner.penalty(target)
         loss.backward()
@@ -422,13 +511,13 @@ def test_methods_meet_a_latency(fake_clock, method):
     assert after / before == pytest.approx(0.6, rel=0.05)
     assert slim.pruning_plan.recipe['latency'] == 0.6
 
-    other = method(timm.create_model('resnet20_cifar'), latency=0.8, steps=10, structures=('filters',))
+    other = method(timm.create_model('resnet20_cifar'), latency=0.8, steps=10, kinds=['filters'])
     other.load_state_dict(learner.state_dict())
-    assert other.budget == learner.budget and other.alive == learner.alive
+    assert other.selector.budget == learner.selector.budget and other.alive == learner.alive
 
 
 def test_learners_take_one_budget(fake_clock):
-    with pytest.raises(PruningError, match='latency= was given with macs='):
+    with pytest.raises(PruningError, match='macs= and latency= were given'):
         timm_epfs.EPFS(timm.create_model('resnet20_cifar'), 0.5, 10, latency=0.5)
 
 
@@ -448,8 +537,8 @@ def test_training_takes_a_latency(fake_clock, monkeypatch, tmp_path, method):
 
 @pytest.mark.parametrize('asked, said', [
     (['--latency', '0.5', '--macs', '0.5'], 'argument --macs: not allowed with argument --latency'),
-    ([], 'one of the arguments --macs --latency is required'),
-    (['--latency', 'fast'], "latency='fast' was asked; give a share"),
+    ([], 'one of the arguments --macs --params --latency is required'),
+    (['--latency', 'fast'], "latency='fast' was given; give a share"),
     (['--latency', '0.01'], 'can reach'),
 ])
 def test_training_says_what_is_wrong_with_a_latency(fake_clock, tmp_path, capsys, asked, said):
@@ -476,12 +565,14 @@ def missed():
     forward()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-def pages_missed():  # by most forwards: now and then one misses those of a buffer, for reasons of its own
-    return statistics.median_low(missed() for _ in range(11))
+pages = 3 * (8 << 20) / resource.getpagesize()  # of the three buffers
 
-before = pages_missed()
+def share_missed():  # by most forwards: now and then one misses those of a buffer, for reasons of its own
+    return statistics.median_low(missed() for _ in range(11)) / pages
+
+before = share_missed()
 timer(forward, torch.device('cpu'))
-print(before, pages_missed())
+print(before, share_missed())
 '''
 
 
@@ -489,30 +580,35 @@ print(before, pages_missed())
 def test_a_forward_that_is_timed_finds_the_memory_of_the_last_one():
     env = {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'LD_PRELOAD'))}
     run = subprocess.run([sys.executable, '-c', HEAP], env=env, capture_output=True, text=True, check=True)
-    before, after = map(int, run.stdout.split())
-    assert after < 100
-    if before < 1000:  # by what the imports happened to allocate
+    before, after = map(float, run.stdout.split())
+    assert after < 0.02
+    if before < 0.15:  # by what the imports happened to allocate
         pytest.skip('this process kept its heap by itself')
 
 
 def test_on_this_machine(cache):
-    """The real clock: what is asked is met on an idle machine; on a busy one, what was cut is faster at least."""
-    torch.manual_seed(0)
+    """The real clock, of which only what holds on any machine is asserted, a busy one too."""
+    model = timm.create_model('resnet20_cifar').eval()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        slim = timm_epfs.prune('resnet20_cifar', latency=0.6, latency_batch_size=4)
+        slim = timm_epfs.prune(model, latency=0.6, latency_batch_size=4)
     dense, fast = slim.pruning_plan.recipe['latency_ms']
-    assert 0.3 < fast / dense < 0.9
-    (table,) = (cache / 'latency').iterdir()
-    assert len(json.loads(table.read_text())['calls']) > 20
+    assert 0 < fast < dense
+
+    traced = trace_model(model)
+    args, options = example_for(model)
+    units = {s.name: s.units for s in traced.structures}
+    table = Table('cpu')  # of another process: it reads what was kept
+    assert table.path.parent == cache / 'latency'
+    assert all(table(kernel, units) > 0 for kernel in kernels(model, traced, args, options, 4))
 
 
-def test_aligned_widths_are_not_slower_at_the_same_macs():
+def test_aligned_widths_are_faster_at_the_same_macs_where_channels_come_in_sixteens():
     """Widths that are multiples of sixteen, the default for wide layers, against any widths."""
-    torch.manual_seed(0)
     model = timm.create_model('resnet18').eval()
     aligned, any_width = (timm_epfs.prune(model, macs=0.5, round_to=step) for step in (None, 1))
     macs = [slim.pruning_plan.cost['macs'][1] for slim in (aligned, any_width)]
     assert macs[0] == pytest.approx(macs[1], rel=0.02)
-    fast, slow = race([aligned, any_width], (torch.randn(2, 3, 112, 112),), {})
-    assert fast < 1.1 * slow
+    images = torch.empty(2, 3, 112, 112)
+    fast, slow = (whole(slim, (images,), {}, step=16) for slim in (aligned, any_width))
+    assert fast < slow

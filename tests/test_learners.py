@@ -163,19 +163,19 @@ def test_channels_last_survives():
     assert distance(outputs(model), outputs(learner.export())) < 1e-4
 
 
-def test_bfloat16_autocast_selects_nearly_the_same():
-    runs = []
-    for enabled in (False, True):
+def test_bfloat16_autocast_learns_nearly_the_same():
+    """It moves the masks a tenth as much as other batches do; a third is allowed."""
+    def learned(first=0, autocast=False):
         model = build()
         # A steered λ would decide between near ties.
         learner = timm_epfs.EPFS(model, l1=0.02, lr=1.0, steps=6, refit=False)
-        with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
-            train(model, learner, sgd(model, 0.001), 5)
-        runs.append(np.concatenate(list(learner.values().values())))
-    assert runs[0].std() > 0.02
-    assert np.corrcoef(runs[0], runs[1])[0, 1] > 0.95
-    better = [values > np.median(values) for values in runs]
-    assert np.mean(better[0] == better[1]) > 0.9
+        with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+            train(model, learner, sgd(model, 0.001), 5, first=first)
+        return np.concatenate(list(learner.values().values()))
+
+    exact = learned()
+    rounded, others = (np.abs(exact - masks).mean() for masks in (learned(autocast=True), learned(first=100)))
+    assert 0 < rounded < others / 3
 
 
 def test_a_compiled_model_learns_the_same():
@@ -197,7 +197,8 @@ def test_a_learner_made_on_a_wrapper_is_on_the_model():
     model = build()
     learner = timm_epfs.EPFS(nn.DataParallel(model), macs=0.5, steps=5)
     assert learner.model is model
-    assert timm_epfs.SSS(torch.compile(build()), macs=0.5, steps=5).model is not None
+    model = build()
+    assert timm_epfs.SSS(torch.compile(model), macs=0.5, steps=5).model is model
 
 
 # Going on.

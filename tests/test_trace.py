@@ -1,6 +1,10 @@
-"""The tracing room, piece by piece: labels against brute force, each group of rules on a module made for it."""
+"""The trace, piece by piece: labels and groups against brute force, each group of rules on a module made for it."""
 import copy
+import doctest
+import importlib
 import math
+import pkgutil
+from collections import Counter, defaultdict
 from typing import Dict
 
 import numpy as np
@@ -15,10 +19,13 @@ from timm.layers import RmsNorm, StdConv2d
 from torch import nn
 
 import timm_epfs
+import timm_epfs.trace
 from timm_epfs.core import PruningError
-from timm_epfs.pruner import api
+from timm_epfs.plan import make_plan
+from timm_epfs.pruner import trace_model
 from timm_epfs.surgery import apply_plan
 from timm_epfs.trace import rule
+from timm_epfs.trace.grouping import group_units
 from timm_epfs.trace.labels import Labels
 from timm_epfs.trace.rules import RULES
 
@@ -30,9 +37,9 @@ pinned = st.lists(st.tuples(st.integers(0, 5), st.integers(0, LENGTH - 1)), max_
 seeds = st.integers(0, 2 ** 16)
 
 
-def brute_force(atoms: int, ties, pins):
-    """Representative and pinned by atom: every tie merges two sets, one after the other."""
-    sets = [{i} for i in range(atoms)]
+def brute_force(nodes: int, ties, pins):
+    """Smallest node of its unit and pinned, by node: every tie merges two sets, one after the other."""
+    sets = [{i} for i in range(nodes)]
     for a, b in ties:
         if sets[a] is not sets[b]:
             sets[a] |= sets[b]
@@ -116,10 +123,28 @@ def test_a_split_prefers_the_longer_axis_and_attention_its_heads():
     heads, inner = labels.split(entries)
     solution = labels.solve()
     assert solution.pinned[heads].all() and not solution.pinned[inner].any()
-    labels.mark_batched(heads)
+    labels.mark_heads(heads)
     solution = labels.solve()
     assert solution.pinned[inner].all() and not solution.pinned[heads].any()
-    assert {solution.kinds[int(solution.unit[atom])] for atom in heads} == {'heads'}
+    assert {solution.kinds[int(solution.unit[node])] for node in heads} == {'heads'}
+
+
+# -- groups ---------------------------------------------------------------------------------------------------------
+
+dims = st.lists(st.lists(st.integers(-1, 7), max_size=12).map(np.array), max_size=4)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(dims=dims, others=dims)
+def test_groups_are_the_units_with_equal_counts_in_each_dim(dims, others):
+    dims, others = ([dim.astype(np.int64) for dim in some] for some in (dims, others))
+    order = list(dict.fromkeys(unit for dim in dims for unit in dim.tolist() if unit >= 0))
+    counts = [Counter(dim.tolist()) for dim in (*dims, *others)]
+    groups = defaultdict(list)
+    for unit in order:
+        groups[tuple(count[unit] for count in counts)].append(unit)
+    expected = [group for group in groups.values() if len(group) > 1]
+    assert [group.tolist() for group in group_units(dims, others, 8)] == expected
 
 
 # -- rules ----------------------------------------------------------------------------------------------------------
@@ -145,10 +170,10 @@ def traced_and_exact(module: nn.Module, image: torch.Tensor):
     """Trace a module, and check masked against cut for whatever is said to be exact, two shares of it."""
     torch.manual_seed(0)
     module = randomise(module).eval()
-    traced = api.trace_model(module, image[:1])
+    traced = trace_model(module, image[:1])
     for share in (0.3, 0.6) if any(s.exact for s in traced.structures) else ():
         keep = drop(traced.structures, share)
-        cut = apply_plan(copy.deepcopy(module), api.make_plan(traced, keep, {}))
+        cut = apply_plan(copy.deepcopy(module), make_plan(traced, keep, {}))
         with torch.no_grad():
             zeroed = flat(masked(module, traced.structures, keep)(image))
             assert distance(flat(module(image)), zeroed) > 1e-3
@@ -279,7 +304,7 @@ def test_a_trace_leaves_mode_and_weights():
     module = nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), nn.Dropout(), conv(8, 5)).train()
     module[2].eval()
     before = {name: t.clone() for name, t in module.state_dict().items()}
-    api.trace_model(module, torch.zeros(1, 3, 8, 8))
+    trace_model(module, torch.zeros(1, 3, 8, 8))
     assert [m.training for m in module.modules()] == [True, True, True, False, True]
     assert all(torch.equal(before[name], t) for name, t in module.state_dict().items())
 
@@ -309,10 +334,10 @@ def test_attributes_follow(what):
     torch.manual_seed(0)
     module = Net(forward, a=nn.Linear(12, 8), b=nn.Linear(8, 5), **attributes).eval()
     rows = torch.randn(3, 12)
-    traced = api.trace_model(module, rows)
+    traced = trace_model(module, rows)
     (structure,) = traced.structures
     keep = {structure.name: np.arange(structure.units)[::2]}
-    cut = apply_plan(copy.deepcopy(module), api.make_plan(traced, keep, {}))
+    cut = apply_plan(copy.deepcopy(module), make_plan(traced, keep, {}))
     assert cut.a.out_features == 4
     assert {name: getattr(cut, name) for name in expected} == expected
     with torch.no_grad():
@@ -427,7 +452,7 @@ def test_tied_weights_stay_tied():
     traced = traced_and_exact(module, torch.randn(IMAGE))
     assert found(traced) == {'a': 8, 'b': 6}
     keep = drop(traced.structures)
-    cut = apply_plan(copy.deepcopy(module), api.make_plan(traced, keep, {}))
+    cut = apply_plan(copy.deepcopy(module), make_plan(traced, keep, {}))
     assert cut.b.weight is cut.c.weight
 
 
@@ -445,7 +470,7 @@ def test_inputs_and_outputs_of_any_structure():
     inputs = {'image': {'pixels': torch.randn(2, 12)}, 'extra': torch.randn(2, 6)}
     torch.manual_seed(0)
     module = Model().eval()
-    traced = api.trace_model(module, inputs)
+    traced = trace_model(module, inputs)
     assert [s.units for s in traced.structures] == [8]
     slim = timm_epfs.prune(module, macs=0.5, example_input=inputs)
     out = slim(**inputs)
@@ -454,7 +479,7 @@ def test_inputs_and_outputs_of_any_structure():
 
 def test_what_a_model_returns_is_not_cut():
     module = Net(lambda m, x: (m.b(m.a(x)), m.a(x)), a=conv(3, 8), b=conv(8, 5))
-    assert api.trace_model(module, torch.zeros(1, 3, 8, 8)).structures == ()
+    assert trace_model(module, torch.zeros(1, 3, 8, 8)).structures == ()
 
 
 @pytest.mark.parametrize('fails', [
@@ -464,7 +489,7 @@ def test_what_a_model_returns_is_not_cut():
 ])
 def test_a_forward_that_fails_is_one_line(fails):
     with pytest.raises(PruningError) as e:
-        api.trace_model(Net(fails, a=conv(3, 8)), torch.zeros(1, 3, 8, 8))
+        trace_model(Net(fails, a=conv(3, 8)), torch.zeros(1, 3, 8, 8))
     assert '\n' not in str(e.value) and '(1, 3, 8, 8)' in str(e.value)
 
 
@@ -479,3 +504,8 @@ def test_attention_is_cut_by_dims_of_heads_where_heads_are_not_asked_for():
     assert cut.attn_dim == cut.num_heads * cut.head_dim and cut.qkv.out_features == 3 * cut.attn_dim
     assert any(len(c.keep) < c.structure.units for c in attention)
     assert slim(torch.zeros(1, *model.default_cfg['input_size'])).shape == (1, 1000)
+
+
+@pytest.mark.parametrize('name', [m.name for m in pkgutil.walk_packages(timm_epfs.trace.__path__, 'timm_epfs.trace.')])
+def test_docstrings_say_what_is_so(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0

@@ -1,6 +1,6 @@
 """The trainer: one command from a dense model to a pruned one, that survives being killed."""
 import csv
-import multiprocessing
+import doctest
 import os
 import re
 import signal
@@ -16,6 +16,7 @@ import safetensors.torch
 import sklearn.datasets
 import timm
 import torch
+from helpers import forkserver
 from PIL import Image
 from sklearn.datasets import load_digits
 from timm.task import ClassificationTask
@@ -29,7 +30,7 @@ from timm_epfs.training import run as run_module
 from timm_epfs.training.checkpoints import Checkpoints
 from timm_epfs.training.data import Digits
 from timm_epfs.training.options import check_options
-from timm_epfs.training.phase import Stage
+from timm_epfs.training.phase import Phase
 
 # Small enough for five updates an epoch in half a second.
 DIGITS = ['train', 'resnet20_cifar', '--dataset', 'digits', '--img-size', '8', '-b', '64', '--macs', '0.5']
@@ -158,7 +159,7 @@ KILLED = [
 def _die(arguments, updates, checkpoint):
     """Run, and die by SIGKILL at an update, or just before a file gets its name."""
     torch.set_num_threads(1)
-    done, plain_update, plain_write = [0], Stage._after_update, checkpoints.write_whole
+    done, plain_update, plain_write = [0], Phase._after_update, checkpoints.write_whole
 
     def update(stage):
         done[0] += 1
@@ -173,15 +174,13 @@ def _die(arguments, updates, checkpoint):
                 os.kill(os.getpid(), signal.SIGKILL)
         plain_write(path, then_die)
 
-    Stage._after_update, checkpoints.write_whole, sklearn.datasets.load_digits = update, write, few_digits
+    Phase._after_update, checkpoints.write_whole, sklearn.datasets.load_digits = update, write, few_digits
     sys.exit(main(arguments))
 
 
 def run_apart(arguments, updates=None, checkpoint=None):
     """Exit code of a run in a process of its own."""
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['timm_epfs.cli', 'timm_epfs.training.run', 'sklearn.model_selection'])
-    process = context.Process(target=_die, args=(arguments, updates, checkpoint))
+    process = forkserver().Process(target=_die, args=(arguments, updates, checkpoint))
     process.start()
     process.join()
     return process.exitcode
@@ -232,7 +231,7 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, caps
     for path in newest.parent.glob('*.json'):
         path.write_text(path.read_text()[:100])
     assert train(tmp_path / 'run', '--resume') == 2
-    assert error(capsys) == f'resume: none of 2 checkpoints in {newest.parent} is whole; start again with --overwrite'
+    assert error(capsys) == f'--resume: all 2 checkpoints in {newest.parent} are damaged; start again with --overwrite'
 
 
 def error(capsys):
@@ -249,6 +248,7 @@ STATE = {
 
 
 def test_checkpoint_gives_back_what_was_saved(tmp_path):
+    assert doctest.testmod(checkpoints).failed == 0
     saved = Checkpoints(tmp_path)
     shared = torch.arange(6.)
     saved.save({**STATE, 'part': shared[:3], 'all': shared}, 1)
@@ -271,32 +271,41 @@ def test_last_checkpoints_are_kept(tmp_path):
     assert saved.load() == {'number': 10}
 
 
-@pytest.mark.parametrize('name', ['00002.json', '00002.safetensors'])
-@pytest.mark.parametrize('where', [0, 0.3, 0.7, 0.999])
-@pytest.mark.parametrize('damage', ['cut', 'flip', 'gone'])
-def test_no_damage_goes_unseen(tmp_path, name, where, damage):
+@pytest.fixture
+def two(tmp_path):
+    """Two checkpoints."""
     saved = Checkpoints(tmp_path)
     for number in (1, 2):
         saved.save({'number': number, 'weights': torch.full((50,), float(number))}, number)
-    path = tmp_path / name
-    data = bytearray(path.read_bytes())
+    return saved
+
+
+@pytest.mark.parametrize('name', ['00002.json', '00002.safetensors'])
+@pytest.mark.parametrize('where', [0, 0.3, 0.7, 0.999])
+@pytest.mark.parametrize('damage', ['cut', 'flip'])
+def test_no_damage_goes_unseen(two, tmp_path, name, where, damage):
+    data = bytearray((tmp_path / name).read_bytes())
     at = int(where * len(data))
-    if damage == 'flip':
-        data[at] ^= 1
-    path.write_bytes(data[:at] if damage == 'cut' else data)
-    if damage == 'gone':
-        path.unlink()
-    if damage == 'gone' and name.endswith('.json'):
-        assert saved.load()['number'] == 1
-        return
+    data[at] ^= 1
+    (tmp_path / name).write_bytes(data[:at] if damage == 'cut' else data)
     with pytest.warns(UserWarning, match='00002.json is refused'):
-        assert saved.load()['number'] == 1
+        assert two.load()['number'] == 1
+
+
+@pytest.mark.parametrize('name, refused', [('00002.safetensors', True), ('00002.json', False)])
+def test_where_a_file_is_gone_the_checkpoint_before_is_used(two, tmp_path, name, refused):
+    """Without its .json, which is written last, it never was one."""
+    (tmp_path / name).unlink()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        assert two.load()['number'] == 1
+    assert ['00002.json is refused' in str(warning.message) for warning in said] == [True] * refused
 
 
 def test_loss_that_is_no_number_stops_the_run_and_leaves_a_good_checkpoint(tmp_path, capsys):
     arguments = ['--epochs', '3', '--warmup-epochs', '0']
     assert train(tmp_path / 'run', *arguments, '--finetune-lr', '1e30') == 2
-    assert re.match(r'the loss of step [1-3] of the finetune phase is no number', error(capsys))
+    assert re.match(r'the loss of step [1-3] of the finetune phase is NaN or infinite', error(capsys))
     saved = Checkpoints(tmp_path / 'run' / 'checkpoints').load()
     assert (saved['phase'], saved['epoch']) == ('dense', 1)
     assert all(tensor.isfinite().all() for tensor in saved['state_dict'].values())
@@ -318,29 +327,29 @@ def test_folder_of_a_run_is_not_lost_by_mistake(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--data-dir', 'x'], '--dataset digits has no folder, --data-dir x was given: drop it'),
-    (['--dataset', ''], 'train needs images, found no --data-dir: give it, or --dataset digits for a first try'),
-    (['--sparse-epochs', '1'], '--method none has no sparse phase, found --sparse-epochs 1: drop it'),
-    (['--method-kwargs', 'l1=1'], '--method none takes arguments of timm_epfs.prune, found l1: drop it'),
+    (['--data-dir', 'x'], '--dataset digits needs no folder, --data-dir x was given; drop it'),
+    (['--dataset', ''], 'train needs images, no --data-dir was given; give it, or --dataset digits for a first try'),
+    (['--sparse-epochs', '1'], '--method none has no sparse phase, --sparse-epochs 1 was given; drop it'),
+    (['--method-kwargs', 'l1=1'], 'unknown keyword l1=; known are criterion, floor'),
     (['--method-kwargs', 'macs=0.3'], "--method none can't cut"),
     (['--method-kwargs', 'scope=magic'], "'magic'"),
-    (['--method', 'epfs', '--criterion', 'l1'], '--criterion goes with --method none, found --method epfs'),
-    (['--method', 'epfs', '--sparse-epochs', '0'], '--method epfs learns while sparse, found 0 epochs for that'),
-    (['--dense-epochs', '3'], '3 dense and 0 sparse epochs were asked, --epochs has 2 for all phases'),
-    (['--method', 'epfs', '--sparse-epochs', '1', '--method-kwargs', 'l3=1'], '--method epfs can\'t be set up'),
+    (['--method', 'epfs', '--criterion', 'l1'], '--criterion needs --method none, --method is epfs'),
+    (['--method', 'epfs', '--sparse-epochs', '0'], '--method epfs learns in the sparse phase, which has 0 epochs'),
+    (['--dense-epochs', '3'], '3 dense and 0 sparse epochs were asked for, --epochs is 2 for all phases'),
+    (['--method', 'epfs', '--sparse-epochs', '1', '--method-kwargs', 'centre=1'], 'did you mean center=?'),
     (['--macs', '0.0001'], '% of the units the model can reach'),
     (['--method', 'epfs', '--sparse-epochs', '1', '--macs', '0.0001'], '% of the units the model can reach'),
     (['--criterion', 'magic'], 'magic'),
-    (['--macs', '-1'], '--macs -1 was asked'),
+    (['--macs', '-1'], 'macs=-1.0 was given; give a share between 0 and 1'),
     (['--resume', '--overwrite'], '--resume and --overwrite were both given'),
     (['--pretrained', '--checkpoint', 'a.safetensors'], '--pretrained and --checkpoint were both given'),
     (['--checkpoint', 'a.pth'], 'checkpoint a.pth is not read, only .safetensors is (no pickle)'),
     (['--amp', '--amp-dtype', 'float16'], '--amp-dtype float16 has no fast kernels on cpu'),
     (['--device', 'nowhere'], "device 'nowhere' can't be used"),
     (['--opt', 'newton'], "optimizer 'newton' with schedule 'cosine' can't be set up"),
-    (['-b', '2000'], 'data: 320 training images a process are fewer than a batch of 2000'),
-    (['--num-classes', '9'], "data: split 'train' of digits has 10 classes, the model tells 9 apart"),
-    (['--num-classes', '0'], 'train needs logits of classes, ResNetCifar returns shape (1, 64) without a classifier'),
+    (['-b', '2000'], 'data: each process has 320 training images, less than one batch of 2000'),
+    (['--num-classes', '9'], "data: split 'train' of digits has 10 classes, the model has 9"),
+    (['--num-classes', '0'], 'train needs a classifier, ResNetCifar has none and returns shape (1, 64)'),
     (['--in-chans', '4'], 'train reads images of 1 or 3 channels, the model takes 4'),
 ])
 def test_what_makes_no_sense_is_refused_in_one_line(tmp_path, capsys, arguments, message):
@@ -366,11 +375,11 @@ def test_data_that_can_not_be_used_is_refused_in_one_line(tmp_path, folder, caps
     assert train(tmp_path / 'run', base=[*base, str(tmp_path / 'empty')]) == 2
     assert "no images of split 'train'" in error(capsys)
     assert train(tmp_path / 'run', '--num-classes', '1', '--overwrite', base=[*base, str(folder)]) == 2
-    assert 'has 2 classes, the model tells 1 apart: give --num-classes 2' in error(capsys)
+    assert 'has 2 classes, the model has 1; give --num-classes 2' in error(capsys)
 
     monkeypatch.setattr(Digits, 'classes', ())  # a dataset that doesn't say
     assert train(tmp_path / 'run', '--num-classes', '9', '--overwrite') == 2
-    assert error(capsys) == 'data: an image has label 9, the model tells 9 classes apart: give --num-classes'
+    assert error(capsys) == 'data: an image has label 9, the model has 9 classes; give --num-classes'
 
 
 def test_everything_at_once_on_a_folder_of_images(tmp_path, folder):
@@ -401,7 +410,7 @@ def test_accumulated_batches_are_one_large_batch():
     ends = []
     for every, size in ((1, 8), (4, 2)):  # 22 = 8 + 8 + 6: the last group is a smaller one
         model.load_state_dict(start)
-        stage = Stage(options(grad_accum_steps=every), 'dense', ClassificationTask(model, verbose=False), 1, 3)
+        stage = Phase(options(grad_accum_steps=every), 'dense', ClassificationTask(model, verbose=False), 1, 3)
         stage.train(list(zip(images.split(size), target.split(size))), lambda steps, values: None)
         assert stage.done == 3
         ends.append(model[1].weight.detach().clone())
@@ -409,9 +418,9 @@ def test_accumulated_batches_are_one_large_batch():
 
 
 @pytest.mark.parametrize('asked, said', [
-    (['--macs', '0.5', '--criterion', 'taylor'], '--criterion taylor needs data'),
-    (['--latency', '0.5'], '--latency with --method none goes by a clock'),
-    (['--macs', '0.5', '--method-kwargs', "round_to='auto'"], '--method-kwargs round_to=auto with --method none goes'),
+    (['--macs', '0.5', '--criterion', 'taylor'], '--criterion taylor scores units on data'),
+    (['--latency', '0.5'], '--latency with --method none measures time'),
+    (['--macs', '0.5', '--method-kwargs', "round_to='auto'"], '--round-to auto with --method none measures time'),
 ])
 def test_what_processes_would_not_agree_about_is_refused(tmp_path, monkeypatch, asked, said):
     monkeypatch.setattr(run_module.Run, '_wait', lambda self: None)
@@ -419,7 +428,7 @@ def test_what_processes_would_not_agree_about_is_refused(tmp_path, monkeypatch, 
         'train', 'resnet20_cifar', '--dataset', 'digits', '--method', 'none', '-o', str(tmp_path), *asked])
     check_options(args)
     args.rank, args.distributed = 1, True
-    with pytest.raises(PruningError, match=f'^{said}.* of which each process has its own: run it in one process$'):
+    with pytest.raises(PruningError, match=f'^{said}, and each process would get .* run it in one process$'):
         run_module.Run(args, {})
 
 

@@ -1,4 +1,5 @@
 """Names in timm: every shipped variant passes what timm asks of its own models, and means what its base means."""
+import copy
 import json
 import os
 import re
@@ -120,18 +121,21 @@ def test_no_plan_that_was_learned_is_made_anew_from_nothing():
 
 
 def test_importing_is_cheap_and_opens_no_plan():
-    """30 ms when it was measured, on a quiet machine; here only that nothing large is read or imported."""
+    """Two percent of the processor time of importing timm, when it was measured; here that it's less than a tenth."""
     program = (
-        'import sys, timm, time\n'
+        'import sys, time\n'
+        'times = [time.process_time()]\n'
+        'import timm; times.append(time.process_time())\n'
         'opened = []\n'
         'sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)\n'
-        'start = time.perf_counter(); import timm_epfs; seconds = time.perf_counter() - start\n'
-        'print([path for path in opened if path.endswith((".json", ".safetensors"))], seconds < 0.5)\n'
-        'print([m for m in ("torch_pruning", "matplotlib", "sklearn", "timm_epfs.trace") if m in sys.modules])'
+        'import timm_epfs; times.append(time.process_time())\n'
+        'print([path for path in opened if path.endswith((".json", ".safetensors"))])\n'
+        'print([m for m in ("torch_pruning", "matplotlib", "sklearn", "timm_epfs.trace") if m in sys.modules])\n'
+        'print(10 * (times[2] - times[1]) < times[1] - times[0])'
     )
     env = {**os.environ, 'PYTHONPATH': str(ROOT)}
     done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=env)
-    assert (done.stdout, done.stderr) == ('[] True\n[]\n', '')
+    assert (done.stdout, done.stderr) == ('[]\n[]\nTrue\n', '')
 
 
 # what timm's tests ask of a model
@@ -146,7 +150,8 @@ def test_forward(name):
 
 @VARIANTS
 def test_backward(name):
-    model = timm.create_model(name, num_classes=42, **small(name)).train()
+    model = copy.deepcopy(variant(name)).train()
+    model.reset_classifier(42)
     out = model(images(2))
     out.mean().backward()
     assert out.shape == (2, 42) and out.isfinite().all()
@@ -156,7 +161,7 @@ def test_backward(name):
 @VARIANTS
 @torch.no_grad()
 def test_default_cfg(name):
-    model = timm.create_model(name, **small(name)).eval()
+    model = copy.deepcopy(variant(name))
     cfg, keys = model.default_cfg, model.state_dict().keys()
     assert cfg['architecture'] == name and isinstance(model.pruning_plan, Plan)
     features = model.forward_features(images())
@@ -174,8 +179,10 @@ def test_default_cfg(name):
 @torch.no_grad()
 def test_features_only(name):
     wrapper = timm.create_model(name, features_only=True, out_indices=(0, 1), **small(name)).eval()
-    base = timm.create_model(base_of(name), features_only=True, out_indices=(0, 1), **small(name)).eval()
-    got, want = wrapper(images()), base(images())
+    with torch.device('meta'):
+        base = timm.create_model(base_of(name), features_only=True, out_indices=(0, 1), **small(name)).eval()
+        want = base(images())
+    got = wrapper(images())
     assert [x.shape[1] for x in got] == wrapper.feature_info.channels()
     plan = Plan.load(variants.plan_path(name))
     assert (wrapper.feature_info.channels() != base.feature_info.channels()) == any(
@@ -189,9 +196,9 @@ def test_features_only(name):
 @VARIANTS
 @torch.no_grad()
 def test_forward_intermediates(name):
-    model, base = variant(name), build_base(base_of(name), small(name)).eval()
+    model, base = variant(name), build_base(base_of(name), small(name), 'meta').eval()
     out, found = model.forward_intermediates(images(), indices=2, output_fmt='NCHW')
-    wanted = base.forward_intermediates(images(), indices=2, output_fmt='NCHW', intermediates_only=True)
+    wanted = base.forward_intermediates(images().to('meta'), indices=2, output_fmt='NCHW', intermediates_only=True)
     assert [x.shape[2:] for x in found] == [x.shape[2:] for x in wanted]
     x = images()
     torch.testing.assert_close(model.forward_intermediates(x)[0], model.forward_features(x))
@@ -233,10 +240,9 @@ def test_a_keyword_does_what_it_does_for_the_base(name, kwargs):
         except (TypeError, RuntimeError, AssertionError) as e:
             with pytest.raises(PruningError, match=f"can't be built .* {type(e).__name__}"):
                 timm.create_model(name, **kwargs)
-            return
-        got = timm.create_model(name, **kwargs)
-        plan = Plan.load(variants.plan_path(name))
-    assert described(got) == described(apply_plan(want, plan))
+        else:
+            plan = Plan.load(variants.plan_path(name))
+            assert described(timm.create_model(name, **kwargs)) == described(apply_plan(want, plan))
 
 
 def test_output_stride_and_channels_reach_the_feature_extractor():
@@ -285,9 +291,12 @@ def expected_scale(name, module, weight):
 
 @VARIANTS
 def test_a_variant_is_initialised_for_its_own_shape(name):
-    for key, module in variant(name).named_modules():
-        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and module.weight.numel() > 1000:
-            assert scale(module.weight) == pytest.approx(expected_scale(name, module, module.weight), rel=0.15), key
+    large = {
+        key: module for key, module in variant(name).named_modules()
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and module.weight.numel() > 1000}
+    assert len(large) >= 10
+    for key, module in large.items():
+        assert scale(module.weight) == pytest.approx(expected_scale(name, module, module.weight), rel=0.15), key
 
 
 @VARIANTS
@@ -296,11 +305,9 @@ def test_what_is_not_random_is_the_bases_cut(name):
     apply_plan(base, Plan.load(variants.plan_path(name)))
     tensors = {**dict(base.named_parameters()), **dict(base.named_buffers())}
     got = {**dict(variant(name).named_parameters()), **dict(variant(name).named_buffers())}
-    assert got.keys() == tensors.keys()
-    for key, tensor in tensors.items():
-        assert got[key].isfinite().all()
-        if tensor.numel() and tensor.min() == tensor.max():
-            assert torch.equal(got[key], tensor), key
+    assert got.keys() == tensors.keys() and all(tensor.isfinite().all() for tensor in got.values())
+    constant = [key for key, tensor in tensors.items() if tensor.numel() and tensor.min() == tensor.max()]
+    assert constant and [key for key in constant if not torch.equal(got[key], tensors[key])] == []
 
 
 @pytest.mark.filterwarnings('ignore:the budget')

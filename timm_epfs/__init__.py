@@ -11,23 +11,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, List
 
 from . import zoo  # noqa: F401, registered by its import
-from .core import PruningError
+from .core import Budget, PruningError
 from .version import __version__
 
 if TYPE_CHECKING:
     from .hub import push_to_hub
     from .importance import CRITERIA, recalibrate_bn
     from .learn import BNSFP, EPFS, SFP, SSS, OneShot, Scratch
-    from .plan import Plan
-    from .pruner import inspect, prune
+    from .plan import Plan, PrunedModel
+    from .pruner import Pruner, inspect, prune
     from .report import plot
     from .surgery import rebuild, slice_checkpoint
     from .zoo import save_pretrained
     from .zoo.variants import register
 
 __all__ = [
-    'BNSFP', 'CRITERIA', 'EPFS', 'OneShot', 'Plan', 'PruningError', 'SFP', 'SSS', 'Scratch', '__version__', 'inspect',
-    'plot', 'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn', 'register', 'save_pretrained', 'slice_checkpoint',
+    'BNSFP', 'Budget', 'CRITERIA', 'EPFS', 'OneShot', 'Plan', 'PrunedModel', 'Pruner', 'PruningError', 'SFP', 'SSS',
+    'Scratch', '__version__', 'inspect', 'plot', 'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn', 'register',
+    'save_pretrained', 'slice_checkpoint',
 ]
 
 # Where each name that is loaded on first use lives.
@@ -37,6 +38,8 @@ _HOMES = {
     'EPFS': 'learn',
     'OneShot': 'learn',
     'Plan': 'plan',
+    'PrunedModel': 'plan',
+    'Pruner': 'pruner',
     'SFP': 'learn',
     'SSS': 'learn',
     'Scratch': 'learn',

@@ -8,6 +8,7 @@ from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
 import torch_pruning as tp
+from records import plan_of
 from timm.task import TrainingTask
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from timm_epfs.importance import score
 from timm_epfs.learn.center_loss import CenterLoss, FeatureHook, find_classifier
 from timm_epfs.plan import Plan
 from timm_epfs.surgery import apply_plan
-from timm_epfs.training.phase import Stage
+from timm_epfs.training.phase import Phase
 from timm_epfs.training.run import Run
 
 __all__ = ['RUNNERS']
@@ -49,21 +50,20 @@ class ScratchRun(ExperimentRun):
     """The shape that another experiment found, with fresh weights (Liu et al., ICLR 2019)."""
 
     def _one_shot(self) -> nn.Module:
-        model = self._rebuilt(self._found())
-        return model.to(self.args.device)
+        return self._rebuilt(self._found().to_dict()).to(self.args.device)
 
-    def _found(self) -> Dict[str, Any]:
+    def _found(self) -> Plan:
         found = self.results / f'{self.experiment["shape_of"]}-{self.seed}.json'
         if not found.exists():
-            raise SystemExit(f'the shape of {found.stem} is not known yet; run that first')
-        return json.loads(found.read_text())['plan']
+            raise SystemExit(f'{found.stem} has no result yet, and this experiment takes its widths: run that first')
+        return plan_of(json.loads(found.read_text())['plan'])
 
 
 class ShapeRun(ScratchRun):
     """The shape that another experiment found, of the units that a criterion ranks highest within each structure."""
 
     def _one_shot(self) -> nn.Module:
-        plan = Plan.from_dict(self._found())
+        plan = self._found()
         scores = score(self.model, [cut.structure for cut in plan.cuts], self.args.criterion)
         cuts = tuple(replace(cut, keep=top(scores[cut.structure.name], len(cut.keep))) for cut in plan.cuts)
         recipe = {'method': 'one-shot', 'criterion': self.args.criterion, 'widths': self.experiment['shape_of']}
@@ -78,15 +78,15 @@ class GroupNormRun(ExperimentRun):
     Its regulariser, strength and group importance are its own; the budget is met by ours, as for all others.
     """
 
-    def _stage(self, phase: str, saved: Optional[Mapping[str, Any]]) -> Stage:
-        stage = super()._stage(phase, saved)
-        if phase == 'dense':
+    def _phase(self, name: str, saved: Optional[Mapping[str, Any]]) -> Phase:
+        phase = super()._phase(name, saved)
+        if name == 'dense':
             example = torch.zeros(1, *self.config['input_size'], device=self.args.device)
             pruner = tp.pruner.GroupNormPruner(
                 self.model, example, tp.importance.GroupMagnitudeImportance(p=2), reg=self.experiment['reg'],
                 ignored_layers=[self.model.get_classifier()], in_channel_groups={}, out_channel_groups={})
-            stage.optimizer.register_step_pre_hook(lambda *_: pruner.regularize(self.model))
-        return stage
+            phase.optimizer.register_step_pre_hook(lambda *_: pruner.regularize(self.model))
+        return phase
 
 
 class CenteredRun(ExperimentRun):

@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
+from records import plan_of
 from table import RESULTS, Runs, by_experiment, by_images, ranked, read, top1
 
-from timm_epfs.plan import Plan
 from timm_epfs.report import draw, draw_layers
 from timm_epfs.training.run_pictures import masks_over_time
 
@@ -20,7 +20,7 @@ MARKERS = 'osD^vPX*<>'
 COLOURS = ['#1f4e8c', '#c0562b', '#2e7d5b', '#6a4c93', '#b8860b', '#00838f', '#ad1457', '#555555']
 FAMILIES = {'epfs': ('EPFS', '#1f4e8c'), 'none': ('cut by a ranking, or from scratch', '#555555')}
 OTHERS = ('other methods that learn', '#c0562b')
-FAR = 8  # points below dense: what is further down isn't worth the room, and stands at the edge with its number
+FAR = 8  # points below dense: what is further down would squeeze the rest, and is a number at the edge
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def _draw(results: Path, stem: str, images: str, dense: float, experiments: Mapp
         draw(results / f'{stem}-masks.png', (12, max(4, 0.6 + 0.17 * len(learned))), _masks(learned))
     best = max((run for runs in experiments.values() for run in runs), key=top1)
     title = f'{best["name"]}: {100 * _macs(best):.0f} % of the MACs, top-1 {top1(best):.2f} % (dense {dense:.2f} %)'
-    draw_layers(results / f'{stem}-layers.png', Plan.from_dict(best['plan']), title)
+    draw_layers(results / f'{stem}-layers.png', plan_of(best['plan']), title)
 
 
 def _ranks(images: str, dense: float, experiments: Mapping[str, Runs]) -> Callable[[Any], None]:

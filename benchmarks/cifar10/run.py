@@ -25,6 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 from baselines import RUNNERS  # noqa: E402
 from common import header, write_json  # noqa: E402
 from data import Images, halved, load, name_of  # noqa: E402
+from records import plan_record  # noqa: E402
 
 from timm_epfs.cli import parse_args  # noqa: E402
 from timm_epfs.cli.arguments import given_model_args  # noqa: E402
@@ -143,7 +144,7 @@ def _run(args: argparse.Namespace, experiment: Dict[str, Any], name: str, seed: 
         'macs': plan.cost['macs'], 'params': plan.cost['params'], 'latency_ms': rows['latency, ms'],
         'latency': {'batch_size': 1, 'threads': torch.get_num_threads(), 'dtype': 'float32', 'device': args.device},
         'epochs': run.epochs, 'seconds': _seconds(result.history), 'history': result.history,
-        'machine': header(), 'commit': commit, 'plan': plan.to_dict(),
+        'machine': header(), 'commit': commit, 'plan': plan_record(plan),
     }
 
 

@@ -1,9 +1,9 @@
 """Make a run's pruned model a variant: ``python benchmarks/cifar10/ship.py resnet20_cifar/epfs_filters-50-0``.
 
-Writes the plan and the weights into timm_epfs/variants, what was measured and the card with its picture into
+Writes the plan and the weights into timm_epfs/zoo/variants, the measurements and the card with its picture into
 model_cards, and what the tests compare with into tests/shipped.json. A variant is named for the share of the MACs that
-its experiment asks to remove, or as that says, its weights for the images. Weights of more than 1.5 MB are
-stored in half precision; ``--plan-only`` ships none.
+its experiment removes, unless the experiment's file names it (``variant``); its weights are tagged with the images that
+they were trained on. Weights of more than 1.5 MB are stored in half precision; ``--plan-only`` ships none.
 """
 import argparse
 import json
@@ -13,7 +13,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -23,10 +22,11 @@ sys.path.insert(0, str(HERE.parent))
 
 from common import write_json  # noqa: E402
 from data import TAGS, Images, halved, name_of  # noqa: E402
+from records import plan_of  # noqa: E402
 
 from timm_epfs.hub import check_metrics, write_card  # noqa: E402
-from timm_epfs.plan import Cut, Plan  # noqa: E402
-from timm_epfs.pruner import example_for, trace_model  # noqa: E402
+from timm_epfs.plan import Plan  # noqa: E402
+from timm_epfs.pruner import example_for  # noqa: E402
 from timm_epfs.report import count_macs  # noqa: E402
 from timm_epfs.surgery import build_base, rebuild  # noqa: E402
 from timm_epfs.zoo.variants import plan_path, weights_path  # noqa: E402
@@ -62,7 +62,7 @@ def ship(result: Dict[str, Any], weights: Optional[Dict[str, Tensor]], images: D
     asked = json.loads((HERE / 'experiments' / f'{experiment}.json').read_text())
     percent = int(100 * (1 - asked['options']['macs']) + 1e-6)
     name = asked.get('variant', f'{experiment.partition("/")[0]}_epfs{percent}')
-    plan = _told(Plan.from_dict(result['plan']), result, experiment)
+    plan = _plan(result, experiment)
     model, metrics = rebuild(plan), _metrics(result)
     if weights is not None:
         if name_of(images) != result['images']:
@@ -81,22 +81,18 @@ def ship(result: Dict[str, Any], weights: Optional[Dict[str, Tensor]], images: D
     return name
 
 
-def _told(plan: Plan, result: Dict[str, Any], experiment: str) -> Plan:
-    """The plan for the base's own arguments and image size, which says where it is from."""
-    told = {
+def _plan(result: Dict[str, Any], experiment: str) -> Plan:
+    """The result's plan for the base with its default arguments, and with its origin in the recipe."""
+    plan = plan_of({**result['plan'], 'base_args': {}})
+    origin = {
         'criterion': plan.recipe.get('criterion', 'learned masks'), 'data': result['images'],
         'date': result['machine']['date'], 'epochs': result['epochs'], 'seed': result['seed'],
         'command': f'python benchmarks/cifar10/run.py {experiment}',
         **({'teacher': 'the dense model'} if result['experiment']['options'].get('distill') else {}),
         **({'finetune_center': result['experiment']['center']} if 'center' in result['experiment'] else {}),
     }
-    base = build_base(plan.base, {}, 'meta')
-    whole = {s.name: Cut(s, np.arange(s.units)) for s in trace_model(base).structures}
-    # Of a base that was trained with other arguments, what isn't cut may have other sizes.
-    cuts = tuple(cut if len(cut.keep) < cut.structure.units else whole[cut.structure.name] for cut in plan.cuts)
-    plan = replace(plan, cuts=cuts, base_args={}, recipe={**plan.recipe, **told})
-    pairs = zip(*(_cost(model.eval()) for model in (base, rebuild(plan, 'meta'))))
-    return replace(plan, cost=dict(zip(('macs', 'params'), pairs)))
+    pairs = zip(*(_cost(model.eval()) for model in (build_base(plan.base, {}, 'meta'), rebuild(plan, 'meta'))))
+    return replace(plan, recipe={**plan.recipe, **origin}, cost=dict(zip(('macs', 'params'), pairs)))
 
 
 def _cost(model: nn.Module) -> Tuple[float, float]:

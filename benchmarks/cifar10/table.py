@@ -13,7 +13,7 @@ from typing import Any, Collection, Dict, Iterator, List, Mapping, Sequence, Tup
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from common import header_line, write_atomic  # noqa: E402
+from common import header_line, write_text  # noqa: E402
 
 COLUMNS = (
     'experiment', 'seeds', 'MACs', 'parameters', 'top-1 when cut, %', 'fine-tuned, %', 'Δ to dense',
@@ -28,7 +28,7 @@ RESULTS = HERE / 'results'
 def main() -> None:
     for model, runs in read(RESULTS):
         text = markdown(model, runs)
-        write_atomic(RESULTS / f'{model}.md', text)
+        write_text(RESULTS / f'{model}.md', text)
         print(text)
 
 

@@ -1,7 +1,9 @@
-"""Which units stay.
+"""Chooses the units that stay.
 
-In: scores, a cost model and a budget. Out: the units that each structure keeps.
+In: scores, a cost model and a budget. Out: the units that each structure keeps, and how near they come to the budget.
 """
-from .allocation import ALIGN, SCOPES, allocate, budget_from, top
+from .allocation import SCOPES, Allocation, allocate, top
+from .grids import ALIGN
+from .widths import cost_aware_widths
 
-__all__ = ['ALIGN', 'SCOPES', 'allocate', 'budget_from', 'top']
+__all__ = ['ALIGN', 'SCOPES', 'Allocation', 'allocate', 'cost_aware_widths', 'top']

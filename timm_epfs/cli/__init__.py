@@ -1,6 +1,6 @@
 """The shell command ``timm-epfs``.
 
-In: a command line. Out: what it asks for, on stdout; errors in one line on stderr.
+In: a command line. Out: the result on stdout; every error as one line on stderr.
 """
 from .shell import main, parse_args
 

@@ -1,17 +1,27 @@
-"""Options that several commands share, and what they mean for a model."""
-import argparse
-from typing import Any, Dict, Mapping, Optional, Union
+"""Options that several commands share, and the arguments of a model that they stand for.
 
-from timm.models import resolve_model_input_args
+Every help text ends with the option's default, or says that the option is required.
+"""
+import argparse
+from typing import Any, Dict, Union
+
 from timm.utils import ParseKwargs
 
-from ..surgery import TORCHVISION
+from ..allocate import SCOPES
+from ..core import DEFAULT_KINDS, KINDS
+from ..importance import WITHOUT_DATA
+from ..zoo import model_args
 
-__all__ = ['KeyValues', 'add_latency_arguments', 'add_model_arguments', 'given_model_args', 'model_args', 'positive']
+__all__ = [
+    'KeyValues', 'add_budget_arguments', 'add_choice_arguments', 'add_model_arguments', 'given_model_args',
+    'positive', 'positive_or_zero',
+]
+
+_ONE_BUDGET = 'required: one of --macs, --params, --latency'
 
 
 class KeyValues(ParseKwargs):
-    """timm's key=value pairs, with an error for what isn't one."""
+    """timm's parser of key=value pairs, with an error for an argument that isn't one."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         for value in values:
@@ -21,62 +31,100 @@ class KeyValues(ParseKwargs):
 
 
 def positive(text: str) -> int:
-    """An option's type: a whole number from 1 on."""
+    """The type of options that take a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 1 on')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 1')
     return int(text)
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what names a model and its arguments."""
+def positive_or_zero(text: str) -> int:
+    """The type of options that take a whole number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of at least 0')
+    return int(text)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, img_size_default: str = "the model's own") -> None:
+    """Add the model's name and its arguments.
+
+    Args:
+        parser: The parser of a command.
+        img_size_default: What the help says about the default of ``--img-size``.
+    """
     group = parser.add_argument_group('model')
     group.add_argument(
         'model', metavar='NAME',
-        help='timm name, torchvision/<name>, or a saved model: local-dir:<folder>, hf-hub:<repo>')
-    group.add_argument('--num-classes', type=int, metavar='N', help="number of classes (the model's own by default)")
-    group.add_argument('--in-chans', type=int, metavar='N', help='image input channels (3 by default)')
-    group.add_argument('--img-size', type=int, metavar='N', help="image size in pixels (the model's own by default)")
+        help='a timm name, torchvision/<name>, or a saved model: local-dir:<folder> or hf-hub:<repo> (required)')
+    group.add_argument(
+        '--num-classes', type=int, metavar='N', help="number of classes (default: the model's own)")
+    group.add_argument(
+        '--in-chans', type=int, metavar='N', help="number of channels of an input image (default: the model's own)")
+    group.add_argument('--img-size', type=int, metavar='N', help=f'image size in pixels (default: {img_size_default})')
     group.add_argument(
         '--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-        help='further arguments of the model')
+        help='further keyword arguments of the model (default: none)')
 
 
 def given_model_args(args: argparse.Namespace) -> Dict[str, Any]:
-    """Arguments of the model that the options of ``add_model_arguments`` name."""
+    """Keyword arguments of the model, from the options of ``add_model_arguments``."""
     given = {'num_classes': args.num_classes, 'in_chans': args.in_chans, **args.model_kwargs}
     return model_args(args.model, args.img_size, given)
 
 
-def add_latency_arguments(budget: argparse._MutuallyExclusiveGroup, group: argparse._ArgumentGroup) -> None:
-    """Add a latency to the budgets, and to a group what goes with it."""
+def add_budget_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the three budgets, exactly one of which must be given."""
+    budget = group.add_mutually_exclusive_group(required=True)
+    budget.add_argument(
+        '--macs', type=float, metavar='BUDGET', help=f'MACs to keep: a share (0.5) or a count (2e9) ({_ONE_BUDGET})')
+    budget.add_argument(
+        '--params', type=float, metavar='BUDGET',
+        help=f'parameters to keep: a share (0.5) or a count (2e7) ({_ONE_BUDGET})')
     budget.add_argument(
         '--latency', type=_latency, metavar='BUDGET',
-        help='time to keep, as measured on the device: a share (0.5) or milliseconds (12ms)')
+        help=f'latency to keep, measured on the device: a share (0.5) or milliseconds (12ms) ({_ONE_BUDGET})')
     group.add_argument(
-        '--latency-batch-size', type=positive, metavar='N', help='images a batch, where time is measured (1)')
+        '--latency-batch-size', type=positive, default=1, metavar='N',
+        help='batch size at which latency is measured (default: %(default)s)')
+
+
+def add_choice_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add what may be cut, and how the units that stay are chosen."""
+    group.add_argument(
+        '--scope', metavar='NAME',
+        help=f'which units are ranked against each other: {", ".join(SCOPES)} '
+             '(default: global; train --method sfp or bn_sfp: always local)')
+    group.add_argument(
+        '--widths', metavar='NAME',
+        help=f'what decides how many units each layer keeps: cost, {", ".join(WITHOUT_DATA)} '
+             '(default: the scores that rank the units)')
+    group.add_argument(
+        '--round-to', type=_round_to, metavar='N',
+        help='round the widths of layers that are cut to multiples of this; auto measures which multiple is fastest '
+             'on the device (default: 16 in wide layers and less in narrow ones; auto with --latency)')
+    group.add_argument(
+        '--floor', type=float, metavar='SHARE',
+        help='smallest share of its units that a layer may keep (default: 0.05)')
+    group.add_argument(
+        '--exclude', nargs='+', metavar='PATTERN', help='do not cut the outputs of these layers (default: none)')
+    group.add_argument(
+        '--only', nargs='+', metavar='PATTERN', help='cut the outputs of these layers only (default: all)')
+    group.add_argument(
+        '--kinds', nargs='+', metavar='KIND',
+        help=f'kinds of units to cut: {", ".join(KINDS)} '
+             f'(default: {", ".join(DEFAULT_KINDS)}; train --method sss: all)')
+    group.add_argument(
+        '--streams', action=argparse.BooleanOptionalAction,
+        help='whether residual streams that are normalised over their channels may be cut '
+             '(default: only if the budget can\'t be met otherwise; train with a method that learns: no)')
 
 
 def _latency(text: str) -> Union[float, str]:
-    """A share where it's a number; what is wrong with any other text is said where it's used."""
+    """A share as a number; any other text is passed on, and ``Budget`` checks it."""
     try:
         return float(text)
     except ValueError:
         return text
 
 
-def model_args(name: str, img_size: Optional[int], given: Mapping[str, Any]) -> Dict[str, Any]:
-    """Arguments of a model; an image size only where its structure depends on it.
-
-    Args:
-        name: As it was given on the command line.
-        img_size: Pixels, None for the model's own.
-        given: Its other arguments; those of None are left out.
-    """
-    given = {name: value for name, value in given.items() if value is not None}
-    if img_size is None or name.startswith(TORCHVISION):
-        return given
-    try:
-        resolved = resolve_model_input_args(name, {'img_size': img_size}, **given)
-    except Exception:  # whatever is wrong with the name is said better where the model is built
-        return given
-    return {name: value for name, value in resolved.items() if name == 'img_size' or name in given}
+def _round_to(text: str) -> Union[int, str]:
+    return text if text == 'auto' else positive(text)

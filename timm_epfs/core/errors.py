@@ -1,25 +1,29 @@
-"""The one exception that users have to know, and what makes its messages."""
+"""``PruningError``, the one exception that users need to know, and helpers for its messages."""
 from contextlib import contextmanager
 from typing import Iterator, Sequence
 
 
 class PruningError(ValueError):
-    """What was asked can't be done. The message is one line: what was asked, what was found, what to do."""
+    """Something can't be done as asked. The message is one line: what is wrong, what was found, and what to do."""
 
 
 class OutOfReach(PruningError):
-    """A budget is less than any allowed cut leaves."""
+    """No allowed cut is small enough to meet the budget."""
 
 
 def first_few(problems: Sequence[str]) -> str:
-    """Problems as part of a line: three of them, and how many more there are."""
+    """The first three problems in one line, and how many more there are.
+
+    >>> first_few(['a is missing', 'b is missing', 'c is missing', 'd is missing', 'e is missing'])
+    'a is missing; b is missing; c is missing and 2 more'
+    """
     more = f' and {len(problems) - 3} more' if len(problems) > 3 else ''
     return '; '.join(problems[:3]) + more
 
 
 @contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """Turn whatever a library raises inside the block into a ``PruningError`` that starts with ``what``."""
+    """Turn any exception inside the block into a ``PruningError`` of one line that starts with ``what``."""
     try:
         yield
     except PruningError:

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are written completely or not at all."""
 import os
 import shutil
 import uuid
@@ -12,11 +12,11 @@ __all__ = ['check_place', 'whole_folder', 'write_whole']
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under another name, and give it its own once it is on the disk.
+    """Write a file under a temporary name, and rename it once all of it is on the disk.
 
     Args:
-        path: The file.
-        write: Writes the file at the path that it is given.
+        path: The file. An old one is replaced.
+        write: Called with the temporary path, where it writes the file.
     """
     part = _hidden(path, 'tmp')
     try:
@@ -30,13 +30,16 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder under another name, and give it its own after the block. An old one is replaced.
+    """Fill a folder under a temporary name, and rename it after the block. An old one is replaced.
 
-    A folder can't replace another in one step: killed between the two renamings, the old one is left as
+    Replacing a folder takes two renamings. A process that is killed between them leaves the old folder as
     ``.<name>.<random>.old``.
 
+    Args:
+        folder: The folder.
+
     Yields:
-        The empty folder to fill.
+        The empty temporary folder, to fill.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     part, old = _hidden(folder, 'tmp'), _hidden(folder, 'old')
@@ -57,13 +60,21 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_place(path: Path, what: str) -> None:
-    """Raise ``PruningError`` where a file can't be written, before the work whose result it is to hold."""
+    """Check before a long computation that its result can be written to a file.
+
+    Args:
+        path: The file.
+        what: What the message starts with.
+
+    Raises:
+        PruningError: The path is a folder, or its folder doesn't exist.
+    """
     if path.is_dir():
         raise PruningError(f'{what}: {path} is a folder; name a file')
     if not path.absolute().parent.is_dir():
-        raise PruningError(f'{what}: there is no folder {path.parent} to write {path.name} in; make it first')
+        raise PruningError(f'{what}: there is no folder {path.parent} to write {path.name} to; make it first')
 
 
 def _hidden(path: Path, suffix: str) -> Path:
-    """A name beside a path that nothing has yet."""
+    """An unused hidden name in the folder of a path."""
     return path.with_name(f'.{path.name}.{uuid.uuid4().hex[:8]}.{suffix}')

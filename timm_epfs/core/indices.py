@@ -1,4 +1,4 @@
-"""Index arrays."""
+"""Helpers for index arrays."""
 from typing import Sequence
 
 import numpy as np
@@ -7,7 +7,7 @@ __all__ = ['complement', 'distinct']
 
 
 def complement(taken: np.ndarray, length: int) -> np.ndarray:
-    """The entries of ``range(length)`` that aren't taken, in order, int64.
+    """The entries of ``range(length)`` that aren't in ``taken``, ascending, int64.
 
     >>> complement(np.array([3, 0]), 5)
     array([1, 2, 4])
@@ -18,10 +18,13 @@ def complement(taken: np.ndarray, length: int) -> np.ndarray:
 
 
 def distinct(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The values of several arrays, each once, in order. For short arrays, faster than ``np.unique``.
+    """The distinct values of several arrays, ascending. Faster than ``np.unique`` for short arrays.
 
     >>> distinct([np.array([7, 2]), np.array([2, 5])])
     array([2, 5, 7])
     """
     values = np.sort(np.concatenate(parts))
-    return values[np.concatenate([[True], values[1:] != values[:-1]])] if len(values) else values
+    if not len(values):
+        return values
+    is_first = np.concatenate([[True], values[1:] != values[:-1]])
+    return values[is_first]

@@ -1,4 +1,4 @@
-"""What torch has no function for: a module's mode for a while, and where it is."""
+"""Helpers for torch modules: evaluation mode for a block of code, and the device of a model."""
 from contextlib import contextmanager
 from typing import Iterator
 
@@ -10,7 +10,7 @@ __all__ = ['device_of', 'eval_mode']
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Evaluation mode inside the block, every module's own mode after it."""
+    """Set a model to evaluation mode inside the block. After it, every module has the mode that it had before."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -21,5 +21,5 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model's weights are; the CPU where it has none."""
+    """Device of a model's parameters. The CPU where it has no parameters."""
     return next((p.device for p in model.parameters()), torch.device('cpu'))

@@ -1,8 +1,8 @@
-"""Progress on stderr, of whatever takes longer than two seconds."""
+"""Progress on stderr, for work that takes longer than two seconds."""
 import sys
 import threading
 from contextlib import contextmanager
-from typing import Iterable, Iterator, Optional
+from typing import Any, Iterable, Iterator, Optional
 
 from tqdm import tqdm
 
@@ -11,16 +11,31 @@ __all__ = ['progress', 'step']
 DELAY = 2.0  # seconds
 
 
-def progress(batches: Iterable, what: str, total: Optional[int] = None) -> Iterable:
-    """The batches as they are, with a bar."""
-    # A log file is not a terminal: a line there every ten seconds is enough.
+def progress(
+        batches: Iterable,
+        what: str,
+        total: Optional[int] = None,
+        *,
+        delay: float = DELAY,
+        **options: Any,
+) -> tqdm:
+    """The batches, with a progress bar.
+
+    Args:
+        batches: What is iterated over.
+        what: What is being done, in front of the bar.
+        total: Number of batches. None: their length, where they have one.
+        delay: Seconds until the bar shows.
+        **options: tqdm's.
+    """
+    # Where stderr is a log file, every update is a line of its own: one every ten seconds is enough.
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(batches, what, total, leave=False, file=sys.stderr, delay=DELAY, mininterval=interval)
+    return tqdm(batches, what, total, leave=False, file=sys.stderr, delay=delay, mininterval=interval, **options)
 
 
 @contextmanager
 def step(what: str) -> Iterator[None]:
-    """Say what is being done inside the block, and for how long."""
+    """Show what is being done inside the block, and for how long it has been running."""
     done = threading.Event()
     thread = threading.Thread(target=_tick, args=(what, done), daemon=True)
     thread.start()

@@ -1,18 +1,23 @@
-"""What can be cut, as plain data.
+"""``Structure``: what can be cut, as plain data.
 
-A *unit* is the smallest thing that stands or falls as a whole: a channel, an attention head or one dim of every head of
-a layer, a convolution group, a residual block. A
-*structure* is a run of units that occupy the same dims of the same tensors. Everything here is named, not held: a
-structure found on one copy of a model is good for any other copy, on any device, in any process.
+A *unit* is the smallest part that can be cut: a channel, an attention head, one dim of every head of a layer, a
+convolution group, or a residual block. A *structure* is a set of units that occupy the same dims of the same tensors.
+Structures hold names of tensors, not tensors. So a structure that was found on one copy of a model is valid for any
+other copy, on any device, in any process.
 """
 from dataclasses import dataclass
-from typing import Mapping, Optional, Tuple
+from fnmatch import fnmatchcase
+from typing import Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-__all__ = ['Member', 'Size', 'Structure', 'KINDS']
+from .errors import PruningError
+
+__all__ = ['DEFAULT_KINDS', 'KINDS', 'Member', 'Size', 'Structure', 'kinds_named']
 
 KINDS = ('channels', 'heads', 'head_dims', 'groups', 'blocks')
+DEFAULT_KINDS = ('channels', 'heads', 'head_dims', 'groups')  # whole blocks are cut only on request
+_SYNONYMS = {'filters': 'channels', 'neurons': 'channels'}  # as papers call them
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,11 +26,12 @@ class Member:
 
     Attributes:
         tensor: Name of a parameter or buffer, as in ``named_parameters()`` and ``named_buffers()``.
-        dim: Which dim of the tensor.
-        role: ``'out'`` a layer's output dim, ``'in'`` a layer's input dim (contracted with the activation, so that a
-            zero there silences the unit for that layer), ``'per'`` one value a unit (norms, biases, scales).
-        index: Entries of the dim by unit, shape (units, k), int64. Row ``u`` goes when unit ``u`` goes.
-        length: Length of the dim, where some of its entries can't go with any unit; None where all can.
+        dim: The dim of the tensor.
+        role: ``'out'`` for a layer's output dim; ``'in'`` for a layer's input dim, which is contracted with the
+            activation, so that a zero there silences the unit for that layer; ``'per'`` for dims with one value per
+            unit (normalisations, biases, scales).
+        index: Entries of the dim that each unit owns, shape (units, k), int64. Cutting unit ``u`` removes row ``u``.
+        length: Length of the dim, where some of its entries belong to no unit. None where all belong to one.
     """
     tensor: str
     dim: int
@@ -36,17 +42,18 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Structure:
-    """Units that are cut in the same places.
+    """A set of units that occupy the same dims of the same tensors.
 
     Attributes:
-        name: Name of the module whose output the units are, with ``#2``, ``#3`` … where one module has several.
+        name: Name of the module whose output the units are; with ``#2``, ``#3`` … where one module has several.
         kind: One of ``KINDS``.
         units: Number of units.
-        members: Every tensor dim that follows.
-        exact: True where zeroing a unit for its consumers and cutting it give the same outputs.
-        reason: Where not exact, why.
-        stream: True for a residual stream that is normalised over its channels (ViT, ConvNeXt): cut only on request.
-        shortcut: Of a block: its children that take its place when it goes, in the order they run. None: the identity.
+        members: Every tensor dim that gets shorter when a unit is cut.
+        exact: Whether setting a unit to zero for the layers that read it and cutting it give the same outputs.
+        reason: Why not, where it isn't exact.
+        stream: Whether it is a residual stream that is normalised over its channels (ViT, ConvNeXt).
+        shortcut: For a block: its children that take its place when it is cut, in the order in which they run. Empty:
+            the identity does.
     """
     name: str
     kind: str
@@ -57,13 +64,52 @@ class Structure:
     stream: bool = False
     shortcut: Tuple[str, ...] = ()
 
+    def matches(self, pattern: str) -> bool:
+        """Whether a pattern matches this structure.
+
+        A block is matched by its name. Any other structure is matched by the name of each layer whose output channels
+        are its units.
+
+        Args:
+            pattern: A name, the prefix of a module (``'layer1'`` for everything in it), or a name with wildcards
+                (``'*.conv3'``).
+        """
+        names = {self.name}
+        if self.kind != 'blocks':
+            names.add(self.name.partition('#')[0])
+            names.update(m.tensor.rpartition('.')[0] for m in self.members if m.role == 'out')
+        return any(name == pattern or name.startswith(f'{pattern}.') or fnmatchcase(name, pattern) for name in names)
+
+
+def kinds_named(names: Sequence[str]) -> Tuple[str, ...]:
+    """Check names of kinds, and replace the synonyms ``'filters'`` and ``'neurons'`` by ``'channels'``.
+
+    >>> kinds_named(['filters', 'blocks'])
+    ('channels', 'blocks')
+
+    Raises:
+        PruningError: There is no such kind, the list is empty, or a text was given in place of a list.
+    """
+    if isinstance(names, str) or not names:
+        raise PruningError(f'kinds={names!r} was given; give a list, as in kinds=[\'channels\']')
+    for name in names:
+        if name not in KINDS and name not in _SYNONYMS:
+            raise PruningError(f'kinds: there is no kind {name!r}; choose from {", ".join((*KINDS, *_SYNONYMS))}')
+    return tuple(dict.fromkeys(_SYNONYMS.get(name, name) for name in names))
+
 
 @dataclass(frozen=True)
 class Size:
-    """The length of a dim as a function of how many units each structure keeps: ``const + Σ coef · units left``."""
+    """The length of a dim as a function of how many units each structure keeps: ``const + Σ coef · units left``.
+
+    A concatenation of 3 input channels with two copies of the channels of ``conv``, of which 10 are left:
+
+    >>> Size(3, (('conv', 2),))({'conv': 10})
+    23
+    """
     const: int
     coefs: Tuple[Tuple[str, int], ...] = ()
 
     def __call__(self, left: Mapping[str, int]) -> int:
-        """The length where so many units are left, by structure name."""
+        """The length, given the number of units left by structure name."""
         return self.const + sum(coef * left[name] for name, coef in self.coefs)

@@ -1,4 +1,4 @@
-"""Numbers, names and tables as people read them."""
+"""Numbers, names and tables, formatted for people."""
 from difflib import get_close_matches
 from typing import Iterable, List, Sequence
 
@@ -6,7 +6,7 @@ __all__ = ['aligned_table', 'format_count', 'markdown_table', 'nearest', 'percen
 
 
 def percent(share: float) -> str:
-    """A share in percent.
+    """Format a share as a percentage.
 
     >>> percent(0.5)
     '50.0 %'
@@ -15,7 +15,7 @@ def percent(share: float) -> str:
 
 
 def format_count(value: float) -> str:
-    """A count in four digits.
+    """Format a count with four digits and a unit.
 
     >>> format_count(4_089_184_256)
     '4.089 G'
@@ -27,24 +27,24 @@ def format_count(value: float) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """The text, or as much of its start as fits into ``width`` characters, with an ellipsis."""
+    """Truncate a text to ``width`` characters, with an ellipsis where anything is left out."""
     return text if len(text) <= width else f'{text[:width - 1]}…'
 
 
-def nearest(name: object, known: Iterable[str], count: int = 1) -> List[str]:
-    """The known names that are most like one that isn't known; none where none is alike.
+def nearest(name: object, known: Iterable[str], count: int = 1, cutoff: float = 0.6) -> List[str]:
+    """The known names that are most similar to an unknown one, best first. Empty where none is similar.
 
     >>> nearest('exlude', ['exclude', 'only'])
     ['exclude']
     """
-    return get_close_matches(str(name), list(known), count)
+    return get_close_matches(str(name), list(known), count, cutoff)
 
 
 def aligned_table(rows: Sequence[Sequence[str]]) -> str:
-    """A table for a terminal: its first column is text, the others are numbers.
+    """A table for a terminal. The first column is aligned left, all others right.
 
     Args:
-        rows: Cells by row, the head first.
+        rows: Cells of each row, the header first.
     """
     widths = [max(map(len, column)) for column in zip(*rows)]
     return '\n'.join(
@@ -54,10 +54,10 @@ def aligned_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> List[str]:
-    """Lines of a Markdown table.
+    """The lines of a Markdown table.
 
     Args:
-        rows: Cells by row, the head first.
+        rows: Cells of each row, the header first.
     """
     head, *rest = rows
     return [f'| {" | ".join(row)} |' for row in (head, ['---'] * len(head), *rest)]

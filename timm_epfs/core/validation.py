@@ -1,4 +1,4 @@
-"""Values from outside, checked against what they should be. Every refusal reads ``where: found …, expected …``.
+"""Checks values from outside, such as JSON files, against a schema. Errors read ``where: found …, expected …``.
 
 >>> schema = {'top1': Rule('percent', lambda value: 0 <= value <= 100), 'name': TEXT}
 >>> check({'top1': 90}, schema, 'metrics')
@@ -22,11 +22,11 @@ __all__ = ['ANYTHING', 'DICT', 'FLAG', 'INTEGER', 'LIST', 'TEXT', 'Rule', 'check
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """What a value should be.
+    """A condition on a value.
 
     Attributes:
-        expected: In words.
-        holds: Whether a value is that.
+        expected: The condition in words, for messages.
+        holds: Whether a value meets the condition.
     """
     expected: str
     holds: Callable[[Any], bool]
@@ -43,16 +43,19 @@ Schema = Union[Rule, Mapping[str, 'Schema']]
 
 
 def check(value: Any, schema: Schema, where: str, required: Collection[str] = ()) -> Any:
-    """Return a value that follows a schema.
+    """Check a value against a schema.
 
     Args:
-        value: What was given.
-        schema: A rule, or the schema of each field that a dict may have. Of a dict, a copy is returned.
-        where: What the value is called in an error.
-        required: Fields that the dict must have.
+        value: The value.
+        schema: A rule; or, for a dict, the schema of each field that it may have.
+        where: Name of the value in messages.
+        required: Fields that a dict must have.
+
+    Returns:
+        The value. For a dict, a copy with its fields in the order of the schema.
 
     Raises:
-        PruningError: It doesn't follow the schema, or lacks a field.
+        PruningError: The value doesn't match the schema, or lacks a field.
     """
     if isinstance(schema, Rule):
         if not schema.holds(value):
@@ -71,5 +74,5 @@ def check(value: Any, schema: Schema, where: str, required: Collection[str] = ()
 
 
 def invalid(where: str, value: Any, expected: str) -> PruningError:
-    """The error for a value that isn't what it should be."""
+    """The error for a value that doesn't match its schema."""
     return PruningError(f'{where}: found {reprlib.repr(value)[:80]}, expected {expected}')

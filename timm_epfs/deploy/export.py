@@ -1,44 +1,24 @@
-"""``timm-epfs export``: a model as ONNX or as an archive of torch.export, compared with the model before it's there."""
-import argparse
+"""Export to ONNX or to a torch.export archive. A file gets its name only after its outputs were compared."""
 import io
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Tuple
+from typing import Callable, Dict, Iterator, List, Tuple
 
-import timm
 import torch
-from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils._pytree import tree_leaves
 
-from ..cli.arguments import model_args, positive
-from ..core import PruningError, check_place, eval_mode, format_count, one_line, step, write_whole
-from ..report import random_images
-from ..zoo import create_model
+from ..core import PruningError, eval_mode, format_count, one_line, write_whole
 
-__all__ = ['Run', 'add_export_arguments', 'export_model', 'load_model', 'onnx_forward', 'trace_program', 'write_onnx']
+__all__ = ['FORMATS', 'Run', 'export_model', 'onnx_forward', 'trace_program', 'write_onnx']
 
-# Largest difference that is put down to another order of sums, relative to the largest output.
+# Largest difference between outputs, relative to the largest output. Sums in another order explain as much.
 TOLERANCE = 1e-3
-MOST_ONNX = 2 << 30  # bytes that protobuf puts into one file
+MOST_ONNX = 2 << 30  # protobuf's limit on the bytes of one file
 
 Write = Callable[[ExportedProgram, Path], None]
 Run = Callable[[Tensor], List[Tensor]]
-
-
-def add_export_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add all options of the command."""
-    parser.add_argument('model', metavar='NAME|DIR', help='timm name, or the folder of a saved model')
-    parser.add_argument('--format', required=True, choices=FORMATS, help='onnx, or pt2: an archive of torch.export')
-    parser.add_argument('-o', '--output', type=Path, metavar='FILE', help='(name and format, in this folder)')
-    parser.add_argument('--overwrite', action='store_true', help='replace a file that is there')
-    parser.add_argument('-b', '--batch-size', type=positive, default=1, metavar='N', help='images a batch (1)')
-    parser.add_argument('--dynamic-batch', action='store_true', help='take batches of any size')
-    parser.add_argument('--img-size', type=positive, metavar='N', help="image size in pixels (the model's own)")
-    parser.add_argument('--pretrained', action='store_true', help="a name's published weights; a folder has its own")
-    parser.add_argument('--reparam', action='store_true', help='merge the branches that are only there for training')
-    parser.set_defaults(run=_export)
 
 
 def export_model(
@@ -48,65 +28,52 @@ def export_model(
         images: Tensor,
         dynamic_batch: bool = False,
 ) -> Tuple[float, float]:
-    """Write a model in evaluation mode to a file that is there only once its outputs are the model's.
+    """Write a model, in evaluation mode, to a file. The file appears only if its outputs equal the model's.
 
     Args:
         model: A model on the CPU.
-        path: The file.
+        path: The file to write.
         format: One of ``FORMATS``.
-        images: A batch that the model takes.
-        dynamic_batch: Whether the file takes batches of any size, or of this one alone.
+        images: An example batch.
+        dynamic_batch: Whether the file takes batches of any size. False: only of the size of ``images``.
 
     Returns:
-        Largest difference between the file's outputs and the model's on random images, and the largest output.
+        The largest difference between the file's outputs and the model's on random images, and the largest output.
 
     Raises:
-        PruningError: The model can't be exported, the file's outputs are others, or it can't be written.
+        PruningError: The model can't be exported, the file's outputs differ from the model's, or the file can't be
+            written.
     """
     write, read = FORMATS[format]
-    batch = len(images) + 1 if dynamic_batch else len(images)  # not the one that was traced
-    others = torch.randn(batch, *images.shape[1:], generator=torch.Generator().manual_seed(1))
+    batch_size = len(images) + 1 if dynamic_batch else len(images)  # if possible, another size than the traced one
+    test_images = torch.randn(batch_size, *images.shape[1:], generator=torch.Generator().manual_seed(1))
     compared: List[Tuple[float, float]] = []
 
     def write_and_compare(part: Path) -> None:
         write(trace_program(model, images, dynamic_batch), part)
         with one_line(f'the {format} file can\'t be run'):
-            compared.append(_compare(model, read(part), others))
+            compared.append(_compare(model, read(part), test_images))
 
     try:
         with torch.no_grad(), eval_mode(model):
             write_whole(path, write_and_compare)
     except OSError as e:
-        raise PruningError(f'export: {path} not written: {e.strerror or e}') from e
+        raise PruningError(f'export: {path} can\'t be written: {e.strerror or e}') from e
     return compared[0]
-
-
-def load_model(name: str, pretrained: bool = False, img_size: Optional[int] = None) -> nn.Module:
-    """A model by its name, or with its weights from the folder that it was saved in.
-
-    Args:
-        name: As ``create_base`` takes it, or a folder.
-        pretrained: Load a name's published weights.
-        img_size: Pixels, None for the model's own.
-
-    Raises:
-        PruningError: There is no such model.
-    """
-    if Path(name).is_dir() and not timm.is_model(name):
-        name, pretrained = f'local-dir:{name}', True
-    return create_model(name, pretrained, **model_args(name, img_size, {}))
 
 
 def write_onnx(exported: ExportedProgram, path: Path) -> None:
     """Write an exported program as one ONNX file.
 
     Raises:
-        PruningError: A package is missing, the program has an operator that ONNX lacks, or is too large for one file.
+        PruningError: A package is missing, ONNX lacks one of the program's operators, or the program is too large for
+            one file.
     """
     size = sum(tensor.nbytes for tensor in exported.state_dict.values())
     if size >= MOST_ONNX:
-        raise PruningError(f'export: {format_count(size)} bytes of weights, one ONNX file has less than 2 GB; use pt2')
-    with one_line('export: no ONNX of this model'), _packages_for_onnx():
+        raise PruningError(
+            f'export: the weights are {format_count(size)} bytes, an ONNX file holds less than 2 GiB; use --format pt2')
+    with one_line('export: this model can\'t be written as ONNX'), _packages_for_onnx():
         torch.onnx.export(
             exported, f=str(path), dynamo=True, external_data=False, verbose=False,
             input_names=['images'], output_names=['output'],
@@ -114,20 +81,20 @@ def write_onnx(exported: ExportedProgram, path: Path) -> None:
 
 
 def onnx_forward(path: Path) -> Run:
-    """What runs an ONNX file by ONNX Runtime on the CPU, in as many threads as torch."""
+    """A function that runs an ONNX file with ONNX Runtime on the CPU, on as many threads as torch uses."""
     with _packages_for_onnx():
         import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3  # errors
+    options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
     return lambda images: [torch.from_numpy(output) for output in session.run(None, {name: images.numpy()})]
 
 
 def _write_pt2(exported: ExportedProgram, path: Path) -> None:
-    exported.example_inputs = None  # torch would write them too, as a pickle
-    archive = io.BytesIO()  # torch warns of files that don't end in .pt2
+    exported.example_inputs = None  # torch would save them as a pickle
+    archive = io.BytesIO()  # given a path that doesn't end in .pt2, torch warns
     torch.export.save(exported, archive)
     path.write_bytes(archive.getbuffer())
 
@@ -144,11 +111,11 @@ FORMATS: Dict[str, Tuple[Write, Callable[[Path], Run]]] = {
 
 
 def trace_program(model: nn.Module, images: Tensor, dynamic_batch: bool = False) -> ExportedProgram:
-    """The program of a model on the CPU, by ``torch.export``. Arguments are those of ``export_model``."""
+    """Trace a model on the CPU with ``torch.export``. The arguments are those of ``export_model``."""
     if not dynamic_batch:
         with one_line('export: torch.export can\'t trace this model'):
             return torch.export.export(model, (images,))
-    if len(images) == 1:  # torch.export takes sizes of one for constants
+    if len(images) == 1:  # torch.export treats a size of 1 as a constant
         images = images.expand(2, *images.shape[1:]).contiguous()
     with one_line('export: this model can\'t be traced for batches of any size; leave --dynamic-batch out'):
         return torch.export.export(model, (images,), dynamic_shapes=(({0: Dim('batch')}),))
@@ -156,10 +123,11 @@ def trace_program(model: nn.Module, images: Tensor, dynamic_batch: bool = False)
 
 def _compare(model: nn.Module, run: Run, images: Tensor) -> Tuple[float, float]:
     pairs = list(zip(tree_leaves(model(images)), run(images), strict=True))
-    difference = max((mine.float() - its.float()).abs().max().item() for mine, its in pairs)
-    largest = max(mine.abs().max().item() for mine, _ in pairs)
-    if not difference <= TOLERANCE * largest:  # nor is what is no number
-        raise PruningError(f'outputs are up to {difference:.2g} off, at {largest:.2g} at the most; nothing was written')
+    difference = max((expected.float() - found.float()).abs().max().item() for expected, found in pairs)
+    largest = max(expected.abs().max().item() for expected, _ in pairs)
+    if not difference <= TOLERANCE * largest:  # written so that NaN fails, too
+        raise PruningError(
+            f'export: outputs are up to {difference:.2g} off, the largest is {largest:.2g}; nothing was written')
     return difference, largest
 
 
@@ -168,22 +136,5 @@ def _packages_for_onnx() -> Iterator[None]:
     try:
         yield
     except ImportError as e:
-        raise PruningError(f'ONNX needs {e.name or "packages"} that is not installed; pip install timm-epfs[export]') \
-            from e
-
-
-def _export(args: argparse.Namespace) -> None:
-    path = args.output or Path(f'{Path(args.model).resolve().name}.{args.format}')
-    check_place(path, 'export')
-    if path.exists() and not args.overwrite:
-        raise PruningError(f'export: {path} exists; name another file or give --overwrite')
-    with step(f'building {args.model}'):
-        model = load_model(args.model, args.pretrained, args.img_size)
-        model = reparameterize_model(model, inplace=True) if args.reparam else model
-    with step(f'exporting {args.model}'):
-        images = random_images(model, args.img_size, args.batch_size)
-        difference, largest = export_model(model, path, args.format, images, args.dynamic_batch)
-    weights = 'saved' if Path(args.model).is_dir() else 'pretrained' if args.pretrained else 'random'
-    batch = 'any batch' if args.dynamic_batch else f'batch {args.batch_size}'
-    print(f'{path}: {format_count(path.stat().st_size)} bytes, {batch} of {tuple(images.shape[1:])}, {weights} weights')
-    print(f'largest difference from the model: {difference:.2g}, of outputs up to {largest:.2g}')
+        raise PruningError(
+            f'ONNX needs {e.name or "a package"}, which is not installed; pip install timm-epfs[export]') from e

@@ -1,6 +1,6 @@
-"""Sharing on the Hugging Face Hub.
+"""Sharing pruned models on the Hugging Face Hub.
 
-In: a pruned model and what was measured of it. Out: a model card; one commit with config, weights, card and picture.
+In: a pruned model and its measurements. Out: a model card; one commit with config, weights, card and picture.
 """
 from .cards import CARD, FIGURE, check_metrics, is_ours, make_card, stamp, write_card
 from .push import Pushed, push_to_hub

@@ -1,7 +1,7 @@
-"""Model cards: what was cut, how that was found, and dense against pruned in measured numbers.
+"""Model cards: what was cut, how the cut was found, and how the pruned model compares with the dense one.
 
-``metrics`` is what its caller measured; whatever isn't in it reads "not measured". MACs, parameters and size are
-counted here, from the plan and the model, and can't be passed:
+The caller passes its measurements as ``metrics``; the card shows "not measured" for any that are missing. MACs,
+parameters and size can't be passed: they are counted from the plan and the model.
 
 >>> metrics = {
 ...     'dataset': 'my-dataset',
@@ -15,13 +15,14 @@ True
 import hashlib
 import json
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import nn
 
-from ..core import INTEGER, PruningError, Rule, check, format_count, is_number
+from ..core import INTEGER, PruningError, Rule, check, format_count, is_number, percent
 from ..learn import METHODS
 from ..plan import Plan, recipe_steps
 from ..report import draw_layers, size_on_disk
@@ -35,7 +36,7 @@ TAGS = ['timm', 'timm_epfs', 'pruning', 'image-classification']
 TEMPLATE = Path(__file__).with_name('card_template.md')
 
 _MISSING = 'not measured'
-# The licenses of timm's weights that the Hub knows by name; it takes others as "other" with a name.
+# Licenses of timm's weights that the Hub knows. It takes any other license as "other", with its name.
 _HUB_LICENSES = (
     'apache-2.0', 'apple-amlr', 'apple-ascl', 'bsd-3-clause', 'cc-by-4.0', 'cc-by-nc-4.0', 'gemma', 'mit', 'unknown',
 )
@@ -49,10 +50,12 @@ def write_card(
         metrics: Optional[Mapping[str, Any]] = None,
         has_weights: bool = True,
 ) -> None:
-    """Write ``README.md``, and the picture that it shows where matplotlib is installed, into a folder.
+    """Write ``README.md`` into a folder and, if matplotlib is installed, the picture that it shows.
+
+    The arguments are those of ``make_card``.
 
     Raises:
-        PruningError: As ``make_card`` does.
+        PruningError: ``make_card`` raised it.
     """
     metrics = check_metrics(metrics)
     figure = FIGURE if draw_layers(folder / FIGURE, model.pruning_plan) else None
@@ -67,22 +70,24 @@ def make_card(
         figure: Optional[str] = None,
         has_weights: bool = True,
 ) -> str:
-    """The text of a card, stamped as ours.
+    """The text of a card, with the stamp that marks it as generated.
 
     Args:
         model: A pruned model with its plan.
-        repo_id: Where it is to be loaded from.
-        metrics: What was measured, as the module's docstring shows.
-        figure: File name of the picture of what was cut.
-        has_weights: Whether it's loaded with weights from there; otherwise it's a variant of the repo's name, a plan.
+        repo_id: The repo from which the model will be loaded.
+        metrics: Measurements, as in the example of this module's docstring.
+        figure: File name of the picture of what was cut. None: the card shows no picture.
+        has_weights: Whether the repo holds weights. Otherwise the repo's name is that of a variant, and the card shows
+            how to build the variant from its plan.
 
     Raises:
-        PruningError: The metrics are none, or the plan's base can't be built.
+        PruningError: The metrics are invalid, or the plan's base can't be built.
     """
     metrics, plan = check_metrics(metrics), model.pruning_plan
-    told = plan.to_dict()  # as it is after loading, so that the card is the same then
+    # Saving turns some values into others (tuples into lists). Use the saved form: a loaded model has the same card.
+    saved_plan = plan.to_dict()
     name = repo_id.rpartition('/')[2]
-    steps = recipe_steps(told['recipe'])
+    steps = recipe_steps(saved_plan['recipe'])
     license_name = (getattr(model, 'pretrained_cfg', None) or {}).get('license')
     card = ModelCard.from_template(
         _card_data(name, license_name, origin_of(model), metrics),
@@ -90,15 +95,15 @@ def make_card(
         name=name,
         repo_id=repo_id,
         base=plan.base,
-        base_args=', '.join(f'`{key}={value!r}`' for key, value in told['base_args'].items()),
-        license=license_name,  # in the metadata this may be "other"
+        base_args=', '.join(f'`{key}={value!r}`' for key, value in saved_plan['base_args'].items()),
+        license=license_name,  # the real name; the metadata may say "other"
         metrics=metrics,
-        rows=_compare(model, plan, metrics),
+        rows=_comparison(model, plan, metrics),
         kept=_share(*plan.cost['macs']) if 'macs' in plan.cost else 'some',
         cut=_describe_cuts(plan),
-        steps=[_describe(step) for step in steps],
+        steps=[_describe_step(step) for step in steps],
         methods=[method for method in METHODS if any(step.get('method') == method for step in steps)],
-        recipe=json.dumps(told['recipe'], indent=1, ensure_ascii=False),
+        recipe=json.dumps(saved_plan['recipe'], indent=1, ensure_ascii=False),
         figure=figure,
         has_weights=has_weights,
     )
@@ -106,16 +111,16 @@ def make_card(
 
 
 def stamp(text: str) -> str:
-    """A card marked as ours: its last line holds a hash of the rest, so that an edit by hand shows."""
+    """A card with a last line that holds a hash of the text above it. An edit by hand no longer matches the hash."""
     text = _STAMP.sub('', text).rstrip()
     return f'{text}\n\n<!-- timm_epfs card {_digest(text)} -->\n'
 
 
 def is_ours(text: str) -> bool:
-    """Whether a card is one that ``stamp`` marked, and nobody has edited since."""
+    """Whether a card has a stamp, and nobody has edited the card since it was stamped."""
     text = text.replace('\r\n', '\n')
-    found = _STAMP.search(text)
-    return found is not None and found[1] == _digest(text[:found.start()].rstrip())
+    stamped = _STAMP.search(text)
+    return stamped is not None and stamped[1] == _digest(text[:stamped.start()].rstrip())
 
 
 def _digest(text: str) -> str:
@@ -128,9 +133,9 @@ def _card_data(
         origin: Optional[str],
         metrics: Mapping[str, Any],
 ) -> ModelCardData:
-    known = license_name in (None, *_HUB_LICENSES)
+    license_is_known = license_name in (None, *_HUB_LICENSES)
     dataset, top1 = metrics.get('dataset', ''), metrics.get('pruned', {}).get('top1')
-    is_id = re.fullmatch(r'[\w.-]+(/[\w.-]+)?', dataset)
+    dataset_is_id = re.fullmatch(r'[\w.-]+(/[\w.-]+)?', dataset)
     result = None if top1 is None else EvalResult(
         task_type='image-classification',
         dataset_type=re.sub(r'[^a-z0-9/]+', '-', dataset.lower()).strip('-'),
@@ -142,60 +147,64 @@ def _card_data(
     return ModelCardData(
         model_name=name if result else None,
         eval_results=[result] if result else None,
-        datasets=[dataset] if is_id else None,
+        datasets=[dataset] if dataset_is_id else None,
         library_name='timm',
         pipeline_tag='image-classification',
-        license=license_name if known else 'other',
-        license_name=None if known else license_name,
-        base_model=origin,  # of base_model_relation's words (adapter, finetune, merge, quantized) none says pruned
+        license=license_name if license_is_known else 'other',
+        license_name=None if license_is_known else license_name,
+        base_model=origin,  # without base_model_relation: none of its values (adapter, finetune, …) means pruned
         tags=TAGS,
     )
 
 
-def _compare(model: nn.Module, plan: Plan, metrics: Mapping[str, Any]) -> List[Tuple[str, str, str, str]]:
-    """Rows of the table: what is compared, dense, pruned, change."""
+def _comparison(model: nn.Module, plan: Plan, metrics: Mapping[str, Any]) -> List[Tuple[str, str, str, str]]:
+    """Rows of the table: quantity, dense value, pruned value, change."""
     dense = build_base(plan.base, plan.base_args, 'meta').to(next(model.parameters()).dtype)
     params = [sum(p.numel() for p in each.parameters()) for each in (dense, model)]
-    top1, latency = ([metrics.get(of, {}).get(what) for of in ('dense', 'pruned')] for what in ('top1', 'latency_ms'))
+    sizes = [size_on_disk(each) for each in (dense, model)]
+
+    def measured(quantity: str) -> List[Optional[float]]:
+        return [metrics.get(which, {}).get(quantity) for which in ('dense', 'pruned')]
+
     return [
-        _row('top-1, %', top1, '{:.2f}'.format, lambda before, after: f'{after - before:+.2f}'),
+        _row('top-1, %', measured('top1'), '{:.2f}'.format, lambda before, after: f'{after - before:+.2f}'),
         _row('MACs', plan.cost.get('macs', (None, None)), format_count),
         _row('parameters', params, format_count),
-        _row('size, MB', [size_on_disk(each) for each in (dense, model)], lambda size: f'{size / 1e6:.2f}'),
-        _row('latency, ms', latency, '{:.2f}'.format),
+        _row('size, MB', sizes, lambda size: f'{size / 1e6:.2f}'),
+        _row('latency, ms', measured('latency_ms'), '{:.2f}'.format),
     ]
 
 
-def _ratio(before: float, after: float) -> str:
+def _relative_change(before: float, after: float) -> str:
     return f'{100 * (after / before - 1):+.1f} %'
 
 
 def _row(
-        what: str,
+        quantity: str,
         pair: Any,
         show: Callable[[float], str],
-        change: Callable[[float, float], str] = _ratio,
+        change: Callable[[float, float], str] = _relative_change,
 ) -> Tuple[str, str, str, str]:
-    shown = [_MISSING if value is None else show(value) for value in pair]
-    return what, *shown, _MISSING if None in pair or not pair[0] else change(*pair)
+    dense, pruned = (_MISSING if value is None else show(value) for value in pair)
+    return quantity, dense, pruned, _MISSING if None in pair or not pair[0] else change(*pair)
 
 
 def _share(before: float, after: float) -> str:
-    return f'{100 * after / before:.1f} %'
+    return percent(after / before)
 
 
 def _describe_cuts(plan: Plan) -> str:
-    by_kind: Dict[str, List[int]] = {}
+    left, units = Counter(), Counter()
     for cut in plan.cuts:
-        left, units = by_kind.setdefault(cut.structure.kind, [0, 0])
-        by_kind[cut.structure.kind] = [left + len(cut.keep), units + cut.structure.units]
-    kinds = ', '.join(f'{left} of {units} {kind}' for kind, (left, units) in sorted(by_kind.items()) if left < units)
-    touched = sum(len(cut.keep) < cut.structure.units for cut in plan.cuts)
-    return f'{touched} of {len(plan.cuts)} structures were cut. Left: {kinds or "everything"}.'
+        left[cut.structure.kind] += len(cut.keep)
+        units[cut.structure.kind] += cut.structure.units
+    kinds = ', '.join(f'{left[kind]} of {units[kind]} {kind}' for kind in sorted(units) if left[kind] < units[kind])
+    number_cut = sum(len(cut.keep) < cut.structure.units for cut in plan.cuts)
+    return f'{number_cut} of {len(plan.cuts)} structures were cut. Left: {kinds or "everything"}.'
 
 
-def _describe(step: Mapping[str, Any]) -> str:
-    """How a plan was found, in a sentence that doesn't call a plan learned that wasn't."""
+def _describe_step(step: Mapping[str, Any]) -> str:
+    """One sentence on how a plan was found. It calls a plan "learned" only if a method that learns found it."""
     method, criterion = (json.dumps(step.get(key)).strip('"')[:80] for key in ('method', 'criterion'))
     if method in METHODS:
         return f'Learned while the model was trained, by {METHODS[method].__name__}.'
@@ -209,14 +218,14 @@ def _describe(step: Mapping[str, Any]) -> str:
 
 
 def check_metrics(metrics: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
-    """A copy of metrics that make sense, empty for None.
+    """A checked copy of metrics, empty for None.
 
     Raises:
-        PruningError: A key is unknown, a value isn't what the key stands for, or a number lacks what gives it meaning:
-            top-1 its dataset, a latency its machine, batch size and dtype.
+        PruningError: A key is unknown, a value is invalid, or a number lacks its context: top-1 needs the dataset;
+            latency needs the machine, the batch size and the dtype.
     """
     checked = check({} if metrics is None else metrics, _METRICS, 'metrics')
-    measured = [checked.get(of, {}) for of in ('dense', 'pruned')]
+    measured = [checked.get(which, {}) for which in ('dense', 'pruned')]
     if any('top1' in values for values in measured) and 'dataset' not in checked:
         raise PruningError("metrics: top1 was given without the dataset it was measured on; add 'dataset'")
     for key in ('machine', 'batch_size', 'dtype'):
@@ -230,7 +239,7 @@ def _is_line(value: Any) -> bool:
 
 
 _LINE = Rule('one line of text', _is_line)
-_COUNT = Rule('a whole number from 1 on', lambda value: INTEGER.holds(value) and value >= 1)
+_COUNT = Rule('a whole number of at least 1', lambda value: INTEGER.holds(value) and value >= 1)
 _VALUES = {
     'top1': Rule('percent, 0 to 100', lambda value: is_number(value) and 0 <= value <= 100),
     'latency_ms': Rule('milliseconds, more than 0', lambda value: is_number(value) and value > 0),

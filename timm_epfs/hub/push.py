@@ -1,11 +1,10 @@
-"""Push a pruned model to the Hub: config, weights, card and picture in one commit, and only what changed.
+"""Push a pruned model to the Hub: config, weights, card and picture in one commit, and only the files that changed.
 
-Not by ``upload_folder``, which makes several commits where the Xet client is installed, and doesn't see that another
-push came in between.
+``HfApi.upload_folder`` is not used: it makes several commits if the Xet client is installed, and it does not notice if
+another push was made in between.
 """
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, List, Mapping, Optional, Tuple
@@ -24,34 +23,33 @@ from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from torch import nn
 
-from ..core import PruningError
+from ..core import PruningError, warn
 from ..version import __version__
 from ..zoo import save_pretrained
 from .cards import CARD, check_metrics, is_ours, stamp, write_card
 
 __all__ = ['Pushed', 'push_to_hub']
 
-# Seconds before each new try of a push that failed for a reason that passes.
-_WAITS = (1.0, 2.0, 4.0)
-_PASSING = (408, 412, 429, 500, 502, 503, 504)
+_WAITS = (1.0, 2.0, 4.0)  # seconds before each retry of a push that failed for a temporary reason
+_TEMPORARY = (408, 412, 429, 500, 502, 503, 504)  # HTTP status codes of temporary failures
 _REASONS = {
-    401: 'the Hub does not accept the token, or there is none; log in by "hf auth login" or pass token=',
-    403: 'the token may not write there; name a repo of yours, use a token that may write, or pass create_pr=True',
-    404: 'there is no such repo or revision, or the token may not see it',
+    401: 'the Hub does not accept the token, or there is none; log in with "hf auth login" or pass token=',
+    403: 'the token may not write there; name a repo of yours, use a token with write access, or pass create_pr=True',
+    404: 'there is no such repo or revision, or the token may not read it; check their names',
     412: 'others kept pushing at the same time; push again',
-    429: 'the Hub asks for fewer requests; wait some minutes and push again',
+    429: 'the Hub asks for fewer requests; wait a few minutes and push again',
 }
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push came to.
+    """The result of a push.
 
     Attributes:
-        url: Page of the commit; of the repo's last one where nothing had changed.
-        oid: Hash of that commit; '' where the repo doesn't exist yet (``dry_run``).
-        files: What was committed, none where the repo had all of it.
-        pull_request: Page of the pull request, where one was opened.
+        url: Page of the commit. If nothing had changed: page of the repo's last commit.
+        oid: Hash of that commit. ``''`` if the repo doesn't exist yet (``dry_run``).
+        files: Names of the committed files. Empty if the repo was up to date.
+        pull_request: Page of the pull request, if one was opened.
     """
     url: str
     oid: str
@@ -73,26 +71,29 @@ def push_to_hub(
         card: Optional[str] = None,
         dry_run: bool = False,
 ) -> Pushed:
-    """Push a pruned model; ``timm.create_model('hf-hub:<repo_id>', pretrained=True)`` gives it back, bit for bit.
+    """Push a pruned model; ``timm.create_model('hf-hub:<repo_id>', pretrained=True)`` loads it back, bit for bit.
 
-    Config, weights, card and picture go in one commit, and only those that changed: pushing the same again makes none.
-    A push that finds another one in its way, or the Hub busy, tries again from the start.
+    One commit holds config, weights, card and picture, but only the files that changed. Pushing the same model again
+    makes no commit. If another push was made at the same time, or if the Hub is busy, the push starts again.
 
     Args:
         model: A model with a ``pruning_plan``.
-        repo_id: ``'<owner>/<name>'``; made where there is none.
-        metrics: What was measured, for the card: see ``timm_epfs.hub.cards``.
-        private: Make a new repo private. True is an error for one that is public.
-        revision: Branch to push to, made from ``main`` where there is none.
-        create_pr: Open a pull request in place of writing to ``main``.
-        token: The user's own, from ``hf auth login``, by default.
-        commit_message: First line of the commit.
-        overwrite_card: Replace a card that was written or edited by hand, which is kept by default with a warning.
+        repo_id: ``'<owner>/<name>'``. The repo is created if it does not exist.
+        metrics: Measurements to show on the card: see ``timm_epfs.hub.cards``.
+        private: Make the repo private if it is new. True is an error for a repo that is public.
+        revision: Branch to push to. It is created from ``main`` if it does not exist.
+        create_pr: Open a pull request in place of pushing to ``main``.
+        token: Access token. None: the user's own, from ``hf auth login``.
+        commit_message: First line of the commit message.
+        overwrite_card: Replace a card that was written or edited by hand. False: keep it, with a warning.
         card: Text of a card to push in place of the generated one.
-        dry_run: Write nothing; return what would be pushed.
+        dry_run: Push nothing, only return what would be pushed.
 
     Raises:
-        PruningError: The model can't be saved, the arguments are wrong, or the Hub can't be reached or refuses.
+        PruningError: The model can't be saved, an argument is invalid, the Hub can't be reached, or it refuses.
+
+    Warns:
+        UserWarning: A card that was written or edited by hand is kept.
     """
     check_metrics(metrics)
     _check_target(repo_id, revision, create_pr)
@@ -103,13 +104,14 @@ def push_to_hub(
             (folder / CARD).write_text(stamp(card), encoding='utf-8', newline='\n')
         push = _Push(HfApi(token=token, library_name='timm_epfs', library_version=__version__), repo_id, folder,
                      revision, create_pr, overwrite_card)
-        for wait in (*(() if create_pr else _WAITS), None):  # a pull request that was opened unseen would be two
+        # A pull request is not retried: if only the answer was lost, a second one would be opened.
+        for wait in (*(() if create_pr else _WAITS), None):
             try:
                 return push.dry_run() if dry_run else push(private, commit_message)
             except (HTTPError, OSError, RuntimeError, ValueError) as e:
                 if isinstance(e, PruningError):
                     raise
-                if wait is None or not _passes(e):
+                if wait is None or not _is_temporary(e):
                     raise PruningError(f'push to {repo_id}: {_reason(e)}') from e
                 time.sleep(wait)
 
@@ -118,16 +120,17 @@ def _check_target(repo_id: str, revision: Optional[str], create_pr: bool) -> Non
     try:
         validate_repo_id(repo_id)
     except HFValidationError as e:
-        raise PruningError(f'push: {repo_id!r:.100} is no repo id; give \'<owner>/<name>\'') from e
+        raise PruningError(f'push: {repo_id!r:.100} is not a repo id; give \'<owner>/<name>\'') from e
     if '/' not in repo_id:
         raise PruningError(f'push: repo id {repo_id!r} has no owner; give \'<owner>/{repo_id}\'')
     if create_pr and revision not in (None, 'main'):
-        raise PruningError(f'push: a pull request goes to main, revision={revision!r} was asked too; leave one out')
+        raise PruningError(
+            f'push: create_pr=True and revision={revision!r} were given, a pull request goes to main; leave one out')
 
 
 @dataclass(frozen=True)
 class _Push:
-    """One try: compare a folder with what the repo has, and commit what differs."""
+    """One attempt: compare a folder with the repo, and commit the files that differ."""
     api: HfApi
     repo_id: str
     folder: Path
@@ -143,11 +146,11 @@ class _Push:
             self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
             head = self._head()
         if private and not head.private:
-            raise PruningError(f'push: {self.repo_id} is public, private=True was asked; make it private on the Hub')
+            raise PruningError(f'push: private=True was given, {self.repo_id} is public; make it private on the Hub')
         files = self._changed(head)
         if not files:
             return self._pushed(head, files)
-        # Told its parent, the Hub refuses what was compared with a state that another push has changed since.
+        # With parent_commit, the Hub refuses the commit if another push was made after the comparison.
         commit = self.api.create_commit(
             self.repo_id,
             [CommitOperationAdd(name, self.folder / name) for name in files],
@@ -175,17 +178,14 @@ class _Push:
         return tuple(sorted(path.name for path in self.folder.iterdir()))
 
     def _changed(self, head: ModelInfo) -> Tuple[str, ...]:
-        """Names of the files that the repo doesn't have as they are here, less a card that is not to be replaced."""
-        theirs = {
+        """Names of the files that differ from the repo's or are missing there, without a card that must be kept."""
+        remote = {
             entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
             for entry in self.api.list_repo_tree(self.repo_id, revision=head.sha) if isinstance(entry, RepoFile)
         }
-        changed = [name for name in self._names() if theirs.get(name) not in _hashes(self.folder / name)]
-        if CARD in changed and CARD in theirs and not self.overwrite_card and not self._card_is_ours(head):
-            warnings.warn(
-                f'{CARD} in {self.repo_id} was written or edited by hand and is kept; overwrite_card=True replaces it',
-                stacklevel=4,
-            )
+        changed = [name for name in self._names() if remote.get(name) not in _hashes(self.folder / name)]
+        if CARD in changed and CARD in remote and not self.overwrite_card and not self._card_is_ours(head):
+            warn(f'{CARD} in {self.repo_id} was written or edited by hand and is kept; overwrite_card=True replaces it')
             changed.remove(CARD)
         return tuple(changed)
 
@@ -196,35 +196,41 @@ class _Push:
 
 
 def _hashes(path: Path) -> Tuple[str, str]:
-    """As the Hub names a file's content: in git, and in its large file storage."""
+    """The two hashes by which the Hub may know a file's content: that of git, and that of large file storage."""
     with open(path, 'rb') as file:
-        large = sha_fileobj(file).hex()
-    return git_hash(path.read_bytes()), large
+        lfs_hash = sha_fileobj(file).hex()
+    return git_hash(path.read_bytes()), lfs_hash
 
 
-def _causes(error: Optional[BaseException]) -> List[BaseException]:
-    return [error, *_causes(error.__cause__)] if error is not None else []
+def _with_causes(error: Optional[BaseException]) -> List[BaseException]:
+    """An error, its cause, the cause's cause, and so on."""
+    return [error, *_with_causes(error.__cause__)] if error is not None else []
 
 
-def _answer(error: BaseException) -> Optional[HfHubHTTPError]:
-    """The Hub's refusal, which an upload's error has for its cause."""
-    return next((e for e in _causes(error) if isinstance(e, HfHubHTTPError)), None)
+def _refusal(error: BaseException) -> Optional[HfHubHTTPError]:
+    """The Hub's response that led to an error, if there was one. An upload's error has it as its cause."""
+    return next((e for e in _with_causes(error) if isinstance(e, HfHubHTTPError)), None)
 
 
-def _passes(error: BaseException) -> bool:
-    answer = _answer(error)
-    return answer.response.status_code in _PASSING if answer else any(isinstance(e, HTTPError) for e in _causes(error))
+def _is_temporary(error: BaseException) -> bool:
+    """Whether a push that failed with this error may succeed if it is tried again."""
+    refusal = _refusal(error)
+    if refusal:
+        return refusal.response.status_code in _TEMPORARY
+    return any(isinstance(e, HTTPError) for e in _with_causes(error))
 
 
 def _reason(error: BaseException) -> str:
     """One line: what went wrong, and what to do."""
-    answer = _answer(error)
-    status = answer.response.status_code if answer else None
+    refusal = _refusal(error)
+    status = refusal.response.status_code if refusal else None
     if status in _REASONS:
         return f'{_REASONS[status]} ({status})'
     if isinstance(error, OfflineModeIsEnabled):
         return 'huggingface_hub is offline; unset HF_HUB_OFFLINE'
-    if answer is None and _passes(error):
-        return f'no connection to the Hub ({type(_causes(error)[-1]).__name__}); check the network, then push again'
-    told = answer if answer and isinstance(error, RuntimeError) else error  # that one only names the file
-    return f'{type(told).__name__} {" ".join(str(told).split())[:200]}'
+    if refusal is None and _is_temporary(error):
+        first_cause = type(_with_causes(error)[-1]).__name__
+        return f'no connection to the Hub ({first_cause}); check the network, then push again'
+    # The RuntimeError of an upload names only the file, its cause the reason.
+    detail = refusal if refusal and isinstance(error, RuntimeError) else error
+    return f'{type(detail).__name__} {" ".join(str(detail).split())[:200]}'

@@ -1,42 +1,46 @@
-"""BatchNorm statistics of a network that was cut, estimated again from images."""
-import warnings
+"""``recalibrate_bn``: estimates the BatchNorm statistics of a cut model again, from images."""
 from itertools import islice
 from typing import Any, Iterable, List, Optional
 
 import torch
 from torch import nn
 
-from ..core import PruningError, eval_mode
+from ..core import PruningError, eval_mode, warn
 
 __all__ = ['recalibrate_bn']
 
 
 def recalibrate_bn(model: nn.Module, loader: Iterable[Any], batches: Optional[int] = None) -> nn.Module:
-    """Estimate the running statistics of every BatchNorm again, in place.
+    """Estimate the running statistics of every BatchNorm layer again, in place.
 
-    Cutting channels shifts what the layers after them see; a few dozen batches without labels or gradients recover
-    much of the accuracy. The statistics become the plain average over the batches. Only BatchNorm runs in training
-    mode: dropout and stochastic depth stay off, which is why ``torch.optim.swa_utils.update_bn`` isn't used (it trains
-    the whole model, and leaves the statistics wiped where the loader is empty or fails half-way). Weights, modes and
-    momenta are left as they were, and so are statistics that no image reached.
+    Cutting channels changes the distribution of the inputs of later layers. A few dozen batches, without labels or
+    gradients, recover much of the accuracy. The statistics become the plain average over the batches.
+
+    Only BatchNorm runs in training mode; dropout and stochastic depth stay off. This is why
+    ``torch.optim.swa_utils.update_bn`` isn't used: it sets the whole model to training mode, and leaves the statistics
+    reset if the loader is empty or fails half-way. Weights, modes and momenta don't change, nor do statistics of layers
+    that no image reached.
 
     Args:
-        model: A model on any device. One without BatchNorm is returned as is, with a warning.
+        model: A model on any device. A model without BatchNorm is returned unchanged, with a warning.
         loader: Batches of images, or tuples that start with images.
-        batches: Use at most so many batches, all by default.
+        batches: Largest number of batches to use. None: all.
 
     Returns:
         The same model.
 
     Raises:
-        PruningError: The loader gave no batch (the statistics are left as they were).
+        PruningError: The loader gave no batch. The statistics are unchanged.
+
+    Warns:
+        UserWarning: The model has no BatchNorm with running statistics.
     """
     norms = [
         module for module in model.modules()
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
     ]
     if not norms:
-        warnings.warn('recalibrate_bn: no BatchNorm with running statistics in the model, nothing done', stacklevel=2)
+        warn('recalibrate_bn: the model has no BatchNorm with running statistics, so nothing was done')
         return model
 
     before = [
@@ -47,7 +51,7 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], batches: Optional[in
     try:
         for norm in norms:
             norm.reset_running_stats()
-            norm.momentum = None  # torch's cumulative average
+            norm.momentum = None  # torch then computes the cumulative average
         reached = _run(model, norms, loader, batches)
     finally:
         for norm, momentum, buffers in before:
@@ -57,19 +61,19 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], batches: Optional[in
                     getattr(norm, name).copy_(buffer)
     if not reached:
         raise PruningError(
-            'asked to recalibrate BatchNorm, found no batch in the loader '
-            f'(batches={batches}): give a loader with at least one batch of images')
+            f'recalibrate_bn: found no batch in the loader (batches={batches}); give a loader with at least one batch '
+            f'of images')
     return model
 
 
 @torch.no_grad()
 def _run(model: nn.Module, norms: List[nn.Module], loader: Iterable[Any], batches: Optional[int]) -> bool:
-    """Show the images to the model with BatchNorm alone in training mode, and say whether there were any."""
+    """Run the images through the model with only BatchNorm in training mode. Returns whether there were any."""
     device = norms[0].running_mean.device
     reached = False
     with eval_mode(model):
         for norm in norms:
-            norm.training = True  # not .train(): timm's BatchNormAct2d holds a drop layer
+            norm.training = True  # not .train(): timm's BatchNormAct2d contains a dropout layer
         for batch in islice(loader, batches if batches is None else max(batches, 0)):
             images = batch[0] if isinstance(batch, (tuple, list)) else batch
             model(images.to(device))

@@ -1,12 +1,11 @@
-"""How much each unit matters: one score a unit, higher = keep.
+"""``score``: how much each unit matters, as one score per unit, higher = keep.
 
-The formulas, the reduction over the layers that share a unit and the normalisation are torch-pruning's
-(``torch_pruning.pruner.importance``). What is done here is to hand it groups made from structures: each member becomes
-a matrix with one row a unit, holding every entry that goes with the unit, in the stand-in of a linear layer. A group
-then means the same whatever the layer (a plain, grouped or transposed convolution, attention heads, the columns behind
-a flatten), and nothing of the model itself is handed over.
+The formulas are torch-pruning's (``torch_pruning.pruner.importance``), and so are the reduction over the layers that
+share a unit and the normalisation. This file builds the groups that torch-pruning scores. Each member of a structure
+becomes a matrix with one row per unit, which holds all entries that the unit owns, as the weight of a stand-in linear
+layer. So torch-pruning sees the same kind of group for every layer (a plain, grouped or transposed convolution,
+attention heads, the columns after a flatten), and it never sees the model itself.
 """
-import difflib
 import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
@@ -17,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from ..core import Member, PruningError, Structure, eval_mode
+from ..core import Member, PruningError, Structure, eval_mode, nearest
 
-__all__ = ['Criterion', 'CRITERIA', 'WITHOUT_DATA', 'score']
+__all__ = ['Criterion', 'CRITERIA', 'WITHOUT_DATA', 'check_criterion', 'score']
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,13 @@ class Criterion:
 
     Attributes:
         help: What it measures, and its source.
-        importance: torch-pruning's class, empty where the score doesn't look at the weights.
-        options: Arguments for that class.
-        kinds: Members that count: ``'out'`` and ``'in'`` dims of convolutions and linear layers (biases and depthwise
-            convolutions don't count, as in torch-pruning), ``'bn'`` and ``'ln'`` scales.
-        normalizer: torch-pruning's, over the units of a structure. It makes structures comparable.
-        needs_data: True where gradients are needed.
+        importance: Name of torch-pruning's class. Empty where the score doesn't depend on the weights.
+        options: Arguments of that class.
+        kinds: Members that count: ``'out'`` and ``'in'`` dims of convolutions and linear layers; ``'bn'`` and ``'ln'``
+            scales. As in torch-pruning, biases and depthwise convolutions don't count.
+        normalizer: Name of torch-pruning's normalisation over the units of a structure, which makes the scores of
+            different structures comparable.
+        needs_data: Whether the score needs gradients, and so data.
     """
     help: str
     importance: str = ''
@@ -54,27 +54,36 @@ CRITERIA: Dict[str, Criterion] = {
         'Sum of distances to the other units, whole unit to whole unit, on squared weights (He et al., Filter Pruning '
         'via Geometric Median, CVPR 2019).',
         'FPGMImportance', kinds=('out', 'in')),
-    # BNScaleImportance is this same class with p=1 that looks for BatchNorm layers: the stand-ins hold only those.
+    # torch-pruning's BNScaleImportance is this class with p=1 on BatchNorm layers. The stand-ins hold only these.
     'bn_scale': Criterion(
         'Absolute BatchNorm scale (Liu et al., Network Slimming, ICCV 2017). '
         'Structures without BatchNorm are scored by l2.',
         'GroupMagnitudeImportance', {'p': 1}, kinds=('bn',)),
     'lamp': Criterion(
-        'Squared weights over those of all units not below (Lee et al., Layer-adaptive Sparsity, ICLR 2021).',
+        'Squared weights, divided by the sum of those of all units whose weights are at least as large (Lee et al., '
+        'Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021).',
         'LAMPImportance', {'p': 2}, normalizer='lamp'),
-    'random': Criterion('Uniform in [0, 1), the control experiment. Needs no weights.', kinds=()),
-    'uniform': Criterion('All alike: every layer is cut by the same share and its first units stay. Needs no weights.'),
-    # torch-pruning's Taylor takes the BatchNorm branch only for GroupNorm's pruning function, and so never scores one.
+    'random': Criterion('Uniform in [0, 1), as a control experiment. Needs no weights.', kinds=()),
+    'uniform': Criterion(
+        'One for every unit: every layer loses the same share, and its first units stay. Needs no weights.'),
+    # Without 'bn': torch-pruning's Taylor looks for GroupNorm's pruning function there, and never scores BatchNorm.
     'taylor': Criterion(
         'Absolute weight times gradient of the loss (Molchanov et al., Importance Estimation, CVPR 2019). Needs data.',
         'GroupTaylorImportance', kinds=('out', 'in', 'ln'), needs_data=True),
     'obdc': Criterion(
         'Squared weight times diagonal Fisher information (Wang et al., EigenDamage, ICML 2019, its OBD-C baseline). '
-        'Needs data, one backward an image.',
+        'Needs data, and one backward per image.',
         'OBDCImportance', {'num_classes': None}, kinds=('out',), needs_data=True),
 }
 
 WITHOUT_DATA = tuple(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
+
+
+def check_criterion(name: str) -> None:
+    """Raise ``PruningError`` if there is no criterion of this name."""
+    if name not in CRITERIA:
+        near = nearest(name, CRITERIA, cutoff=0)[0]
+        raise PruningError(f'unknown criterion {name!r}, nearest is {near!r}; choose one of {", ".join(CRITERIA)}')
 
 
 def score(
@@ -87,31 +96,33 @@ def score(
 ) -> Dict[str, np.ndarray]:
     """Score every unit of every structure.
 
-    Scores are comparable across structures: each structure's are divided by their mean (``'lamp'``: its own rule;
-    ``'random'``: as drawn; ``'uniform'``: ones). A structure whose raw scores are all zero scores zero. A structure
-    that has none of the members a criterion looks at is scored on all its parameters (``'bn_scale'``: by ``'l2'``).
-    The model is not changed, nor is the global random state; the model runs in evaluation mode.
+    Scores are comparable across structures, because the scores of a structure are divided by their mean. There are
+    exceptions: ``'lamp'`` has a normalisation of its own, ``'random'`` and ``'uniform'`` need none, and blocks, which
+    have one unit each, are divided by the mean over all blocks.
+
+    A structure whose weights are all zero scores zero. A structure that has none of the members that a criterion looks
+    at is scored on all its parameters; for ``'bn_scale'``, it is scored by ``'l2'``.
+
+    The model runs in evaluation mode. Neither the model nor the global random state is changed.
 
     Args:
         model: The model that the structures were found on, or a copy of it.
-        structures: What to score.
+        structures: The structures to score.
         criterion: One of ``CRITERIA``.
-        data: For ``'taylor'`` and ``'obdc'``: batches (images, targets, ...).
-        loss_fn: For ``'taylor'`` and ``'obdc'``: loss of (outputs, targets), cross entropy by default. ``'obdc'``
-            without one draws the targets from the model's own predictions, as EigenDamage does; with one it uses the
-            data's (the empirical Fisher).
-        seed: For ``'random'`` and for the targets that ``'obdc'`` draws.
+        data: Batches (images, targets, …), for ``'taylor'`` and ``'obdc'``.
+        loss_fn: ``loss_fn(outputs, targets)``, for ``'taylor'`` and ``'obdc'``. None: cross-entropy; ``'obdc'`` then
+            draws the targets from the model's own predictions, as EigenDamage does. With a ``loss_fn``, ``'obdc'`` uses
+            the targets of the data (the empirical Fisher information).
+        seed: Seed of ``'random'``, and of the targets that ``'obdc'`` draws.
 
     Returns:
         Scores by structure name, float64, shape (units,), higher = keep.
 
     Raises:
-        PruningError: Unknown criterion, data missing or empty, weights on the meta device, a model that the structures
-            don't fit, or no BatchNorm for ``'bn_scale'``.
+        PruningError: The criterion is unknown, its data is missing or empty, weights are on the meta device, the
+            structures are of another model, or ``'bn_scale'`` finds no BatchNorm.
     """
-    if criterion not in CRITERIA:
-        near = difflib.get_close_matches(str(criterion), CRITERIA, n=1, cutoff=0)[0]
-        raise PruningError(f'unknown criterion {criterion!r}, nearest is {near!r}: choose one of {", ".join(CRITERIA)}')
+    check_criterion(criterion)
     structures = list(structures)
     if criterion == 'random':
         return {s.name: _random(s, seed) for s in structures}
@@ -123,35 +134,36 @@ def score(
     rules = {s.name: _rule(model, s, criterion) for s in structures}
     if criterion == 'bn_scale' and all(rule is not CRITERIA['bn_scale'] for rule, _ in rules.values()):
         raise PruningError(
-            "asked for criterion 'bn_scale', found no BatchNorm scale in any structure: choose another, such as 'l2'")
+            "criterion 'bn_scale' needs BatchNorm, found no BatchNorm scale in any structure; choose another "
+            "criterion, such as 'l2'")
     tensors = {m.tensor: _tensor(model, m) for _, members in rules.values() for m in members}
     needs_data = CRITERIA[criterion].needs_data
-    slopes = _slopes(model, tensors, criterion, data, loss_fn, seed) if needs_data else {}
+    gradients = _gradients(model, tensors, criterion, data, loss_fn, seed) if needs_data else {}
     scores = {}
     for s in structures:
         rule, members = rules[s.name]
         rule = replace(rule, normalizer=None) if s.kind == 'blocks' else rule
-        scores[s.name] = _score(s, rule, members, tensors, slopes).cpu().numpy().astype(np.float64)
-    return _across_blocks(structures, scores)
+        scores[s.name] = _score(s, rule, members, tensors, gradients).cpu().numpy().astype(np.float64)
+    return _normalise_blocks(structures, scores)
 
 
-def _across_blocks(structures: Sequence[Structure], scores: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
-    """A block is a structure of one unit: blocks are normalised by the mean over all of them."""
+def _normalise_blocks(structures: Sequence[Structure], scores: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
+    """Divide the scores of blocks, which are structures of one unit, by the mean over all blocks."""
     blocks = [s.name for s in structures if s.kind == 'blocks']
     mean = np.mean([scores[name] for name in blocks]) if blocks else 0.0
     return {name: score / mean if name in blocks and mean > 0 else score for name, score in scores.items()}
 
 
 def _random(structure: Structure, seed: int) -> np.ndarray:
-    """Seeded by name, so that a structure's scores don't depend on which others there are.
+    """Random scores. They are seeded by name, so that they don't depend on which other structures are scored.
 
-    Not by torch-pruning's class, which draws from torch's global generator.
+    torch-pruning's class isn't used because it draws from torch's global generator.
     """
     return np.random.default_rng([seed % 2 ** 32, zlib.crc32(structure.name.encode())]).random(structure.units)
 
 
 def _rule(model: nn.Module, structure: Structure, criterion: str) -> Tuple[Criterion, List[Member]]:
-    """The criterion that scores the structure and the members it looks at."""
+    """The criterion that scores a structure, and the members that it looks at."""
     names = (criterion, 'l2') if criterion == 'bn_scale' else (criterion,)
     for name in names:
         members = [m for m in structure.members if _kind(model, m) in CRITERIA[name].kinds]
@@ -160,15 +172,15 @@ def _rule(model: nn.Module, structure: Structure, criterion: str) -> Tuple[Crite
     members = [m for m in structure.members if isinstance(_tensor(model, m), nn.Parameter)]
     if not members:
         raise PruningError(
-            f"asked to score {structure.name!r} by {criterion!r}, found no parameter in it: use criterion='random', or "
-            'leave the structure out')
+            f"criterion {criterion!r} found no parameter in structure {structure.name!r}; use criterion='random', or "
+            f'leave the structure out')
     return CRITERIA[names[-1]], members
 
 
 def _kind(model: nn.Module, member: Member) -> str:
-    """What a member is to torch-pruning, empty where it scores no such thing."""
+    """The member's kind, as in ``Criterion.kinds``. Empty where torch-pruning doesn't score such members."""
     owner, _, attribute = member.tensor.rpartition('.')
-    _tensor(model, member)  # an unknown name is an error, not a member to skip
+    _tensor(model, member)  # raises if there is no such tensor
     module = model.get_submodule(owner)
     if attribute != 'weight':
         return ''
@@ -183,6 +195,7 @@ def _kind(model: nn.Module, member: Member) -> str:
 
 
 def _tensor(model: nn.Module, member: Member) -> torch.Tensor:
+    """The tensor of a member, with checks that the member fits it and that it has values."""
     owner, _, attribute = member.tensor.rpartition('.')
     try:
         tensor = getattr(model.get_submodule(owner), attribute)
@@ -191,16 +204,16 @@ def _tensor(model: nn.Module, member: Member) -> torch.Tensor:
         fits = False
     if not fits:
         raise PruningError(
-            f'asked to score entries of dim {member.dim} of {member.tensor!r}, found no such tensor or a shorter one: '
-            'score the model that the structures were found on')
+            f'the structures need dim {member.dim} of {member.tensor!r}, but the model has no such tensor or a shorter '
+            f'one; score the model that the structures were found on')
     if tensor.is_meta:
         raise PruningError(
-            f'asked to score {member.tensor!r}, found it on the meta device, without values: load weights, or use '
-            "criterion='random'")
+            f'{member.tensor!r} is on the meta device and has no values to score; load weights, or use '
+            f"criterion='random'")
     return tensor
 
 
-def _slopes(
+def _gradients(
         model: nn.Module,
         tensors: Mapping[str, torch.Tensor],
         criterion: str,
@@ -208,44 +221,45 @@ def _slopes(
         loss_fn: Optional[Callable[[Any, Any], torch.Tensor]],
         seed: int,
 ) -> Dict[str, torch.Tensor]:
-    """Sum over the data of each tensor's gradient (taylor), or mean over images of its square (obdc).
+    """For Taylor, the sum over the data of each tensor's gradient; for OBD-C, the mean over images of its square.
 
-    The gradient is taken by stand-in leaves that share the weights' memory, so that frozen layers have one too and no
-    ``.grad`` or ``requires_grad`` of the model is touched. OBD-C goes image by image, because torch-pruning's own
-    hooks hold only for convolutions without groups, dilation or bias and for linear layers on (batch, features).
+    The gradients are those of stand-in leaves that share the weights' memory. So frozen layers get a gradient, too, and
+    no ``.grad`` or ``requires_grad`` of the model is touched. OBD-C runs one image at a time. torch-pruning's own hooks
+    can't be used for it: they are right only for convolutions without groups, dilation and bias, and for linear layers
+    on (batch, features).
     """
     if data is None:
-        raise PruningError(f'criterion {criterion!r} needs data, found none: give data=, batches of (images, targets)')
+        raise PruningError(f'criterion {criterion!r} needs data, found none; give data=, batches of (images, targets)')
     by_id = {id(tensor): tensor.detach().requires_grad_() for tensor in tensors.values()}  # a tied tensor is one leaf
     leaves = {name: by_id[id(tensor)] for name, tensor in tensors.items()}
     sums = {key: torch.zeros_like(leaf, dtype=torch.float32) for key, leaf in by_id.items()}
     device = next(iter(leaves.values())).device
     generator = torch.Generator().manual_seed(seed)
     fisher, count = criterion == 'obdc', 0
-    # Forked, because a loader that shuffles draws from the global generator.
+    # The global random state is restored afterwards: a loader that shuffles draws from it.
     with eval_mode(model), torch.enable_grad(), torch.random.fork_rng([device] if device.type == 'cuda' else []):
         for images, targets in _batches(data, criterion, device):
             outputs = functional_call(model, leaves, (images,))
             if fisher and loss_fn is None:
-                chances = outputs.detach().float().softmax(-1).cpu()
-                targets = torch.multinomial(chances, 1, generator=generator)[:, 0].to(device)
+                probabilities = outputs.detach().float().softmax(-1).cpu()
+                targets = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(device)
             loss = (loss_fn or F.cross_entropy)(outputs, targets)
-            slopes = torch.autograd.grad(loss, list(by_id.values()), allow_unused=True, materialize_grads=True)
-            for total, slope in zip(sums.values(), slopes):
-                total += slope.float().square() if fisher else slope
+            gradients = torch.autograd.grad(loss, list(by_id.values()), allow_unused=True, materialize_grads=True)
+            for total, gradient in zip(sums.values(), gradients):
+                total += gradient.float().square() if fisher else gradient
             count += 1
     if not count:
-        raise PruningError(f'criterion {criterion!r} needs data, found no batch in it: give at least one')
+        raise PruningError(f'criterion {criterion!r} needs data, found no batch in it; give at least one')
     return {name: sums[id(tensor)] / (count if fisher else 1) for name, tensor in tensors.items()}
 
 
 def _batches(data: Iterable[Any], criterion: str, device: torch.device) -> Iterator[Tuple[torch.Tensor, Any]]:
-    """The data on the device, one image at a time for OBD-C."""
+    """The batches on the device; for OBD-C, batches of one image."""
     for batch in data:
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             raise PruningError(
-                f'criterion {criterion!r} needs batches of (images, targets), found a {type(batch).__name__}: '
-                'give a loader that yields both')
+                f'criterion {criterion!r} needs batches of (images, targets), found a {type(batch).__name__}; '
+                f'give a loader that yields both')
         images, targets = (part.to(device) if isinstance(part, torch.Tensor) else part for part in batch[:2])
         if criterion == 'obdc':
             yield from ((images[i:i + 1], targets[i:i + 1]) for i in range(len(images)))
@@ -253,21 +267,22 @@ def _batches(data: Iterable[Any], criterion: str, device: torch.device) -> Itera
             yield images, targets
 
 
-class _Rows(nn.Linear):
-    """One row a unit, as torch-pruning's importances expect a layer."""
+class _StandIn(nn.Linear):
+    """A linear layer with one output per unit, as torch-pruning's importances expect a layer."""
 
-    def __init__(self, weight: torch.Tensor, slope: Optional[torch.Tensor] = None):
-        nn.Module.__init__(self)  # nn.Linear's own would draw random weights
+    def __init__(self, weight: torch.Tensor, gradient: Optional[torch.Tensor] = None):
+        nn.Module.__init__(self)  # nn.Linear's would draw random weights
         self.out_features, self.in_features = weight.shape
         self.weight = nn.Parameter(weight)
-        self.weight.grad = slope
+        self.weight.grad = gradient
 
 
 def _rows(tensor: torch.Tensor, member: Member) -> torch.Tensor:
-    """The entries of a tensor that each unit owns, shape (units, all of them)."""
+    """The entries of a tensor that each unit owns, shape (units, entries)."""
     tensor = tensor.detach().float().movedim(member.dim, 0)
     index = member.index.reshape(-1)
-    if len(index) != len(tensor) or not np.array_equal(index, np.arange(len(index))):
+    is_whole_dim = len(index) == len(tensor) and np.array_equal(index, np.arange(len(index)))
+    if not is_whole_dim:  # indexing would copy
         tensor = tensor[torch.from_numpy(index).to(tensor.device)]
     return tensor.reshape(len(member.index), -1)
 
@@ -277,23 +292,26 @@ def _score(
         rule: Criterion,
         members: Sequence[Member],
         tensors: Mapping[str, torch.Tensor],
-        slopes: Mapping[str, torch.Tensor],
+        gradients: Mapping[str, torch.Tensor],
 ) -> torch.Tensor:
+    """Scores of one structure by torch-pruning, shape (units,)."""
     from torch_pruning.dependency import Dependency, Group, Node
     from torch_pruning.pruner import function, importance
 
     group, prune = Group(), function.prune_linear_out_channels
+    # Taylor and OBD-C sort the indices, which a slice doesn't support. For all others, a slice avoids a copy.
+    indices = torch.arange(structure.units) if gradients else slice(None)
     for member in members:
-        slope = _rows(slopes[member.tensor], member) if slopes else None
-        node = Node(_Rows(_rows(tensors[member.tensor], member), slope), None, member.tensor)
-        # Taylor and OBD-C sort the indices, which a slice can't; the others take a slice without copying.
-        group.add_dep(Dependency(prune, prune, node, node), torch.arange(structure.units) if slopes else slice(None))
+        gradient = _rows(gradients[member.tensor], member) if gradients else None
+        node = Node(_StandIn(_rows(tensors[member.tensor], member), gradient), None, member.tensor)
+        group.add_dep(Dependency(prune, prune, node, node), indices)
         group[-1].root_idxs = range(structure.units)
-    # Raw first: the normalisers divide zero by zero where every unit is zero.
+
+    # Normalise separately: where all scores are zero, the normalisers would divide zero by zero.
     scorer = getattr(importance, rule.importance)(**rule.options)
     scorer.normalizer = None
     if rule.importance == 'OBDCImportance':
-        scorer.steps = 1  # the mean is taken already
+        scorer.steps = 1  # the mean over images is already taken
         scorer.Fisher = {dep.layer: dep.layer.weight.grad for dep, _ in group}
     raw = scorer(group)
     return scorer._normalize(raw, rule.normalizer) if raw.any() else raw

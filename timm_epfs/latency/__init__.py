@@ -1,14 +1,15 @@
-"""The clock as a cost model.
+"""Latency as a cost: how long a model takes on its device, and how long cuts of it would take.
 
-In: a model on its device, and its trace. Out: seconds of any cut, looked up in a search, and cuts measured whole.
+In: a model on its device, and its trace. Out: the seconds of any cut, predicted from a table of measured layers; and
+the measured seconds and memory of whole models.
 """
-from .clock import latencies, latency_note, time_models
+from .clock import Forward, in_turns, latencies, latency_note, peak_memory, time_models
+from .device_latency import DeviceLatency, Match, least_seconds
 from .interpolation import LatencyModel
 from .kernels import kernels
-from .measured import Asked, Bench, race
 from .timings import Table
 
 __all__ = [
-    'Asked', 'Bench', 'LatencyModel', 'Table', 'kernels', 'latencies', 'latency_note', 'race',
-    'time_models',
+    'DeviceLatency', 'Forward', 'LatencyModel', 'Match', 'Table', 'in_turns', 'kernels', 'latencies', 'latency_note',
+    'least_seconds', 'peak_memory', 'time_models',
 ]

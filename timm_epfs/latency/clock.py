@@ -1,4 +1,15 @@
-"""What a forward takes, measured: time, and memory at its peak."""
+"""The time that forwards take and the memory that they need at their peak, measured.
+
+Each function is built on the one above it:
+
+- ``timer``: torch's ``Timer`` of one call.
+- ``time_call``: seconds of one short call by itself, the least of several repetitions, for a table of latencies.
+- ``in_turns``: several calls that take turns, so that they can be compared; one ``Measurement`` each.
+- ``time_models``: the forwards of several models, in turns.
+- ``latencies``: the medians of those in milliseconds, to show to people; ``latency_note`` says how they were measured.
+
+``peak_memory`` stands by itself.
+"""
 import os
 import time
 from contextlib import ExitStack, contextmanager, redirect_stderr
@@ -15,7 +26,10 @@ from ..core import device_of, eval_mode
 if TYPE_CHECKING:
     from torch.utils.benchmark import Measurement, Timer
 
-__all__ = ['in_turns', 'latencies', 'latency_note', 'peak_memory', 'time_models', 'timer']
+__all__ = ['Forward', 'in_turns', 'latencies', 'latency_note', 'peak_memory', 'time_call', 'time_models', 'timer']
+
+_SHORTEST = 0.004   # seconds for which ``time_call`` repeats a call, at least
+_REPEATS = 2        # and how often, at least
 
 Forward = Callable[[], object]
 
@@ -23,27 +37,16 @@ Forward = Callable[[], object]
 def timer(call: Forward, device: torch.device) -> 'Timer':
     """torch's timer of a call, on as many threads as torch uses now."""
     _keep_heap()
-    with _silent():  # its import warns where CUDA is there without a GPU
+    with _silent():  # its import warns where CUDA is installed without a GPU
         from torch.utils.benchmark import Timer
     return Timer('call()', timer=partial(_now, device), globals={'call': call}, num_threads=torch.get_num_threads())
 
 
-def _keep_heap() -> None:
-    """Have glibc keep what a forward frees, up to 62 MB, for the next one.
-
-    By default it may hand the top of the heap back to the system within every forward, whose pages are then missed in
-    the next: a third more time for some models, by what the process happened to allocate before. Freeing a buffer of up
-    to 32 MB raises that limit to twice its size (mallopt(3), ``M_MMAP_THRESHOLD``), unless it came from the heap: hence
-    four of them, for which the heap has hardly room.
-    """
-    [torch.empty(31 << 20, dtype=torch.uint8) for _ in range(4)]
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was asked for: torch's own timer waits for the current one only."""
-    if device.type != 'cpu':
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
+def time_call(call: Forward, device: torch.device) -> float:
+    """Seconds that a short call takes by itself: the least of several repetitions, since others only lengthen it."""
+    clock = timer(call, device)
+    once = clock.timeit(1).mean
+    return min(clock.blocked_autorange(min_run_time=max(_SHORTEST, _REPEATS * once)).times)
 
 
 def in_turns(
@@ -52,16 +55,19 @@ def in_turns(
         seconds: float,
         least: int = 1,
 ) -> 'List[Measurement]':
-    """Time single forwards that take turns, so that what else runs on the machine slows all of them alike.
+    """Time single forwards that take turns, so that other programs on the machine slow all of them alike.
 
-    ``torch.utils.benchmark`` runs each twice before it looks at the clock: caches are as they are where a model runs
-    alone, whoever had the turn before.
+    ``torch.utils.benchmark`` runs a forward twice before it starts the clock: the caches are then in the state in which
+    the same model would find them alone, whichever forward had the turn before.
 
     Args:
         forwards: What to run.
         device: Where it runs.
-        seconds: How long to measure.
-        least: So many turns are taken, however long that lasts.
+        seconds: How long to measure all of them together.
+        least: Smallest number of turns, however long they take.
+
+    Returns:
+        A measurement for each forward, with one time in seconds for each turn.
     """
     timers = [timer(forward, device) for forward in forwards]
     turns: 'List[List[Measurement]]' = []
@@ -78,14 +84,17 @@ def time_models(
         seconds: float,
         least: int = 1,
 ) -> 'List[Measurement]':
-    """Time forwards of models in evaluation mode, in turns.
+    """Time forwards of models in evaluation mode that take turns, without gradients.
 
     Args:
         models: Models on one device.
         args: Positional arguments of the forward.
-        kwargs: Keyword arguments of it.
-        seconds: How long to measure.
-        least: As in ``in_turns``.
+        kwargs: Keyword arguments of the forward.
+        seconds: How long to measure all of them together.
+        least: Smallest number of turns, however long they take.
+
+    Returns:
+        A measurement for each model, with one time in seconds for each turn.
     """
     with ExitStack() as modes, torch.inference_mode():
         for model in models:
@@ -94,29 +103,30 @@ def time_models(
 
 
 def latencies(models: Sequence[nn.Module], images: Tensor, seconds: float = 1.5) -> List[float]:
-    """Median milliseconds of a forward of each model, in evaluation mode.
+    """Median milliseconds of a forward of each model, by ``time_models``.
 
     Args:
         models: Models on the device of the images.
         images: A batch.
-        seconds: How long to measure.
+        seconds: How long to measure all of them together.
     """
     return [1000 * taken.median for taken in time_models(models, (images,), {}, seconds)]
 
 
 def latency_note(device: str) -> str:
-    """What ``latencies`` of single images are, in a line for whoever reads them."""
+    """A line for readers that says how ``latencies`` of single images were measured."""
     return f'latency: median at batch 1 on {device}, threads: {torch.get_num_threads()}'
 
 
 def peak_memory(forward: Forward, device: torch.device) -> int:
-    """Bytes that torch's allocator holds at the peak of a forward, over what it held before.
+    """Bytes that torch's allocator holds at the peak of a forward, above what it held before.
 
-    What a library such as oneDNN allocates by itself isn't seen. A process's resident set has it, and the holes that
-    earlier models left in the heap as well: measured by it, the same forward took half as much again after others.
+    Memory that libraries such as oneDNN allocate themselves is not included. The process's resident set would include
+    it, but also the holes that earlier models left in the heap: by that measure the same forward needed up to half as
+    much again when other models had run before it.
 
     Args:
-        forward: What to run; it has run before, so that nothing is set up in this one.
+        forward: What to run. It has run before, so that what is set up only once is not counted.
         device: Where it runs.
     """
     if device.type != 'cpu':
@@ -133,9 +143,27 @@ def peak_memory(forward: Forward, device: torch.device) -> int:
     return max(accumulate((event.nbytes() for event in changes), initial=0))
 
 
+def _now(device: torch.device) -> float:
+    """The time in seconds, once this device has finished its work; torch's own timer waits for the current one only."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def _keep_heap() -> None:
+    """Let glibc keep up to 62 MB that a forward frees for the next one.
+
+    By default glibc may return the top of the heap to the system during every forward, and the next forward then has
+    to fault those pages in again. That made some models a third slower, depending on what the process had allocated
+    before. Freeing a buffer of up to 32 MB raises the limit to twice the buffer's size (mallopt(3),
+    ``M_MMAP_THRESHOLD``), unless the buffer came from the heap: the heap hardly has room for four of them.
+    """
+    [torch.empty(31 << 20, dtype=torch.uint8) for _ in range(4)]
+
+
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Nothing reaches stderr from inside the block, from C++ neither, where no log level keeps torch quiet."""
+    """Keep everything off stderr inside the block, messages from C++ included, which no log level of torch stops."""
     stderr = os.dup(2)
     try:
         with open(os.devnull, 'w') as nowhere, redirect_stderr(nowhere):

@@ -1,36 +1,128 @@
-"""A model's latency as a function of how many units each structure keeps: the sum of its calls, from a table.
+"""A model's latency as a function of how many units each structure keeps.
 
-As NetAdapt (Yang et al., ECCV 2018) and HALP (Shen et al., NeurIPS 2022) do it: layers are measured at a few widths,
-and widths between are interpolated, so that a search prices thousands of candidates without running any of them.
+A model takes as long as its calls together. Each call is measured at a few sizes beforehand, the points of a grid, and
+what it takes at sizes in between is interpolated, so that a search prices thousands of candidates without running any:
+
+1. A call's axes (``call_grids.grid_axes``): its lengths that a cut changes, at most two that change independently.
+2. Its grid (``call_grids.CallGrid``): seconds at every pair of points of its two axes.
+3. All grids in one array (``_Grids``), which interpolates in each of them at once.
+4. ``LatencyModel``: unit counts → a position in every grid → the sum over the calls that run.
+
+NetAdapt (Yang et al., ECCV 2018) and HALP (Shen et al., NeurIPS 2022) price a search by measured layers, too.
 """
-from typing import Callable, Dict, List, Mapping, Sequence, Set, Tuple
+import copy
+from dataclasses import dataclass, replace
+from typing import Callable, Collection, Mapping, Sequence, Tuple
 
 import numpy as np
 
-from ..core import CostModel, Size, Structure
+from ..core import CostModel, PruningError, Structure
+from .call_grids import CallGrid
 from .kernels import Kernel
 
-__all__ = ['LatencyModel', 'points']
+__all__ = ['LatencyModel']
 
-_LOWEST, _FINE = 2, 8       # eighths of its units, at which a structure's calls are measured: from here on, up to all
-_COARSE_BELOW = 128         # units, below which quarters do
-_STEPS = (16, 8, 4, 2)      # widths that are measured are multiples of one of these
-_LEAST = 1e-9               # seconds of a call
+_LEAST = 1e-9   # seconds of a call: below the smallest point, a straight line may fall below zero
 
-Axis = Tuple[Size, List[Dict[str, int]]]
+
+@dataclass(frozen=True)
+class _Grids:
+    """The grids of all calls in one array each, with as many points along an axis as the longest axis has.
+
+    Attributes:
+        ticks: Lengths at the points of both axes, shape (calls, 2, points). Where an axis has fewer points, it goes on
+            in steps of one.
+        inner: The same without the first and the last point of each axis, infinite from there on: how many of these a
+            length has reached is the number of its cell, shape (calls, 2, points - 2).
+        seconds: What was measured, shape (calls, points, points). Where an axis has fewer points, its last seconds are
+            repeated.
+    """
+    ticks: np.ndarray
+    inner: np.ndarray
+    seconds: np.ndarray
+
+    def __post_init__(self):
+        for array in (self.ticks, self.inner, self.seconds):
+            array.flags.writeable = False
+
+    @classmethod
+    def of(cls, grids: Sequence[CallGrid]) -> '_Grids':
+        width = max([2, *(n for grid in grids for n in grid.seconds.shape)])
+        ticks = np.zeros((len(grids), 2, width))
+        inner = np.full((len(grids), 2, width - 2), np.inf)
+        seconds = np.zeros((len(grids), width, width))
+        for i, grid in enumerate(grids):
+            for j, axis in enumerate(grid.axes):
+                own = axis.ticks
+                ticks[i, j] = [*own, *(own[-1] + 1 + np.arange(width - len(own)))]
+                inner[i, j, :max(0, len(own) - 2)] = own[1:-1]
+            seconds[i] = np.pad(grid.seconds, [(0, width - n) for n in grid.seconds.shape], mode='edge')
+        return cls(ticks, inner, seconds)
+
+    def at(self, lengths: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+        """Interpolate bilinearly in the cell of each grid that a call stands in.
+
+        Its corners are the measured seconds a, b (above) and c, d (below). u is how far the call stands from the
+        upper edge to the lower one, along the first axis, v how far from the left edge to the right one, along the
+        second; both run from 0 to 1::
+
+            a ── b
+            │    │      seconds = (1-u) · [a + v·(b-a)] + u · [c + v·(d-c)]
+            c ── d
+
+        Args:
+            lengths: Where each call stands along its two axes, shape (calls, 2). Below the first point of an axis the
+                first cell is continued.
+
+        Returns:
+            Seconds of each call, shape (calls,), and how they grow with each length, shape (calls, 2).
+        """
+        each, both = np.arange(len(lengths)), np.arange(2)
+        cell = (lengths[:, :, None] >= self.inner).sum(2)
+        low, high = (self.ticks[each[:, None], both, cell + end] for end in (0, 1))
+        first, second = cell.T
+        (a, b), (c, d) = [[self.seconds[each, first + i, second + j] for j in (0, 1)] for i in (0, 1)]
+        u, v = ((lengths - low) / (high - low)).T
+        upper, lower = a + (b - a) * v, c + (d - c) * v
+        across = (b - a) + (d - c - b + a) * u
+        slopes = np.stack([lower - upper, across], axis=1) / (high - low)
+        return np.maximum(upper + (lower - upper) * u, _LEAST), slopes
 
 
 class LatencyModel:
-    """Prices counts as a ``CostModel`` does, with one quantity more: ``'latency'``, in seconds a batch.
+    """Prices counts as a ``CostModel`` does, with one quantity more: ``'latency'``, in seconds a batch. Immutable.
+
+    A linear layer from ``a`` (8 units) to ``b`` (16) inside the residual block ``c``, on a device that takes 1 ms a
+    weight. It is measured at quarters of both widths; between them, at (3, 10), its time is interpolated, and it takes
+    none where the block is gone:
+
+    >>> import torch
+    >>> from timm_epfs.core import Size
+    >>> from timm_epfs.latency.call_grids import points
+    >>> from timm_epfs.latency.kernels import Array
+    >>> one, a, b, c = Size(1), *(Size(0, ((name, 1),)) for name in 'abc')
+    >>> image, weight = Array((one, a), (0, 1), torch.float32), Array((b, a), (0, 1), torch.float32)
+    >>> linear = Kernel('linear', torch.nn.functional.linear, (image, weight), {}, gates=(c,))
+    >>> units = {'a': 8, 'b': 16, 'c': 1}
+    >>> [[(left['a'], left['b']) for left in row] for row in points(linear, units)]  # doctest: +NORMALIZE_WHITESPACE
+    [[(2, 4), (2, 8), (2, 12), (2, 16)],
+     [(4, 4), (4, 8), (4, 12), (4, 16)],
+     [(6, 4), (6, 8), (6, 12), (6, 16)],
+     [(8, 4), (8, 8), (8, 12), (8, 16)]]
+
+    >>> structures = [Structure(name, 'channels', units[name], ()) for name in 'abc']
+    >>> model = LatencyModel(CostModel('abc', []), structures, [linear], lambda call, left: left['a'] * left['b'] / 1e3)
+    >>> counts = np.array([3, 10, 1])
+    >>> model('latency', counts), model.gradient('latency', counts)
+    (0.03, array([0.01 , 0.003, 0.03 ]))
+    >>> model('latency', np.array([3, 10, 0]))
+    0.0
 
     Args:
         cost: Prices all other quantities.
         structures: What the counts are of.
-        kernels: What the model runs.
+        kernels: The calls of a forward.
         seconds: ``seconds(kernel, left)``: what one call takes where these numbers of units are left.
-
-    Attributes:
-        seconds: What was measured of each call, on the grid of its two axes, shape (calls, points, points).
     """
 
     def __init__(
@@ -42,29 +134,45 @@ class LatencyModel:
     ):
         self.names, self._cost = cost.names, cost
         units = {s.name: s.units for s in structures}
-        tables = [_table(kernel, units, seconds) for kernel in kernels]
-        width = max([2, *(len(lefts) for axes, _ in tables for _, lefts in axes)])
-        self._grid = np.zeros((len(tables), 2, width))
-        self._cells = np.zeros((len(tables), 2), dtype=np.int64)
-        self.seconds = np.zeros((len(tables), width, width))
-        self._const = np.zeros((len(tables), 2))
-        self._rows = np.zeros((len(tables), 2, len(self.names)))
+        grids = [CallGrid.measure(kernel, units, seconds) for kernel in kernels]
+        self._grids = _Grids.of(grids)
+
+        # A call's lengths are linear in the counts: const + rows @ counts.
         position = {name: i for i, name in enumerate(self.names)}
-        for i, (axes, values) in enumerate(tables):
-            for axis, (size, lefts) in enumerate(axes):
-                ends = [size(left) for left in lefts]
-                self._grid[i, axis] = [*ends, *(ends[-1] + 1 + np.arange(width - len(ends)))]
-                self._cells[i, axis] = len(ends) - 2
-                self._const[i, axis] = size.const
-                for name, coef in size.coefs:
-                    self._rows[i, axis, position[name]] += coef
-            for axis in range(len(axes), 2):
-                self._grid[i, axis] = np.arange(width)
-            self.seconds[i] = np.pad(values, [(0, width - n) for n in values.shape], mode='edge')
-        gates = [{name for gate in kernel.gates for name, _ in gate.coefs} for kernel in kernels]
-        self._gated = [position[name] for name in sorted(set().union(*gates))]
-        inside = [[self.names[i] in own for i in self._gated] for own in gates]
-        self._inside = np.array(inside, dtype=bool).reshape(len(gates), len(self._gated))
+        self._const = np.array([[axis.length.const for axis in grid.axes] for grid in grids]).reshape(len(grids), 2)
+        self._rows = np.zeros((len(grids), 2, len(self.names)))
+        for i, grid in enumerate(grids):
+            for j, axis in enumerate(grid.axes):
+                for name, coef in axis.length.coefs:
+                    self._rows[i, j, position[name]] += coef
+
+        # Which blocks each call is inside of, shape (calls, blocks), and the blocks' positions in the counts.
+        self._blocks = [position[name] for name in sorted(set().union(*(grid.gates for grid in grids)))]
+        inside = [[self.names[i] in grid.gates for i in self._blocks] for grid in grids]
+        self._inside = np.array(inside, dtype=bool).reshape(len(grids), len(self._blocks))
+
+    @property
+    def seconds(self) -> np.ndarray:
+        """What was measured of each call, on its grid of two axes, shape (calls, points, points), read-only.
+
+        Where an axis has fewer points than another call's, its last seconds are repeated.
+        """
+        return self._grids.seconds
+
+    def with_seconds(self, seconds: np.ndarray) -> 'LatencyModel':
+        """The same calls with other seconds: those that another process measured, or an earlier run.
+
+        Raises:
+            PruningError: The shape isn't that of ``seconds``: they are of another model.
+        """
+        seconds = np.array(seconds, dtype=np.float64)
+        if seconds.shape != self.seconds.shape:
+            raise PruningError(
+                f'latency: measured seconds of shape {seconds.shape} were given for calls of shape '
+                f'{self.seconds.shape}; give those of the same model')
+        model = copy.copy(self)
+        model._grids = replace(self._grids, seconds=seconds)
+        return model
 
     def __call__(self, quantity: str, counts: np.ndarray) -> float:
         """Cost at the given numbers of units left, as of ``CostModel``; of ``'latency'`` in seconds."""
@@ -74,20 +182,21 @@ class LatencyModel:
 
     def seconds_of_calls(self, counts: np.ndarray) -> np.ndarray:
         """Seconds of each call at the given numbers of units left, shape (calls,)."""
-        return self._run(counts) * self._at(counts)[0]
+        return self._runs(counts) * self._grids.at(self._lengths(counts))[0]
 
     def gradient(self, quantity: str, counts: np.ndarray) -> np.ndarray:
         """Cost of one more unit in each structure, at the given counts, shape (len(names),)."""
         if quantity != 'latency':
             return self._cost.gradient(quantity, counts)
-        seconds, slopes = self._at(counts)
-        out = (self._run(counts)[:, None] * slopes).ravel() @ self._rows.reshape(-1, len(self.names))
-        gone = self._inside * (1 - counts[self._gated])
-        alone = gone.sum(1, keepdims=True) - gone == 0  # no other block around the call is gone
-        out[self._gated] += seconds @ (self._inside & alone)
+        seconds, slopes = self._grids.at(self._lengths(counts))
+        out = (self._runs(counts)[:, None] * slopes).ravel() @ self._rows.reshape(-1, len(self.names))
+        # A block brings the calls inside it, but for those that another block around them keeps from running.
+        gone = self._inside * (1 - counts[self._blocks])
+        no_other = gone.sum(1, keepdims=True) - gone == 0
+        out[self._blocks] += seconds @ (self._inside & no_other)
         return out
 
-    def share(self, quantity, names, counts) -> float:
+    def share(self, quantity: str, names: Collection[str], counts: np.ndarray) -> float:
         """As of ``CostModel``, of its quantities."""
         return self._cost.share(quantity, names, counts)
 
@@ -95,82 +204,10 @@ class LatencyModel:
         """A count vector from a dict by name."""
         return self._cost.counts(left)
 
-    def _run(self, counts: np.ndarray) -> np.ndarray:
-        """1 for each call that runs, 0 for those in blocks that are gone, shape (calls,)."""
-        return 1.0 - self._inside[:, np.asarray(counts)[self._gated] == 0].any(1)
+    def _lengths(self, counts: np.ndarray) -> np.ndarray:
+        """Where each call stands along its two axes, shape (calls, 2)."""
+        return self._const + self._rows @ np.asarray(counts, dtype=np.float64)
 
-    def _at(self, counts: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-        """Seconds of each call, shape (calls,), and how they grow along its axes, shape (calls, 2): bilinear."""
-        x = self._const + self._rows @ np.asarray(counts, dtype=np.float64)
-        cell = np.clip((x[:, :, None] >= self._grid).sum(2) - 1, 0, np.maximum(self._cells, 0))
-        low = np.take_along_axis(self._grid, cell[:, :, None], 2)[:, :, 0]
-        high = np.take_along_axis(self._grid, cell[:, :, None] + 1, 2)[:, :, 0]
-        t, width = (x - low) / (high - low), high - low
-        each = np.arange(len(x))
-        (a, b), (c, d) = [
-            [self.seconds[each, cell[:, 0] + i, cell[:, 1] + j] for j in (0, 1)] for i in (0, 1)
-        ]
-        left, right = a + (b - a) * t[:, 1], c + (d - c) * t[:, 1]
-        across = (b - a) + (d - c - b + a) * t[:, 0]
-        seconds = left + (right - left) * t[:, 0]
-        return np.maximum(seconds, _LEAST), np.stack([(right - left) / width[:, 0], across / width[:, 1]], axis=1)
-
-
-def points(kernel: Kernel, units: Mapping[str, int]) -> List[List[Dict[str, int]]]:
-    """Numbers of units left at which a call is measured: rows along its first axis, columns along its second.
-
-    Args:
-        kernel: The call.
-        units: Units of the dense model, by name.
-    """
-    return _grid(_axes(kernel, units), units)
-
-
-def _grid(axes: List[Axis], units: Mapping[str, int]) -> List[List[Dict[str, int]]]:
-    first, second = [*(left for _, left in axes), [{}], [{}]][:2]
-    return [[{**units, **a, **b} for b in second] for a in first]
-
-
-def _table(kernel: Kernel, units: Mapping[str, int], seconds: Callable) -> Tuple[List[Axis], np.ndarray]:
-    """Axes along which a call is measured, and its seconds at their points, shape (rows, columns)."""
-    axes = _axes(kernel, units)
-    values = np.array([[seconds(kernel, left) for left in row] for row in _grid(axes, units)])
-    for axis in (0, 1):  # what else runs on the machine makes a call slower, never faster
-        values = np.flip(np.minimum.accumulate(np.flip(values, axis), axis), axis)
-    return axes, values
-
-
-def _axes(kernel: Kernel, units: Mapping[str, int]) -> List[Axis]:
-    """Two at most. All structures that the sizes of one depend on lose the same share; a call's place is the sum of the
-    sizes."""
-    axes = []
-    for sizes in _independent(kernel):
-        names = sorted({name for size in sizes for name, _ in size.coefs})
-        step = 1 if min(units[name] for name in names) >= _COARSE_BELOW else 2
-        shares = [eighths / _FINE for eighths in range(_LOWEST, _FINE + 1, step)]
-        left = [{name: _aligned(share, units[name]) for name in names} for share in shares]
-        total: Dict[str, int] = {}
-        for name, coef in (pair for size in sizes for pair in size.coefs):
-            total[name] = total.get(name, 0) + coef
-        place = Size(sum(size.const for size in sizes), tuple(total.items()))
-        axes.append((place, [a for i, a in enumerate(left) if a not in left[:i]]))
-    return axes
-
-
-def _aligned(share: float, units: int) -> int:
-    step = next((step for step in _STEPS if units % step == 0 and units >= 4 * step), 1)
-    return max(1, round(share * units / step)) * step
-
-
-def _independent(kernel: Kernel) -> List[List[Size]]:
-    """The sizes that a cut changes, those that share a structure together; all in one where there are more than two."""
-    groups: List[Tuple[Set[str], List[Size]]] = []
-    for size in dict.fromkeys(size for array in kernel.arrays for size in array.sizes if size.coefs):
-        names, sizes = {name for name, _ in size.coefs}, [size]
-        for group in [group for group in groups if group[0] & names]:
-            groups.remove(group)
-            names, sizes = names | group[0], group[1] + sizes
-        groups.append((names, sizes))
-    if len(groups) > 2:
-        return [[size for _, sizes in groups for size in sizes]]
-    return [sizes for _, sizes in groups]
+    def _runs(self, counts: np.ndarray) -> np.ndarray:
+        """1 for each call that runs, 0 for those inside blocks that are gone, shape (calls,)."""
+        return 1.0 - self._inside[:, np.asarray(counts)[self._blocks] == 0].any(1)

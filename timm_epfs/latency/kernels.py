@@ -1,7 +1,11 @@
-"""What a model runs, with lengths that follow the numbers of units left, so that each call can be timed on its own."""
+"""The calls of a model's forward, with lengths that follow the units left, so that each can be timed by itself.
+
+``kernels`` reads them off one forward on the meta device. A ``Kernel`` is one call as plain data. For any numbers of
+units left, it can name the call that a cut model would make (``signature``), and make it by itself (``bind``).
+"""
+import re
 from dataclasses import dataclass
-from math import prod
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Set, Tuple, Union
 
 import torch
 from torch import nn
@@ -9,14 +13,15 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core import PruningError, Size
-from ..trace import Trace, meta_copy
-from ..trace.calls import Call, Calls, tensors_in
-from ..trace.copies import quiet
+from ..trace import Call, Calls, Trace, meta_copy, quiet, tensors_in
 
 __all__ = ['Array', 'Kernel', 'inputs_of', 'kernels']
 
-# A reshape that copies reads one tensor and writes another: its lengths, which a cut changes, don't matter.
+# A reshape that copies reads one tensor and writes another of the same data, however it is shaped: it is timed as this.
 _COPIES = frozenset({'reshape', 'flatten', 'contiguous', 'clone', 'repeat_interleave', 'view_copy'})
+# Positions of the arguments, beside tensors, that change with a cut:
+_GROUPS = 6             # conv2d(input, weight, bias, stride, padding, dilation, groups), conv_transpose2d likewise
+_NORMALIZED_SHAPE = 1   # layer_norm(input, normalized_shape, weight, bias, eps)
 
 
 @dataclass(frozen=True)
@@ -33,17 +38,29 @@ class Array:
     dtype: torch.dtype
 
     def shape(self, left: Mapping[str, int]) -> Tuple[int, ...]:
+        """Its shape where these numbers of units are left."""
         return tuple(size(left) for size in self.sizes)
 
     def make(self, left: Mapping[str, int], device: torch.device) -> torch.Tensor:
-        """Random numbers, where there may be fractions: how long pooling takes depends on them."""
+        """Such a tensor, filled with random numbers, since pooling takes longer for these than for equal ones."""
         shape = self.shape(left)
-        inside = _filled(torch.empty([shape[d] for d in self.order], dtype=self.dtype, device=device))
-        return inside.permute([self.order.index(d) for d in range(len(shape))])
+        in_memory = _filled(torch.empty([shape[d] for d in self.order], dtype=self.dtype, device=device))
+        return in_memory.permute([self.order.index(d) for d in range(len(shape))])
 
     def text(self, left: Mapping[str, int]) -> str:
+        """Type, shape and order, as in ``float32[1,64,8,8] as 0231``."""
         order = '' if list(self.order) == sorted(self.order) else f' as {"".join(map(str, self.order))}'
         return f'{str(self.dtype).removeprefix("torch.")}[{",".join(map(str, self.shape(left)))}]{order}'
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The number of groups of a convolution, as a function of the units left."""
+    channels: Size
+    channels_per_group: Size
+
+    def __call__(self, left: Mapping[str, int]) -> int:
+        return self.channels(left) // self.channels_per_group(left)
 
 
 @dataclass(frozen=True)
@@ -53,9 +70,10 @@ class Kernel:
     Attributes:
         name: What is called, as torch names it.
         function: What is called.
-        args: Its arguments, with an ``Array`` for each tensor.
+        args: Its arguments, with an ``Array`` for each tensor, and a function of the units left for each integer that
+            a cut changes.
         kwargs: Its keyword arguments, likewise.
-        gates: Numbers of units left of the blocks around it.
+        gates: Units left of the residual blocks around it: it runs where none of them is zero.
     """
     name: str
     function: Callable
@@ -65,11 +83,12 @@ class Kernel:
 
     @property
     def arrays(self) -> List[Array]:
+        """Its tensors."""
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Array)]
 
     @property
     def names(self) -> Set[str]:
-        """Names of the structures that it depends on."""
+        """Names of the structures that its lengths depend on."""
         return {name for array in self.arrays for size in array.sizes for name, _ in size.coefs}
 
     def signature(self, left: Mapping[str, int]) -> str:
@@ -78,54 +97,54 @@ class Kernel:
         Args:
             left: Units left, by name, of the structures that it depends on.
         """
-        args, kwargs = self._at(left)
+        args, kwargs = self._given(left, lambda array: array)
         given = [_text(value, left) for value in args]
         given += [f'{name}={_text(value, left)}' for name, value in kwargs.items()]
         return f'{self.name}({", ".join(given)})'
 
     def bind(self, left: Mapping[str, int], device: torch.device) -> Callable[[], Any]:
-        """The call with tensors of its own.
+        """The call with tensors of its own. It has run once.
+
+        Args:
+            left: Units left, by name, of the structures that it depends on.
+            device: Where the tensors are made.
 
         Raises:
-            Exception: It can't run with these lengths: it has been given others by number.
+            Exception: It can't run with these lengths, because a number that it is given would have to change too.
         """
-        args, kwargs = tree_map(lambda x: x.make(left, device) if isinstance(x, Array) else x, self._at(left))
+        args, kwargs = self._given(left, lambda array: array.make(left, device))
         out = self.function(*args, **kwargs)
         for tensor in tensors_in((args, kwargs)):
-            if tensor is out:
-                tensor.zero_()  # which calls in place leave as it is, where others run off to denormals or infinity
+            if tensor is out:  # changed in place: from zero, it doesn't grow to infinity when the call is repeated
+                tensor.zero_()
         return lambda: self.function(*args, **kwargs)
 
-    def elements(self, left: Mapping[str, int]) -> int:
-        """Number of elements of its largest tensor."""
-        return max(prod(array.shape(left)) for array in self.arrays)
+    def _given(
+            self,
+            left: Mapping[str, int],
+            tensor: Callable[[Array], Any],
+    ) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
+        """The arguments where these numbers of units are left, with ``tensor(array)`` for each ``Array``."""
+        def value(leaf: Any) -> Any:
+            if isinstance(leaf, Array):
+                return tensor(leaf)
+            return leaf(left) if isinstance(leaf, (Size, _Groups)) else leaf
 
-    def _at(self, left: Mapping[str, int]) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
-        """The arguments, with the integers that follow from lengths."""
-        args, kwargs = list(self.args), dict(self.kwargs)
-        if self.name.rpartition('.')[2].startswith('conv') and len(args) > 6 and args[6] != 1:  # groups
-            args[6] = args[0].sizes[1](left) // args[1].sizes[1](left)
-        elif self.name == 'torch.nn.functional.layer_norm':
-            shape = args[0].shape(left)
-            if len(args) > 1:
-                args[1] = shape[-len(args[1]):]
-            else:
-                kwargs['normalized_shape'] = shape[-len(kwargs['normalized_shape']):]
-        return tuple(args), kwargs
+        return tree_map(value, (self.args, self.kwargs))
 
 
 def kernels(model: nn.Module, traced: Trace, args: Tuple, kwargs: Dict[str, Any], batch_size: int = 1) -> List[Kernel]:
-    """What one forward runs.
+    """The calls of one forward, in the order in which they run.
 
     Args:
         model: The model that was traced; it isn't touched.
         traced: Its trace.
         args: Positional arguments of the forward that was traced, batch 1.
-        kwargs: Keyword arguments of it.
+        kwargs: Keyword arguments of that forward.
         batch_size: Images a batch.
 
     Raises:
-        PruningError: The forward takes another course at this batch size.
+        PruningError: At this batch size the forward makes other calls than the traced one.
     """
     args, kwargs = inputs_of(model, (args, kwargs), batch_size, torch.device('meta'))
     found: List[Tuple[Callable, Any, Any]] = []
@@ -152,6 +171,7 @@ class _Seen:
         self.order = tuple(sorted(range(tensor.ndim), key=lambda d: (-tensor.stride(d), d)))
 
     def array(self, sizes: Sequence[Size], dense: Mapping[str, int]) -> Array:
+        """The same with lengths that follow the units left, given the sizes that were traced at batch 1."""
         return Array(tuple(_scaled(size, n, dense) for size, n in zip(sizes, self.shape)), self.order, self.dtype)
 
 
@@ -167,9 +187,39 @@ def _kernel(call: Call, args: Any, kwargs: Any, dense: Mapping[str, int]) -> Ker
     sizes = iter(call.sizes)
     args, kwargs = tree_map(lambda x: x.array(next(sizes), dense) if isinstance(x, _Seen) else x, (args, kwargs))
     name = resolve_name(call.function) or getattr(call.function, '__name__', 'unknown')
-    if name.rpartition('.')[2] in _COPIES:
+    short = name.rpartition('.')[2]
+    if short in _COPIES:
         return Kernel('torch.Tensor.clone', _copy, (args[0],), {}, call.gates)
+    if re.fullmatch('conv(_transpose)?[123]d', short):
+        args, kwargs = _replace(args, kwargs, _GROUPS, 'groups', lambda groups: _groups(args, groups, dense))
+    elif short == 'layer_norm':
+        args, kwargs = _replace(
+            args, kwargs, _NORMALIZED_SHAPE, 'normalized_shape', lambda shape: args[0].sizes[-len(shape):])
     return Kernel(name, call.function, args, kwargs, call.gates)
+
+
+def _replace(
+        args: Tuple[Any, ...],
+        kwargs: Dict[str, Any],
+        position: int,
+        name: str,
+        new: Callable[[Any], Any],
+) -> Tuple[Tuple[Any, ...], Dict[str, Any]]:
+    """The arguments with ``new(value)`` in place of one of them, which is given by position, by name or not at all."""
+    if len(args) > position:
+        return (*args[:position], new(args[position]), *args[position + 1:]), kwargs
+    return args, {**kwargs, name: new(kwargs[name])} if name in kwargs else kwargs
+
+
+def _groups(args: Tuple[Any, ...], groups: int, dense: Mapping[str, int]) -> Union[int, _Groups]:
+    """The number of groups of a convolution, which follows from its image and the second dim of its weight.
+
+    That of a transposed convolution holds output channels: its groups follow where each has as many channels as it
+    makes, as in a depthwise one, and are left as they are elsewhere.
+    """
+    image, weight = args[:2]
+    follows = _Groups(image.sizes[1], weight.sizes[1])
+    return follows if groups != 1 and follows(dense) == groups else groups
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -177,13 +227,13 @@ def _copy(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def inputs_of(model: nn.Module, example: Any, batch_size: int, device: torch.device) -> Any:
-    """Arguments of a forward, in the precision and memory format of the model's weights: random numbers.
+    """Arguments of a forward, in the precision and memory format of the model's weights, filled with random numbers.
 
     Args:
         model: What takes them.
         example: Arguments for a single image, taken for their shapes and types only.
         batch_size: Images a batch.
-        device: Where they are to be.
+        device: Where they are made.
     """
     weights = [p for p in model.parameters() if p.is_floating_point()]
     format_ = torch.channels_last if any(map(_channels_last, weights)) else torch.contiguous_format
@@ -199,14 +249,14 @@ def inputs_of(model: nn.Module, example: Any, batch_size: int, device: torch.dev
 
 
 def _filled(tensor: torch.Tensor) -> torch.Tensor:
-    """Random numbers, where there may be fractions, that leave the program's own as they are."""
+    """Fill a tensor with random numbers, of integers or bools with zeros, and leave torch's own generator alone."""
     if tensor.is_meta or not tensor.is_floating_point():
         return tensor.zero_()
     return tensor.normal_(generator=torch.Generator(tensor.device).manual_seed(0))
 
 
 class _KeepFormats(TorchFunctionMode):
-    """Convolutions pass channels last on, as they do on every device but meta."""
+    """Let convolutions pass ``channels_last`` on, as they do on every device but meta."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

@@ -4,65 +4,73 @@ import math
 import os
 import platform
 import re
-import warnings
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
+from typing import Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 
-from ..core import PruningError, is_number
-from .clock import timer
+from ..core import PruningError, is_number, warn, write_whole
+from .clock import Forward, time_call
 from .kernels import Kernel
 
-__all__ = ['Table', 'cache_folder', 'stopwatch']
+__all__ = ['Table', 'cache_folder']
 
 FORMAT = 2
-_SHORTEST = 0.004   # seconds that a call is repeated for, at least
-_REPEATS = 2        # and how often, at least, each time that it's measured
-_PORTION = 25       # calls between two looks at the pace
-_PASSES = 2         # every call is measured so often, some time apart
-_MOST_PASSES = 4    # and those that were disturbed
-_CALM = 1.2         # of the device's best pace: a clock that is turned down for heat is slower by less
+_PORTION = 25           # calls between two runs of the reference workload
+_PASSES = 2             # every call is measured so often, some time apart
+_MOST_PASSES = 4        # and those that were disturbed up to so often
+_UNDISTURBED = 1.2      # times the best reference time: a processor that is throttled for heat is slower by less
 
 Call = Tuple[Kernel, Mapping[str, int]]
 
 
-class Table:
-    """Seconds by call, and how fast the device was when they were measured.
+class Timing(NamedTuple):
+    """What is remembered of a call: the least of its measurements, and how undisturbed the device was at best.
 
-    Its pace is what one and the same computation takes, timed between every few calls. A call whose pace is slower than
-    the best that was ever seen was disturbed, by another program or by a clock turned down: it's measured again, at
-    once and by every process that needs it later, until it has been measured well.
+    Attributes:
+        seconds: What the call takes.
+        reference: What the reference workload took before and after it, the longer of the two.
+    """
+    seconds: float
+    reference: float
+
+
+class Table:
+    """Seconds by call, remembered on disk for the processes that come after this one.
+
+    A *reference workload*, always the same arithmetic and traffic to memory, is timed between every few calls. Where it
+    takes clearly longer than the best that was ever seen on this device, another program was running or the processor
+    was throttled, and the calls around it were disturbed. They are measured again, at once and by every process that
+    needs them later, until they were measured undisturbed.
 
     Args:
         device: Where calls run.
-        clock: ``clock(call, device)`` gives the seconds that a call takes; ``stopwatch`` by default.
-        folder: Folder of the file. None: ``cache_folder()``. What another clock says is not kept there.
+        clock: ``clock(call, device)`` gives the seconds that a call takes; ``time_call`` by default.
+        folder: Folder of the file. None: ``cache_folder()`` for the default clock; another clock's times are not kept.
     """
 
     def __init__(
             self,
             device: torch.device,
-            clock: Optional[Callable[[Callable[[], Any], torch.device], float]] = None,
+            clock: Optional[Callable[[Forward, torch.device], float]] = None,
             folder: Optional[Path] = None,
     ):
-        self.device, self.clock = torch.device(device), clock or stopwatch
+        self.device, self.clock = torch.device(device), clock or time_call
         self.machine = {
             'device': device_name(self.device), 'threads': torch.get_num_threads(), 'torch': torch.__version__,
             **_numerics(self.device),
         }
         name = re.sub(r'[^\w.+-]+', '-', '-'.join(str(value) for value in self.machine.values()))
         self.path = (folder or cache_folder()) / f'{name}.json' if folder or clock is None else None
-        self._known = self._read()  # seconds and pace
-        self._best = min((pace for _, pace in self._known.values()), default=math.inf)
+        self._timings = self._read()
+        self._best_reference = min((timing.reference for timing in self._timings.values()), default=math.inf)
 
     def __call__(self, kernel: Kernel, left: Mapping[str, int]) -> float:
-        """Seconds of a call at these numbers of units left. It has been learned before."""
-        return self._known[kernel.signature(left)][0]
+        """Seconds of a call at these numbers of units left, which ``learn`` was given before."""
+        return self._timings[kernel.signature(left)].seconds
 
     def learn(self, calls: Iterable[Call]) -> None:
-        """Measure the calls that aren't known well, and keep them for other processes.
+        """Measure the calls that were not yet measured undisturbed, and keep their times for other processes.
 
         Raises:
             PruningError: A call can't run with these lengths.
@@ -70,30 +78,38 @@ class Table:
         Warns:
             UserWarning: The device was disturbed all along, or nothing can be kept.
         """
-        calls = {kernel.signature(left): (kernel, left) for kernel, left in calls}
-        pace = self._pace()
-        todo = self._doubtful(calls)
+        by_signature = {kernel.signature(left): (kernel, left) for kernel, left in calls}
+        reference = self._time_reference()
+        todo = self._doubtful(by_signature)
         for turn in range(_MOST_PASSES if todo else 0):
             for i in range(0, len(todo), _PORTION):
-                pace = self._measure({name: calls[name] for name in todo[i:i + _PORTION]}, pace)
+                portion = {name: by_signature[name] for name in todo[i:i + _PORTION]}
+                reference = self._measure(portion, reference)
             if turn + 1 >= _PASSES:
                 todo = self._doubtful(todo)
         if todo:
-            warnings.warn(
-                f'latency: something else kept the machine busy while {len(todo)} of {len(calls)} calls were timed; '
-                f'they are timed again next time', UserWarning, stacklevel=4)
+            warn(
+                f'latency: other programs kept the machine busy while {len(todo)} of {len(by_signature)} calls were '
+                f'timed; they are timed again next time')
 
     def _doubtful(self, names: Iterable[str]) -> List[str]:
-        """Calls that aren't known, or were measured at a slower pace than the device can go."""
-        return [name for name in names if name not in self._known or self._known[name][1] > _CALM * self._best]
+        """Calls that were never measured, or only while the device was disturbed."""
+        longest = _UNDISTURBED * self._best_reference
+        return [name for name in names if name not in self._timings or self._timings[name].reference > longest]
 
     def _measure(self, calls: Mapping[str, Call], before: float) -> float:
-        """Measure, given the pace before; the pace after it. What else runs makes a call slower, never faster."""
-        taken = {name: self._time(name, *call) for name, call in calls.items()}
-        after = self._pace()
-        for name, seconds in taken.items():
-            known, then = self._known.get(name, (math.inf, math.inf))
-            self._known[name] = min(seconds, known), min(max(before, after), then)
+        """Measure each call once, and the reference workload after them, whose seconds are returned.
+
+        Args:
+            calls: Calls by signature.
+            before: Seconds that the reference workload took just before.
+        """
+        seconds = {name: self._time(name, *call) for name, call in calls.items()}
+        after = self._time_reference()
+        for name, new in seconds.items():
+            known = self._timings.get(name, Timing(math.inf, math.inf))
+            # Other programs make a call slower, never faster: the least is nearest to the truth.
+            self._timings[name] = Timing(min(new, known.seconds), min(max(before, after), known.reference))
         self._save(calls)
         return after
 
@@ -107,33 +123,29 @@ class Table:
         return self.clock(call, self.device)
 
     @torch.inference_mode()
-    def _pace(self) -> float:
-        """Seconds of some arithmetic and some traffic to memory."""
+    def _time_reference(self) -> float:
+        """Seconds of the reference workload: a matrix product, and a large tensor that is read and written."""
         weight = torch.ones(512, 512, device=self.device)
         large = torch.ones(1 << 22, device=self.device)
-        pace = self.clock(lambda: (weight @ weight, large.neg_()), self.device)
-        self._best = min(self._best, pace)
-        return pace
+        seconds = self.clock(lambda: (weight @ weight, large.neg_()), self.device)
+        self._best_reference = min(self._best_reference, seconds)
+        return seconds
 
     def _save(self, names: Iterable[str]) -> None:
-        """Add these to the file, beside what others added to it since. It is always whole."""
+        """Add these calls to the file, beside those that other processes have added since it was read."""
         if self.path is None:
             return
-        data = {'format': FORMAT, **self.machine, 'calls': {**self._read(), **{n: self._known[n] for n in names}}}
-        part = self.path.with_name(f'.{self.path.name}.{os.getpid()}.tmp')
+        calls = {**self._read(), **{name: self._timings[name] for name in names}}
+        text = json.dumps({'format': FORMAT, **self.machine, 'calls': calls}, indent=0)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(data, indent=0), encoding='utf-8')
-            os.replace(part, self.path)
+            write_whole(self.path, lambda part: part.write_text(text, encoding='utf-8'))
         except OSError as e:
-            warnings.warn(
-                f'latencies are not kept in {self.path.parent} ({e.strerror or e}), and measured again next time; set '
-                f'TIMM_EPFS_CACHE to a folder that can be written', stacklevel=2)
-        finally:
-            with suppress(OSError):
-                part.unlink()
+            warn(
+                f'latencies can\'t be kept in {self.path.parent} ({e.strerror or e}), so they will be measured again '
+                f'next time; set TIMM_EPFS_CACHE to a folder that can be written')
 
-    def _read(self) -> Dict[str, Tuple[float, float]]:
+    def _read(self) -> Dict[str, Timing]:
         """What the file says. One that is damaged, or of another format, says nothing."""
         try:
             data = json.loads(self.path.read_text(encoding='utf-8')) if self.path else {}
@@ -142,34 +154,13 @@ class Table:
         if not isinstance(data, dict) or data.get('format') != FORMAT or not isinstance(data.get('calls'), dict):
             return {}
         return {
-            name: (float(values[0]), float(values[1])) for name, values in data['calls'].items()
+            name: Timing(*map(float, values)) for name, values in data['calls'].items()
             if isinstance(values, list) and len(values) == 2 and all(is_number(v) and v > 0 for v in values)
         }
 
 
-def stopwatch(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a call, the least of some.
-
-    By ``torch.utils.benchmark``, which repeats short calls.
-    """
-    clock = timer(call, device)
-    once = clock.timeit(1).mean
-    return min(clock.blocked_autorange(min_run_time=max(_SHORTEST, _REPEATS * once)).times)
-
-
-def _numerics(device: torch.device) -> Dict[str, str]:
-    """What else decides how fast one and the same call is."""
-    found = {}
-    if torch.is_autocast_enabled(device.type):
-        found['autocast'] = str(torch.get_autocast_dtype(device.type)).removeprefix('torch.')
-    if device.type == 'cuda':
-        found['float32'] = f'{torch.backends.cuda.matmul.fp32_precision}-{torch.backends.cudnn.conv.fp32_precision}'
-        found['cudnn'] = 'benchmark' if torch.backends.cudnn.benchmark else 'heuristics'
-    return found
-
-
 def cache_folder() -> Path:
-    """Where tables are kept: ``TIMM_EPFS_CACHE``, or the user's cache folder."""
+    """Where tables are kept: ``latency`` in ``TIMM_EPFS_CACHE`` or in the user's cache folder of this package."""
     own = os.environ.get('TIMM_EPFS_CACHE')
     base = os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache'
     return Path(own) / 'latency' if own else Path(base) / 'timm_epfs' / 'latency'
@@ -193,3 +184,14 @@ def device_name(device: torch.device) -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _numerics(device: torch.device) -> Dict[str, str]:
+    """Settings of torch that decide how fast a call is, beside the device and the number of threads."""
+    found = {}
+    if torch.is_autocast_enabled(device.type):
+        found['autocast'] = str(torch.get_autocast_dtype(device.type)).removeprefix('torch.')
+    if device.type == 'cuda':
+        found['float32'] = f'{torch.backends.cuda.matmul.fp32_precision}-{torch.backends.cudnn.conv.fp32_precision}'
+        found['cudnn'] = 'benchmark' if torch.backends.cudnn.benchmark else 'heuristics'
+    return found

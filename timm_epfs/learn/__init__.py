@@ -1,6 +1,9 @@
-"""The methods that learn what to cut, by name. A new one is a file here and a line in this list.
+"""The methods that learn which units to cut, in one file each.
 
-``OneShot`` and ``Scratch`` have the same calls and learn nothing: they are there to compare with.
+In: a model in its user's training loop, and a budget. Out: masks that are learned, and the cut that they choose.
+
+To add a method, add its file here and its class to ``METHODS``. ``OneShot`` and ``Scratch`` have the same calls but
+learn no masks: they are the baselines to compare with.
 """
 from typing import Dict, Type
 

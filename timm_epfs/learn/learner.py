@@ -1,45 +1,29 @@
-"""What every method shares: four calls around the user's own loop."""
+"""``Learner``: what all methods share. Four calls in the user's training loop, from masks to a smaller model."""
 import copy
-import warnings
-from dataclasses import replace
+from inspect import signature
 from math import ceil
-from typing import Any, Collection, Dict, List, Mapping, Optional, Sequence, Set, Union
+from typing import Any, Dict, Mapping, Optional, Tuple, Union, cast
 
 import numpy as np
-import timm
 import torch
 from timm.utils import unwrap_model
 from torch import nn
-from torch.utils._pytree import tree_map
 
-from ..allocate import ALIGN, allocate, budget_from, top
-from ..core import Budget, PruningError
-from ..latency import Asked, Bench
-from ..plan import Plan, make_plan
-from ..pruner import example_for, left_alone, trace_model
-from ..pruner.api import Example
-from ..surgery import Masks, apply_plan, is_maskable, is_masked
-from ..version import __version__
-from ..zoo import base_of
+from ..allocate import top
+from ..core import DEFAULT_KINDS, PruningError, refuse_unknown, warn
+from ..plan import Plan, PrunedModel, make_plan, make_recipe
+from ..pruner import Pruner
+from ..surgery import Masks, apply_plan, is_masked
 from .center_loss import drop_hooks
+from .mask_gradient import MaskGradient
+from .selector import Selector
+from .setup import Setup, make_setup, structures_to_learn
 
-__all__ = ['Learner', 'KINDS_BY_NAME']
-
-_OVERFLOWS = 24     # in a row; a GradScaler has halved its scale down to nothing by then
-
-# What the papers call the things that may be cut.
-KINDS_BY_NAME: Dict[str, Sequence[str]] = {
-    'filters': ('channels',),
-    'neurons': ('channels',),
-    'channels': ('channels',),
-    'heads': ('heads', 'head_dims'),
-    'groups': ('groups',),
-    'blocks': ('blocks',),
-}
+__all__ = ['Learner']
 
 
 class Learner:
-    """Learns what to cut while a model is trained.
+    """Learns which units to cut while a model is trained.
 
     ::
 
@@ -50,241 +34,203 @@ class Learner:
             learner.step()
         slim = learner.export()
 
-    The learner puts masks on the model and moves them itself; optimizers, clipping and DDP don't see them. In training
-    mode the network runs with the masks as they are learned, in evaluation mode with exact zeros. After ``steps`` steps
-    what is left is ranked, the budget is met, and the masks stay as they are.
+    What happens, in order:
 
-    - The penalty is added to the loss as it is: by its gradient the learner knows the scale of the loss under a
-      ``GradScaler`` or gradient accumulation. Call ``step()`` as often as ``optimizer.step()``, before or after it.
-    - A step that overflows under a ``GradScaler`` is passed over, as the optimizer's is.
-    - Optimizer, DDP wrapper and learner may be made in any order; ``ModelEmaV3`` and other copies after the learner.
-      Copies have their own weights and share the masks.
-    - Under DDP, gradients of the masks and centres are summed over the processes in ``step()``.
+    1. The constructor puts masks on the model's weights, one entry a unit, all ones.
+    2. ``penalty()`` adds the method's terms to the loss. The backward then gives the masks a gradient.
+    3. ``step()`` moves the masks by that gradient. Optimizers, gradient clipping and DDP don't see the masks.
+    4. When ``steps`` steps are done, ``step()`` makes the *selection*: it ranks the units, keeps those that meet the
+       budget, and sets the masks of all others to zero. The selection is final.
+    5. ``export()`` cuts the units that were not selected out of a copy of the model.
+
+    In training mode the model runs with the masks as they are learned, in evaluation mode with exact zeros.
+
+    How it fits into a training loop:
+
+    - Add the penalty to the loss without a factor of your own: the learner reads from its gradient by how much a
+      ``GradScaler`` or gradient accumulation scaled the loss.
+    - Call ``step()`` as often as ``optimizer.step()``, before or after it. A step that overflows under a ``GradScaler``
+      is skipped, as the optimizer's is.
+    - Optimizer, DDP wrapper and learner may be made in any order. Make ``ModelEmaV3`` and other copies after the
+      learner. Copies have their own weights and share the masks.
+    - Under DDP, ``step()`` sums the gradients of masks and centres over the processes.
     - While the masks are on, masked tensors have longer names in ``model.state_dict()``.
 
+    Every method takes these arguments besides its own:
+
     Args:
-        model: A classifier on any device, DDP-wrapped or compiled or not. Changed in place until ``remove()``.
-        macs: Budget of multiply-accumulates: a share of the dense model, or a count from 1 on. None: what the masks
-            leave.
+        model: A classifier on any device, DDP-wrapped or compiled or not; it is changed in place until ``remove()``. Or
+            a ``Pruner`` of one: then the model isn't traced again, and the pruner's options say what may be cut.
+        macs: Budget of multiply-accumulates: a share of the dense model's (``0.5``), a count above 1 (``2e9``), or a
+            whole ``Budget``. Without any budget, the units whose masks are zero are cut.
         steps: Length of the sparse phase in optimizer steps.
-        latency: Budget of the time that a batch takes, in place of ``macs``, as in ``timm_epfs.prune``: measured where
-            the model is. Cuts are priced by a table of layers, corrected by cuts measured whole: at the start of equal
-            shares everywhere, when the selection is made of what was learned.
-        latency_batch_size: Images a batch, where time is measured.
-        structures: What may go: ``'filters'`` (or ``'neurons'``, ``'channels'``), ``'heads'``, ``'groups'``,
-            ``'blocks'``.
-        scope: As in ``timm_epfs.prune``, for what the method ranks units by.
-        floor: Share of its units that each structure but a block keeps, at least one.
+        params: Budget of parameters, in place of ``macs``: a share or a count.
+        latency: Budget of the time that a batch takes, in place of ``macs``, as in ``timm_epfs.prune``. It is measured
+            on the model's device. A table of layer timings prices the cuts. Measurements of whole cut models correct
+            it: one at the start, with equal shares cut everywhere, and one when the selection is made.
+        latency_batch_size: Number of images in a batch when latency is measured.
+        kinds: As in ``timm_epfs.prune``. SSS cuts blocks, too, by default.
+        scope: As in ``timm_epfs.prune``, for the scores by which the method ranks units.
+        widths: As in ``timm_epfs.prune``: where there is a budget, this decides before training how many units each
+            structure keeps, and the method decides which. Blocks have no width, so the method alone decides on them.
+        floor: Share of its units that each structure keeps, and at least one unit. Blocks have no floor.
         round_to: As in ``timm_epfs.prune``.
         exclude: As in ``timm_epfs.prune``.
         only: As in ``timm_epfs.prune``.
-        streams: Whether residual streams that are normalised over their channels may be cut. Masking and cutting differ
-            there.
+        streams: Whether to cut residual streams that are normalised over their channels. Masking and cutting give
+            different outputs there.
         example_input: As in ``timm_epfs.prune``.
         base: As in ``timm_epfs.prune``.
 
+    Attributes:
+        model: The model, with masks on it.
+        structures: The structures that have masks.
+        masks: The masks.
+        selector: Chooses the units that stay, given scores.
+
     Raises:
-        PruningError: What was asked can't be done; one line says why and what to do.
+        PruningError: An argument is invalid, the model can't be traced or masked, or the budget is out of reach.
     """
 
     method = ''
     learns_masks = True
+    default_kinds: Tuple[str, ...] = DEFAULT_KINDS
 
-    def __init__(
-            self,
-            model: nn.Module,
-            macs: Optional[float] = None,
-            steps: Optional[int] = None,
-            *,
-            latency: Optional[Union[float, str]] = None,
-            latency_batch_size: int = 1,
-            structures: Sequence[str] = ('filters', 'heads', 'groups'),
-            scope: str = 'global',
-            floor: float = 0.05,
-            round_to: Optional[int] = None,
-            exclude: Sequence[str] = (),
-            only: Sequence[str] = (),
-            streams: bool = False,
-            example_input: Optional[Example] = None,
-            base: Optional[str] = None,
-    ):
-        if not isinstance(model, nn.Module):
-            raise PruningError(f'a model was asked for, {type(model).__name__} was given; give an nn.Module')
-        if steps is not None and not (isinstance(steps, int) and steps >= 1):
-            raise PruningError(f'steps={steps!r} was asked; give the number of optimizer steps, from 1 on')
-        self.model = unwrap_model(model)
-        if is_masked(self.model):
-            raise PruningError('the model has a learner already; call remove() on that one first')
-        self.steps, self.scope, self.floor, self.round_to, self.align = steps, scope, floor, round_to, ALIGN
-        self._selects_at = steps
-        self._base = (base, {}) if base is not None else base_of(self.model)
-        self._earlier = getattr(self.model, 'pruning_plan', None)
-        self._recipe = dict(macs=macs, steps=steps, structures=list(structures), scope=scope, floor=floor)
-        self._example = tree_map(_meta, example_for(self.model, example_input))
-        self.traced = trace_model(self.model, example_input, with_calls=latency is not None)
-        if self.traced.returns != 'Tensor':
-            raise PruningError(
-                f'the model\'s forward returns a {self.traced.returns}; wrap it in one that returns the logits alone')
-        self.fixed = self._without_masks(_kinds(structures), exclude, only, streams)
-        self.structures = [s for s in self.traced.structures if s.name not in self.fixed]
-        if not self.structures:
-            raise PruningError(
-                f'nothing to learn: this model has none of {", ".join(structures)} that can be cut, or exclude= and '
-                f'only= leave them out')
-        self.budget, self.quantity = None, 'macs' if latency is None else 'latency'
-        if latency is not None:
-            self._budget_latency(latency, latency_batch_size)
-        elif macs is not None:
-            self._budget_macs(macs)
-        self._dense = self._price({s.name: s.units for s in self.traced.structures})
-        self._prepare()
+    @classmethod
+    def setup(cls, model: Union[nn.Module, Pruner], *args: Any, **options: Any) -> Setup:
+        """Check the arguments that all methods share. A method calls this first and passes the result to ``__init__``.
+
+        Raises:
+            PruningError: An argument is invalid. The model is unchanged.
+        """
+        known = signature(make_setup).parameters
+        refuse_unknown({name: value for name, value in options.items() if name not in known}, cls.__init__, make_setup)
+        if options.get('kinds') is None and not isinstance(model, Pruner):
+            options['kinds'] = cls.default_kinds
+        return make_setup(model, *args, **options)
+
+    def __init__(self, setup: Setup):
+        self.structures, not_learned = structures_to_learn(setup.pruner)
+        self.pruner, self.model, self.steps = setup.pruner, setup.pruner.model, setup.steps
+        self.selector = Selector(setup, self.structures, not_learned)
         self.masks = Masks(self.model, self.structures, self.learns_masks)
-        self._floors = np.array([0 if s.kind == 'blocks' else max(1, ceil(floor * s.units - 1e-9))
-                                 for s in self.structures])
-        self._starts = np.array([self.masks.slices[s.name].start for s in self.structures])
-        self._count = 0
-        self._skipped = self._overflows = 0
-        self._stays: Optional[torch.Tensor] = None
-        self._said: set = set()
+        self._choice = setup.choice
+        self._gradient = MaskGradient()
+        self._steps_done = 0
+        self._selection_step = setup.steps  # None: never
+        self._kept: Optional[torch.Tensor] = None  # shape (units,), bool, once the selection is made
+        self._first_units = np.array([self.masks.slices[s.name].start for s in self.structures])
+        self._min_units = np.array([
+            0 if s.kind == 'blocks' else max(1, ceil(setup.choice.floor * s.units - 1e-9)) for s in self.structures])
 
-    def _without_masks(
-            self,
-            kinds: Collection[str],
-            exclude: Sequence[str],
-            only: Sequence[str],
-            streams: bool,
-    ) -> Set[str]:
-        """Names of the structures that get no masks."""
-        structures = self.traced.structures
-        fixed = left_alone(structures, exclude, only, kinds)
-        fixed |= {s.name for s in structures if (s.stream and not streams) or not is_maskable(s)}
-        return fixed | (self._earlier.uncomposable(structures) if isinstance(self._earlier, Plan) else set())
-
-    def _budget_macs(self, macs: float) -> None:
-        """What may be left, which equal shares show to be within reach."""
-        self.budget = budget_from(self.traced.structures, self.traced.cost, macs=macs)
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # how near it will be is said in the end
-            self._allocate({s.name: np.ones(s.units) for s in self.structures})
-
-    def _prepare(self) -> None:
-        """Find out what may be refused while the model has no masks yet. What this needs is set before ``__init__``."""
-
-    # The four calls.
+    # The calls in a training loop.
 
     def penalty(self, target: Any = None) -> torch.Tensor:
-        """What to add to the loss, a scalar. Terms that are solved by proximal steps are not in it."""
+        """The term to add to the loss, a scalar. What the proximal steps take care of is not part of it."""
         return self.masks.probe()
 
     def step(self) -> None:
-        """Move the masks. Call it once an optimizer step, before or after it.
+        """Move the masks by the gradient of the last backward; after the last step, make the selection.
+
+        Call it once for each optimizer step, before or after it.
 
         Raises:
-            PruningError: There was no backward, or its gradients aren't finite (nothing is changed then).
+            PruningError: There was no backward, or its gradients aren't finite. Nothing is changed then.
+
+        Warns:
+            UserWarning: The selection misses its budget.
         """
-        grad = self.masks.take_gradient()
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(grad)
-        grad = grad.cpu().double()
-        grad, scale = grad[:-1], float(grad[-1])
-        if scale == 0:
-            raise PruningError('the loss has no penalty in it; add learner.penalty(target)')
-        finite = bool(grad.isfinite().all())
-        self._overflows = 0 if finite else self._overflows + 1
-        if not finite and (scale <= _processes() or self._overflows > _OVERFLOWS):
-            raise PruningError(
-                f'step {self._count + 1}: the loss or its gradients are not finite; the masks are as they were, go '
-                f'back to an earlier checkpoint or lower the learning rate')
-        self._skipped += not finite
-        if finite and not self.finished:
-            self._advance(grad / scale)
-        self._count += 1
-        if self._count == self._selects_at:
-            self._finish()
+        gradient = self._gradient.read(self.masks, self._steps_done + 1)
+        if gradient is not None and not self.finished:
+            self._advance(gradient)
+        self._steps_done += 1
+        if self._steps_done == self._selection_step:
+            self._make_selection()
         self._stepped()
 
-    def export(self, model: Optional[nn.Module] = None) -> nn.Module:
-        """Cut a copy, with the masks in its weights. The model itself goes on as it was.
+    def export(self, model: Optional[nn.Module] = None) -> PrunedModel:
+        """Cut a copy of the model, with the masks multiplied into its weights. The model itself is unchanged.
 
-        After ``steps`` steps the outputs are those of the masked model in evaluation mode (up to structures that can't
-        be cut exactly). Before, what is left is ranked first, to meet the budget.
+        Once the selection is made, the copy gives the same outputs as the masked model in evaluation mode, except for
+        structures that can't be cut exactly. Before that, units are ranked and cut to the budget as the masks are now.
 
         Args:
-            model: The model or a copy made since the learner was (``ema.module``). None: the model.
+            model: The model, or a copy that was made after the learner (``ema.module``). None: the model.
 
         Returns:
             A smaller model of the same class, with its ``pruning_plan``.
+
+        Raises:
+            PruningError: ``model`` has no masks.
         """
         plan = self.plan()
-        slim = self._unmasked(model)
-        apply_plan(slim, plan)
-        slim.pruning_plan = self._earlier.compose(plan) if isinstance(self._earlier, Plan) else plan
+        slim = cast(PrunedModel, apply_plan(self._fold_masks(model), plan))
+        slim.pruning_plan = self.pruner.composed(plan)
         return slim
 
     def state_dict(self) -> Dict[str, Any]:
-        """Everything but the model's weights: tensors, numbers and text, by name."""
+        """The learner's state without the model's weights: tensors, numbers and text by name."""
         state = {
-            'method': self.method, 'structures': ' '.join(self.masks.slices),
-            'count': self._count, 'skipped': self._skipped, 'overflows': self._overflows, **self._state(),
+            'method': self.method, 'structures': ' '.join(self.masks.slices), 'count': self._steps_done,
+            **self._gradient.state_dict(), **self.selector.state_dict(), **self._state(),
         }
-        if self.quantity == 'latency':
-            seconds = torch.from_numpy(self.traced.cost.seconds.copy())
-            state.update({
-                'latency.seconds': seconds, 'latency.target': self.budget.target, 'latency.align': self.align})
-        return state if self._stays is None else {**state, 'stays': self._stays.clone()}
+        return state if self._kept is None else {**state, 'stays': self._kept.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state_dict`` was taken, exactly.
+        """Resume exactly where ``state_dict`` was called.
 
         Raises:
-            PruningError: It's of another method or another model.
+            PruningError: The state was saved by another method or for another model.
         """
         if state.get('method') != self.method or state.get('structures') != ' '.join(self.masks.slices):
             raise PruningError(
-                f'this state is of method {state.get("method")!r} or of another model; resume with the learner that '
-                f'made it ({self.method!r} here)')
-        self._count, self._skipped = int(state['count']), int(state['skipped'])
-        self._overflows = int(state['overflows'])
-        self._stays = state['stays'].clone() if 'stays' in state else None
-        if self.quantity == 'latency':
-            self.traced.cost.seconds = state['latency.seconds'].numpy().copy()
-            self.budget = Budget('latency', float(state['latency.target']))
-            self.align = int(state['latency.align'])
-            self._dense = self._price({s.name: s.units for s in self.traced.structures})
+                f'this state was saved by method {state.get("method")!r} or for another model; resume with the learner '
+                f'that saved it (this one is {self.method!r})')
+        self._steps_done = int(state['count'])
+        self._gradient.load_state_dict(state)
+        self.selector.load_state_dict(state)
+        self._kept = state['stays'].clone() if 'stays' in state else None
         self._load(state)
 
-    # What can be asked.
+    # What can be read at any time.
 
     @property
     def finished(self) -> bool:
         """Whether the selection is made."""
-        return self._selects_at is not None and self._count >= self._selects_at
+        return self._selection_step is not None and self._steps_done >= self._selection_step
 
     @property
     def alive(self) -> float:
-        """Share of the dense MACs, or latency where that is the budget, of what is alive now."""
-        return self._share(self._selected().numpy() > 0)
+        """Share of the dense model's cost that units with a non-zero mask have now; MACs, or the budget's quantity."""
+        return self._cost_share(self._selected().numpy() > 0)
 
     def log(self) -> Dict[str, float]:
-        """Numbers to watch."""
-        return {'alive': self.alive, 'skipped': float(self._skipped)}
+        """Numbers to log: the share that is alive, and how many steps were skipped for gradients that overflowed."""
+        return {'alive': self.alive, 'skipped': float(self._gradient.skipped)}
 
     def values(self) -> Dict[str, np.ndarray]:
         """The masks of evaluation mode by structure name, shape (units,)."""
         return self.masks.split(self._selected().numpy().copy())
 
     def plan(self) -> Plan:
-        """The plan of what would be cut now."""
-        return make_plan(self.traced, self._keep(), self._told(), *self._base)
+        """The plan that ``export`` cuts by."""
+        recipe = make_recipe(
+            method=self.method, steps=self.steps, kinds=list(self.pruner.kinds), scope=self._choice.scope,
+            widths=self._choice.widths, floor=self._choice.floor, **self.selector.recipe(), **self._recipe())
+        return make_plan(self.pruner.trace, self._units_to_keep(), recipe, *self.pruner.base)
 
     def remove(self) -> None:
-        """Take the masks off the model: dense again, with the weights it has."""
+        """Take the masks off the model. It is dense again and keeps the weights that it has now."""
         self.masks.remove()
 
-    # What a method fills in.
+    # What a method implements.
 
     def _advance(self, grad: torch.Tensor) -> None:
-        """Move the masks, given their gradient: mean over the processes, shape (units,), float64, on the CPU."""
+        """Move the masks.
+
+        Args:
+            grad: Gradient of the masks, averaged over the processes, shape (units,), float64, on the CPU.
+        """
         raise NotImplementedError
 
     def _selected(self) -> torch.Tensor:
@@ -292,146 +238,84 @@ class Learner:
         raise NotImplementedError
 
     def _settle(self, selected: torch.Tensor) -> None:
-        """Put the masks at their last values."""
+        """Set the masks to their final values. Called once, when the selection is made.
+
+        Args:
+            selected: Masks of evaluation mode, zero for every unit that was not selected, shape (units,).
+        """
         raise NotImplementedError
 
     def _state(self) -> Dict[str, Any]:
+        """What the method's next step depends on: tensors, numbers and text by name."""
         raise NotImplementedError
 
     def _load(self, state: Mapping[str, Any]) -> None:
+        """Resume where ``_state`` was called."""
         raise NotImplementedError
 
     def _stepped(self) -> None:
-        """What else a step does."""
+        """Called at the end of every step."""
 
     def _scores(self) -> Dict[str, np.ndarray]:
-        """By what is ranked in the end."""
+        """Scores that the selection ranks units by, by structure name, shape (units,), higher = keep."""
         return self.values()
 
-    # How it's done.
+    def _recipe(self) -> Dict[str, Any]:
+        """The method's own arguments, for the recipe of the plan."""
+        return {}
 
-    def _finish(self) -> None:
-        if self.quantity == 'latency':
-            self._meet(self._scores(), self._unmasked())
-        self._stays = self._flags(self._rank())
-        self._settle(self._selected() * self._stays)
+    def _keep_count(self, scores: np.ndarray) -> int:
+        """How many units a structure keeps where there is no budget, given its scores, shape (units,)."""
+        return int((scores > 0).sum())
 
-    def _unmasked(self, model: Optional[nn.Module] = None) -> nn.Module:
-        """A copy of the model, or of a copy of it, with the masks in its weights and its tensors' own names."""
+    # How the selection is made.
+
+    def _make_selection(self) -> None:
+        """Make the selection, and set the masks to it."""
+        latency_problem = ''
+        if self.selector.quantity == 'latency':
+            latency_problem = self.selector.match_latency(self._scores(), self._fold_masks())
+        keep, problem = self._choose()
+        self._kept = self._as_vector(keep)
+        self._settle(self._selected() * self._kept)
+        if latency_problem or problem:
+            warn(latency_problem or problem)
+
+    def _units_to_keep(self) -> Dict[str, np.ndarray]:
+        """Units that stay by structure name: the selection, or what it would be if it were made now."""
+        if self._kept is None:
+            return self._choose()[0]
+        by_name = self.masks.split(self._kept.numpy())
+        keep = {name: np.flatnonzero(kept) for name, kept in by_name.items()}
+        return {s.name: keep.get(s.name, np.arange(s.units)) for s in self.pruner.trace.structures}
+
+    def _choose(self) -> Tuple[Dict[str, np.ndarray], str]:
+        """Choose the units that stay by their scores; and say, in a line, how the budget is missed, if it is."""
+        scores = self._scores()
+        if self.selector.budget is not None:
+            allocation = self.selector.allocate(scores)
+            # The table's latency is only an estimate: ``match_latency`` measures, and reports what it finds.
+            return allocation.keep, '' if self.selector.quantity == 'latency' else allocation.problem
+        keep = {s.name: np.arange(s.units) for s in self.pruner.trace.structures}
+        for s, minimum in zip(self.structures, self._min_units):
+            keep[s.name] = top(scores[s.name], max(self._keep_count(scores[s.name]), minimum))
+        return keep, ''
+
+    def _fold_masks(self, model: Optional[nn.Module] = None) -> nn.Module:
+        """A copy of the model without masks, whose weights are multiplied by those of evaluation mode."""
         source = self.model if model is None else unwrap_model(model)
         if not is_masked(source):
-            raise PruningError('export: this model has no masks; give the learner\'s model or a copy made after it')
+            raise PruningError(
+                'export: this model has no masks; give the learner\'s model, or a copy that was made after the learner')
         slim = self.masks.fold(copy.deepcopy(source))
         drop_hooks(slim)
         return slim
 
-    def _flags(self, keep: Mapping[str, np.ndarray]) -> torch.Tensor:
+    def _as_vector(self, keep: Mapping[str, np.ndarray]) -> torch.Tensor:
         """Whether each unit is among those that stay, shape (units,), bool."""
         return torch.from_numpy(np.concatenate([np.isin(np.arange(s.units), keep[s.name]) for s in self.structures]))
 
-    def _keep(self) -> Dict[str, np.ndarray]:
-        """Units that stay: the selection, or what it would be now."""
-        if self._stays is None:
-            return self._rank()
-        stays = {name: np.flatnonzero(units) for name, units in self.masks.split(self._stays.numpy()).items()}
-        return {s.name: stays.get(s.name, np.arange(s.units)) for s in self.traced.structures}
-
-    def _rank(self) -> Dict[str, np.ndarray]:
-        scores = self._scores()
-        if self.budget is not None:
-            return self._allocate(scores)
-        keep = {s.name: np.arange(s.units) for s in self.traced.structures}
-        for s, floor in zip(self.structures, self._floors):
-            keep[s.name] = top(scores[s.name], max(self._left(scores[s.name]), floor))
-        return keep
-
-    def _left(self, scores: np.ndarray) -> int:
-        """How many units of a structure stay, where no budget says so."""
-        return int((scores > 0).sum())
-
-    def _allocate(self, scores: Dict[str, np.ndarray], **options: Any) -> Dict[str, np.ndarray]:
-        """Units that stay; ``options`` differ from the learner's own where they are given."""
-        given = {
-            'budget': self.budget, 'scope': self.scope, 'round_to': self.round_to, 'align': self.align,
-            'floor': self.floor, **options,
-        }
-        return allocate(self.traced.structures, scores, self.traced.cost, fixed=self.fixed, **given)
-
-    def _budget_latency(self, latency: Union[float, str], batch_size: int) -> None:
-        """Price by the table from now on. What a cut of equal shares needs of it is the budget until the end."""
-        if self._recipe['macs'] is not None:
-            raise PruningError('latency= was given with macs=; one budget is needed, leave the other out')
-        self._asked = Asked(latency)
-        self._bench = Bench(self.model, self.traced, *self._example, batch_size)
-        self.traced = replace(self.traced, cost=self._bench.cost)
-        if self.round_to is None:
-            self.align = int(self._of_the_first(np.array(self._bench.alignment())))
-        self._bench.cost.seconds = self._of_the_first(self._bench.cost.seconds)
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # how near it will be is said in the end
-            self._meet({s.name: np.ones(s.units) for s in self.structures}, self.model)
-        self._recipe.update(latency=latency, latency_on=self._bench.place, align=self.align)
-
-    def _meet(self, scores: Dict[str, np.ndarray], dense: nn.Module) -> None:
-        """Take the budget of the table by which a cut by these scores meets the latency that was asked for."""
-        def cut(budget: Budget) -> nn.Module:
-            slim = copy.deepcopy(dense)
-            apply_plan(slim, make_plan(self.traced, self._allocate(scores, budget=budget), {}))
-            return slim
-
-        _, share, _ = self._bench.meet(self._asked, cut, dense)
-        self.budget = self._bench.budget(float(self._of_the_first(np.array(share))))
-
-    def _of_the_first(self, values: np.ndarray) -> np.ndarray:
-        """What the first process has: those that share a training must price alike, and its clock counts."""
-        if _processes() == 1:
-            return values
-        shared = torch.from_numpy(values.astype(np.float64)).to(self._bench.device)
-        torch.distributed.broadcast(shared, 0)
-        return shared.cpu().numpy()
-
-    def _price(self, left: Mapping[str, float]) -> float:
-        """What the budget counts, of what is left."""
-        counts = np.array([left[name] for name in self.traced.cost.names], dtype=np.float64)
-        return self.traced.cost(self.quantity, counts)
-
-    def _share(self, alive: np.ndarray) -> float:
-        """Share of the dense MACs, or latency, if these units stay, shape (units,), bool."""
-        left = {s.name: s.units for s in self.traced.structures}
-        left.update(zip(self.masks.slices, np.add.reduceat(alive.astype(np.int64), self._starts)))
-        return self._price(left) / self._dense
-
-    def _told(self) -> Dict[str, Any]:
-        versions = {'timm_epfs': __version__, 'timm': timm.__version__, 'torch': torch.__version__.split('+')[0]}
-        told = {'method': self.method, **self._recipe, **versions}
-        return {key: value for key, value in told.items() if value is not None}
-
-    def _too_few(self, alive: np.ndarray) -> List[int]:
-        """Numbers of the structures that are below their floor, said once each."""
-        found = np.flatnonzero(np.add.reduceat(alive.astype(np.int64), self._starts) < self._floors)
-        new = [i for i in found.tolist() if i not in self._said]
-        if new and not self._said:
-            warnings.warn(
-                f'λ would take all but {self._floors[new[0]]} of the {self.structures[new[0]].units} units of '
-                f'{self.structures[new[0]].name}: the floor holds them; a smaller λ, or floor=, changes that',
-                stacklevel=5)
-        self._said.update(new)
-        return found.tolist()
-
-
-def _processes() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _meta(value: Any) -> Any:
-    return value.to('meta') if isinstance(value, torch.Tensor) else value
-
-
-def _kinds(structures: Sequence[str]) -> List[str]:
-    if isinstance(structures, str) or not structures:
-        raise PruningError(f'structures={structures!r} was asked; give a list, as in structures=(\'filters\',)')
-    for name in structures:
-        if name not in KINDS_BY_NAME:
-            raise PruningError(f'structures: there is no {name!r}; choose among {", ".join(KINDS_BY_NAME)}')
-    return [kind for name in structures for kind in KINDS_BY_NAME[name]]
+    def _cost_share(self, alive: np.ndarray) -> float:
+        """Share of the dense model's cost if only these units stay; ``alive`` is a bool per unit, shape (units,)."""
+        counts = np.add.reduceat(alive.astype(np.int64), self._first_units)
+        return self.selector.share(dict(zip(self.masks.slices, counts)))

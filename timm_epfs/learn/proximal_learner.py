@@ -1,217 +1,247 @@
-"""What EPFS and SSS share: masks moved by proximal steps, and λ, given or steered."""
-import warnings
-from typing import Any, Dict, Mapping, Optional, Union
+"""``ProximalLearner``: what EPFS and SSS share. Proximal steps move the masks; λ is given, or steered to the budget."""
+from typing import Any, Dict, List, Mapping, Optional, Set, Union
 
 import numpy as np
 import torch
 
-from ..core import Budget, PruningError
-from ..importance import WITHOUT_DATA, score
+from ..core import PruningError, warn
 from .controller import Controller
 from .learner import Learner
+from .setup import Setup
 from .solvers import Apg, Fista
 
 __all__ = ['ProximalLearner']
 
-_WEIGHS = ('fisher', 'macs', None)
-_LISTEN = 0.02  # share of the steps that gradients' size is averaged over
-_REMEMBER = 0.5  # and that their squares are
-_FAINT = 0.05   # masks below this share of the mean hover about zero, and count as gone when λ is steered
-_SELECT = 0.85  # share of the steps after which what stays is refitted
-_GROWTH = 2     # how much larger gradients are bound to get, once masks leave one
+_WEIGHINGS = ('fisher', 'macs', None)
+_STEPS = 1000           # length of the phase that is assumed where steps= isn't given
+_RMS_WINDOW = 0.02      # the size of the gradients is averaged over this share of the steps
+_SQUARES_WINDOW = 0.5   # and their squares over this one
+_NEAR_ZERO = 0.05       # masks below this share of the mean count as zero while λ is steered
+_SELECT_AT = 0.85       # share of the steps after which the selection is made, with refit
+_GROWTH = 2             # factor by which gradients are expected to grow once masks have left one
 
 
 class ProximalLearner(Learner):
-    """Masks that move by proximal steps.
+    """Masks that are moved by proximal steps.
+
+    Each ``step()`` runs through ``_advance``:
+
+    1. Average the size of the gradients, which sets the step size and the units' weights.
+    2. Let the controller update λ, unless λ is fixed.
+    3. Take the method's proximal step, ``_move``.
+    4. Restore masks where the step would leave a structure fewer units than its floor.
+    5. Where λ is steered, keep the share that is alive on the controller's schedule.
 
     Args:
-        model: As in ``Learner``.
-        macs: As in ``Learner``. It steers λ where ``l1`` is None.
-        steps: As in ``Learner``.
-        l1: λ₁, fixed.
-        lr: η, the step size of the masks; may be set at any time (``learner.lr = …``). None: ``step_size``'s rule.
-        keep_pace: Where λ is steered, whether what is alive follows the schedule closely: the smallest masks become
-            zero as soon as more is alive than it wants, and those that would leave less stay. False: only in the end.
-        refit: Whether the selection is made after 85 % of ``steps``, and the masks of what stays are one from then on.
-            ℓ1 chooses, but what it did to the masks that stay isn't kept (the relaxed lasso: Meinshausen, CSDA 2007).
-            Blocks keep theirs: what a block adds has learned the size of its shortcut, which no norm puts right.
-            False: the selection is made in the end, and the masks go on into the weights.
-        weigh: What λ₁ is multiplied by, with a mean of one. ``'macs'``: the unit's share of the model's MACs, or of its
-            latency where that is the budget. ``'fisher'``: that over the root mean square of the mask's gradient so
-            far. None: λ₁ for all.
-        widths: Criterion of ``timm_epfs.prune`` that says, before training, how many units each structure keeps where
-            there is a budget; the masks say which. Blocks are left to their masks. None: the masks say both.
-        **options: As in ``Learner``.
+        setup: What ``Learner.setup`` returned.
+        l1: λ₁, fixed. None: it is steered so that the budget is met.
+        lr: η, the step size of the masks, which may be changed at any time (``learner.lr = …``). None: the rule of
+            ``step_size``.
+        follow_schedule: Where λ is steered, whether the share that is alive follows the controller's schedule closely.
+            Where more is alive than it wants, the smallest masks are set to zero. Where a step leaves less alive than
+            it wants, masks that just became zero are restored. False: λ alone decides until the selection.
+        refit: Whether the selection is made after 85 % of ``steps`` and, after the selection, masks of the units that
+            stay are set to one. ℓ1 then only selects: how far it shrank the masks that stay is undone (the relaxed
+            lasso: Meinshausen, CSDA 2007). Blocks keep their masks: a block has learned its size relative to its
+            shortcut, and no normalisation corrects that. False: the selection is made after the last step, and the
+            masks go into the weights.
+        weigh: What multiplies λ₁ for each unit; it has a mean of one. ``'macs'``: what the unit costs, in the budget's
+            quantity. ``'fisher'``: that cost, divided by the root mean square of the gradient of the unit's mask so
+            far. None: one.
+
+    Attributes:
+        solver: Holds the masks: ``solver.x`` is the solution, ``solver.y`` the point where the gradient is taken.
+        controller: Steers λ. None where λ is fixed.
+        costs: What a unit costs in the dense model, divided by the mean, shape (units,). Ones where ``weigh`` is None.
+
+    Raises:
+        PruningError: Neither a budget nor ``l1`` is given, there are no ``steps`` for the budget, or an argument is
+            invalid.
     """
 
     solver: Union[Fista, Apg]
 
     def __init__(
             self,
-            model: torch.nn.Module,
-            macs: Optional[float] = None,
-            steps: Optional[int] = None,
+            setup: Setup,
             *,
             l1: Optional[float] = None,
             lr: Optional[float] = None,
             weigh: Optional[str] = 'macs',
-            keep_pace: bool = True,
+            follow_schedule: bool = True,
             refit: bool = True,
-            widths: Optional[str] = None,
-            **options: Any,
     ):
-        _check(macs if macs is not None else options.get('latency'), steps, l1, lr, weigh, widths)
-        self.widths = widths
-        super().__init__(model, macs, steps, **options)
-        self.l1, self.lr, self.weigh, self.keep_pace, self.refit = l1, lr, weigh, keep_pace, refit
-        self._recipe.update(l1=l1, weigh=weigh, keep_pace=keep_pace, refit=refit, widths=widths)
-        if refit and steps is not None:
-            self._selects_at = max(1, round(_SELECT * steps))
+        _check(setup, l1, lr, weigh)
+        super().__init__(setup)
+        self.l1, self.lr, self.weigh, self.follow_schedule, self.refit = l1, lr, weigh, follow_schedule, refit
+        if refit and setup.steps is not None:
+            self._selection_step = max(1, round(_SELECT_AT * setup.steps))
         self.costs = self._unit_costs() if weigh else torch.ones(self.masks.units, dtype=torch.float64)
-        self._squares = torch.zeros_like(self.costs)
-        self.controller = Controller(self.budget.target / self._dense, steps) if l1 is None else None
-        self._rms, self._largest = 0.0, 1e-8
+        self.controller = Controller(self.selector.budget.value, setup.steps) if l1 is None else None
+        self._rms, self._largest_rms = 0.0, 1e-8
+        self._mean_squares = torch.zeros_like(self.costs)  # of each mask's gradient, where weigh='fisher'
+        self._at_floor: Set[int] = set()  # positions of structures whose floor was reached so far
 
-    def _prepare(self) -> None:
-        super()._prepare()
-        self._widths = self._widths_by(self.widths) if self.widths and self.budget is not None else {}
+    def _unit_costs(self) -> torch.Tensor:
+        per_unit = np.repeat(self.selector.unit_costs(), [s.units for s in self.structures])
+        return torch.from_numpy(np.maximum(per_unit / per_unit.mean(), 1e-3))
+
+    def _recipe(self) -> Dict[str, Any]:
+        return dict(l1=self.l1, weigh=self.weigh, follow_schedule=self.follow_schedule, refit=self.refit)
+
+    # λ, its weights and the step size.
 
     @property
     def strength(self) -> float:
-        """λ₁ as it is now."""
+        """λ₁ now."""
         return self.l1 if self.controller is None else self.controller.value
 
     @property
     def weights(self) -> torch.Tensor:
-        """What λ₁ is multiplied by now, shape (units,)."""
-        if self.weigh == 'fisher' and self._squares.any():
-            return _per_gradient(self.costs, self._squares)
+        """What λ₁ is multiplied by for each unit now, shape (units,)."""
+        if self.weigh == 'fisher' and self._mean_squares.any():
+            return _cost_per_gradient(self.costs, self._mean_squares)
         return self.costs
 
     @property
-    def alive(self) -> float:
-        """Share of the dense MACs of what is alive now. While λ is steered, masks that hover about zero don't count."""
-        if self.controller is None or self.finished:
-            return super().alive
-        return self._share(self._clearly_alive(self.solver.x))
+    def step_size(self) -> float:
+        """η: ``lr``, or ``1 / (steps · largest gradient so far)``.
 
-    def log(self) -> Dict[str, float]:
-        """λ, the penalty that it puts on the masks, the share of the units that are not zero, and η."""
-        x = self._selected()
-        return {
-            **super().log(), 'lambda': float(self.strength), 'l1': float(self.strength * (self.weights * x).sum()),
-            'units': float((x > 0).double().mean()), 'lr': float(self.step_size),
-        }
-
-    def _measure(self, grad: torch.Tensor, step: int) -> None:
-        """Keep the largest gradient so far, root mean square over the units, on average over a few steps."""
-        rms = float((grad / self.costs).square().mean().sqrt())
-        self._rms += self._share_of_new(step, _LISTEN) * (rms - self._rms)
-        self._largest = max(self._largest, self._rms)
-        if self.weigh == 'fisher':
-            self._squares += self._share_of_new(step, _REMEMBER) * (grad.square() - self._squares)
-
-    def _share_of_new(self, step: int, window: float) -> float:
-        """What a step counts in an average over a window, a share of all steps."""
-        return max(1 / step, 1 / max(1.0, window * (self.steps or 1000)))
+        With a momentum of 0.9, a gradient as large as the largest so far then takes a mask from one to zero within a
+        tenth of the steps. Like the estimate of the Lipschitz constant in FISTA's backtracking, the largest gradient
+        never falls, so η never grows.
+        """
+        return self.lr if self.lr is not None else 1 / ((self.steps or _STEPS) * self._largest_rms)
 
     @property
-    def step_size(self) -> float:
-        """η: ``lr``, or such that steps are as long as the phase can bear.
+    def alive(self) -> float:
+        """As for every learner. While λ is steered, masks near zero count as zero."""
+        if self.controller is None or self.finished:
+            return super().alive
+        return self._cost_share(self._clearly_alive(self.solver.x))
 
-        A gradient as large as the largest so far takes a mask from one to zero in a tenth of the steps under a
-        momentum of 0.9. Like the estimate of the Lipschitz constant in FISTA's backtracking, it never grows.
-        """
-        return self.lr if self.lr is not None else 1 / ((self.steps or 1000) * self._largest)
+    def log(self) -> Dict[str, float]:
+        """λ, the weighted ℓ1 penalty on the masks, the share of the units whose mask isn't zero, and η."""
+        masks = self._selected()
+        return {
+            **super().log(), 'lambda': float(self.strength), 'l1': float(self.strength * (self.weights * masks).sum()),
+            'units': float((masks > 0).double().mean()), 'lr': float(self.step_size),
+        }
 
-    def _unit_costs(self) -> torch.Tensor:
-        """MACs, or seconds where latency is the budget, of a unit in the dense model, over the mean, shape (units,)."""
-        counts = self.traced.cost.counts({s.name: s.units for s in self.traced.structures})
-        by_name = dict(zip(self.traced.cost.names, self.traced.cost.gradient(self.quantity, counts)))
-        flat = np.concatenate([np.full(s.units, by_name[s.name]) for s in self.structures])
-        return torch.from_numpy(np.maximum(flat / flat.mean(), 1e-3))
+    # One step.
 
     def _advance(self, grad: torch.Tensor) -> None:
-        step = self._count + 1
+        step = self._steps_done + 1
         self._measure(grad, step)
         if self.controller is not None:
-            if not self.controller.ready:
-                if step < self.controller.listen:
-                    return
-                self.controller.begin(self._largest)
-                self._largest *= _GROWTH
-            if self.controller.due(step):
-                ahead = self.controller.ahead(self.solver.x, step)
-                self.controller.update(step, self._share(self._clearly_alive(ahead)))
+            if not self.controller.ready and step < self.controller.measure_steps:
+                return
+            self._steer(step)
+
         before = self.solver.x
         self._move(grad)
         self._hold_floors(before)
-        if self.keep_pace and self.controller is not None:
+        if self.controller is not None and self.follow_schedule:
             wanted = self.controller.wanted(step)
-            self._hold_back(before, wanted)
+            self._restore_early_zeros(before, wanted)
             if self.controller.due(step):
-                self._catch_up(wanted)
+                self._zero_smallest(wanted)
         self.masks.set(self.solver.y, self.solver.x)
 
-    def _hold_back(self, before: torch.Tensor, wanted: float) -> None:
-        """Where λ leaves less alive than there should be yet, the largest of the masks that fell stay as they were."""
-        alive = (self.solver.x > 0).numpy()
-        fell = np.flatnonzero((before > 0).numpy() & ~alive)
-        held = np.zeros_like(alive)
-        for unit in fell[np.argsort(-before[fell].numpy(), kind='stable')]:
-            if self._share(alive | held) >= wanted:
-                break
-            held[unit] = True
-        if held.any():
-            self.solver.hold(torch.from_numpy(held), before)
+    def _measure(self, grad: torch.Tensor, step: int) -> None:
+        """Update the running averages of the gradients' size, and the largest so far."""
+        rms = float((grad / self.costs).square().mean().sqrt())
+        self._rms += self._weight_of_step(step, _RMS_WINDOW) * (rms - self._rms)
+        self._largest_rms = max(self._largest_rms, self._rms)
+        if self.weigh == 'fisher':
+            self._mean_squares += self._weight_of_step(step, _SQUARES_WINDOW) * (grad.square() - self._mean_squares)
 
-    def _catch_up(self, wanted: float) -> None:
-        """Where λ leaves more alive than there should be by now, the smallest masks become zero, as in the end.
+    def _weight_of_step(self, step: int, window: float) -> float:
+        """The weight of a step in a running average over a window, which is a share of all steps."""
+        return max(1 / step, 1 / max(1.0, window * (self.steps or _STEPS)))
 
-        Masks that a norm follows may all shrink together at no cost in the loss: then λ alone selects too late, and
-        the last cut takes what the network relies on. A mask that is set to zero comes back where the loss asks for it.
-        """
-        if self._share((self.solver.x > 0).numpy()) <= wanted:
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # how near the budget is counts in the end
-            keep = self._allocate(self._scores(), budget=Budget(self.quantity, wanted * self._dense), round_to=1)
-        self.solver.hold(~self._flags(keep), torch.zeros_like(self.solver.x))
-
-    def _widths_by(self, criterion: str) -> Dict[str, int]:
-        """Units that the structures keep by a criterion at the budget, blocks left out."""
-        scores = score(self.model, self.structures, criterion)
-        highest = max(float(values.max()) for values in scores.values())
-        blocks = [s.name for s in self.structures if s.kind == 'blocks']
-        scores.update({name: np.full(1, highest + 1) for name in blocks})  # the last to go
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # how near the budget is counts in the end
-            keep = self._allocate(scores)
-        return {s.name: len(keep[s.name]) for s in self.structures if s.name not in blocks}
-
-    def _scores(self) -> Dict[str, np.ndarray]:
-        """The masks, or by how much each one's place from the largest on is within the width that is given."""
-        return {
-            name: self._widths[name] / _places(masks) if name in self._widths else masks
-            for name, masks in self.values().items()
-        }
+    def _steer(self, step: int) -> None:
+        """Start λ at the size of the gradients, or update it where an update is due."""
+        if not self.controller.ready:
+            self.controller.begin(self._largest_rms)
+            self._largest_rms *= _GROWTH
+        if self.controller.due(step):
+            expected = self.controller.extrapolate(self.solver.x, step)
+            self.controller.update(step, self._cost_share(self._clearly_alive(expected)))
 
     def _clearly_alive(self, masks: torch.Tensor) -> np.ndarray:
-        return (masks > _FAINT * self.solver.x.mean()).numpy()
+        return (masks > _NEAR_ZERO * self.solver.x.mean()).numpy()
 
     def _move(self, grad: torch.Tensor) -> None:
+        """Take the method's proximal step.
+
+        Args:
+            grad: Gradient of the loss at ``solver.y``, shape (units,).
+        """
         raise NotImplementedError
 
+    # What is changed after the proximal step.
+
     def _hold_floors(self, before: torch.Tensor) -> None:
-        """In structures that λ would empty, the largest masks stay where they were."""
+        """Restore the largest masks of structures that keep fewer units than their floor.
+
+        Args:
+            before: The masks before the step, shape (units,).
+        """
         alive = (self.solver.x > 0).numpy()
+        counts = np.add.reduceat(alive.astype(np.int64), self._first_units)
+        too_few = np.flatnonzero(counts < self._min_units).tolist()
         held = np.zeros(len(alive), dtype=bool)
-        for i in self._too_few(alive):
+        for i in too_few:
             at = self.masks.slices[self.structures[i].name]
-            order = np.argsort(-before[at].numpy(), kind='stable')[:self._floors[i]]
-            held[at.start + order] = True
+            largest = np.argsort(-before[at].numpy(), kind='stable')[:self._min_units[i]]
+            held[at.start + largest] = True
         if held.any():
+            self._warn_of_the_floor(too_few)
             self.solver.hold(torch.from_numpy(held & ~alive), before)
+
+    def _warn_of_the_floor(self, at_floor: List[int]) -> None:
+        """Warn, once in a run, that λ is too large for some structure."""
+        if not self._at_floor:
+            structure, minimum = self.structures[at_floor[0]], self._min_units[at_floor[0]]
+            warn(
+                f'λ would remove all but {minimum} of the {structure.units} units of {structure.name}, and the floor '
+                f'holds these; to change that, use a smaller λ or another floor=')
+        self._at_floor.update(at_floor)
+
+    def _restore_early_zeros(self, before: torch.Tensor, wanted: float) -> None:
+        """Where less is alive than the schedule wants, undo zeros of this step, those of the largest masks first.
+
+        Args:
+            before: The masks before the step, shape (units,).
+            wanted: Share of the cost that should be alive.
+        """
+        alive = (self.solver.x > 0).numpy()
+        new_zeros = np.flatnonzero((before > 0).numpy() & ~alive)
+        restored = np.zeros_like(alive)
+        for unit in new_zeros[np.argsort(-before[new_zeros].numpy(), kind='stable')]:
+            if self._cost_share(alive | restored) >= wanted:
+                break
+            restored[unit] = True
+        if restored.any():
+            self.solver.hold(torch.from_numpy(restored), before)
+
+    def _zero_smallest(self, wanted: float) -> None:
+        """Where more is alive than the schedule wants, set the smallest masks to zero, as the selection would.
+
+        Where a normalisation follows the masks, they can all shrink together without changing the loss. λ alone then
+        selects too late, and the selection would remove units that the network relies on. A mask that is set to zero
+        here grows again where the loss asks for it.
+
+        Args:
+            wanted: Share of the cost that should be alive.
+        """
+        if self._cost_share((self.solver.x > 0).numpy()) <= wanted:
+            return
+        keep = self.selector.allocate(self._scores(), wanted, round_to=1).keep
+        self.solver.hold(~self._as_vector(keep), torch.zeros_like(self.solver.x))
+
+    # The selection and the state.
 
     def _selected(self) -> torch.Tensor:
         return self.solver.x
@@ -221,62 +251,49 @@ class ProximalLearner(Learner):
             for structure in self.structures:
                 if structure.kind != 'blocks':
                     at = self.masks.slices[structure.name]
-                    selected[at] = self._stays[at].to(selected)
-        self.solver.x = selected
-        self.masks.set(self.solver.x, self.solver.x)
+                    selected[at] = self._kept[at].to(selected)
+        self.solver.hold(torch.ones_like(selected, dtype=torch.bool), selected)
+        self.masks.set(selected, selected)
 
     def _state(self) -> Dict[str, Any]:
         parts = {'solver': self.solver.state_dict()}
         if self.controller is not None:
             parts['controller'] = self.controller.state_dict()
         flat = {f'{part}.{key}': value for part, state in parts.items() for key, value in state.items()}
-        held = ' '.join(str(i) for i in sorted(self._said))
-        own = {'lr': self.lr, 'rms': self._rms, 'largest': self._largest, 'held': held}
-        widths = {f'widths.{name}': width for name, width in self._widths.items()}
-        return {**flat, **own, **widths, 'squares': self._squares.clone()}
+        at_floor = ' '.join(str(i) for i in sorted(self._at_floor))
+        own = {'lr': self.lr, 'rms': self._rms, 'largest': self._largest_rms, 'held': at_floor}
+        return {**flat, **own, 'squares': self._mean_squares.clone()}
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        for part in ('solver', 'controller'):
-            if getattr(self, part) is not None:
-                at = len(part) + 1
-                getattr(self, part).load_state_dict(
-                    {key[at:]: value for key, value in state.items() if key.startswith(f'{part}.')})
-        self.lr, self._rms, self._largest = state['lr'], float(state['rms']), float(state['largest'])
-        self._squares = state['squares'].clone()
-        self._widths = {name: int(state[f'widths.{name}']) for name in self._widths}
-        self._said = {int(i) for i in state['held'].split()}
+        self.solver.load_state_dict(_part(state, 'solver'))
+        if self.controller is not None:
+            self.controller.load_state_dict(_part(state, 'controller'))
+        self.lr, self._rms, self._largest_rms = state['lr'], float(state['rms']), float(state['largest'])
+        self._mean_squares = state['squares'].clone()
+        self._at_floor = {int(i) for i in state['held'].split()}
         self.masks.set(self.solver.x if self.finished else self.solver.y, self.solver.x)
 
 
-def _per_gradient(costs: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Costs over root mean square gradients, with a mean of one and gradients that vanish bounded."""
-    weights = costs / (squares / squares.mean().clamp(min=1e-30)).clamp(min=1e-4).sqrt()
+def _part(state: Mapping[str, Any], name: str) -> Dict[str, Any]:
+    """The entries of a state whose keys start with ``name.``, without that prefix."""
+    prefix = f'{name}.'
+    return {key[len(prefix):]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _cost_per_gradient(costs: torch.Tensor, mean_squares: torch.Tensor) -> torch.Tensor:
+    """Costs divided by root mean square gradients, with a mean of one. Gradients near zero are bounded from below."""
+    relative = mean_squares / mean_squares.mean().clamp(min=1e-30)
+    weights = costs / relative.clamp(min=1e-4).sqrt()
     return weights / weights.mean()
 
 
-def _places(values: np.ndarray) -> np.ndarray:
-    """Places from the largest on, from 1, of equal ones the first first, shape (units,)."""
-    places = np.empty(len(values))
-    places[np.argsort(-values, kind='stable')] = np.arange(1, len(values) + 1)
-    return places
-
-
-def _check(
-        macs: Optional[float],
-        steps: Optional[int],
-        l1: Optional[float],
-        lr: Optional[float],
-        weigh: Optional[str],
-        widths: Optional[str],
-) -> None:
-    if macs is None and l1 is None:
-        raise PruningError('neither macs= nor latency= nor l1= was given; give a budget, or a fixed λ')
-    if l1 is None and steps is None:
-        raise PruningError('a budget without steps= was given; say how many optimizer steps there are to reach it')
+def _check(setup: Setup, l1: Optional[float], lr: Optional[float], weigh: Optional[str]) -> None:
+    if setup.budget is None and l1 is None:
+        raise PruningError('neither a budget (macs=, params=, latency=) nor l1= was given; give one of them')
+    if l1 is None and setup.steps is None:
+        raise PruningError('a budget was given without steps=; give the number of optimizer steps in which to reach it')
     for name, value in (('l1', l1), ('lr', lr)):
         if value is not None and not value >= 0:
-            raise PruningError(f'{name}={value!r} was asked; give a number from 0 on')
-    if weigh not in _WEIGHS:
-        raise PruningError(f"weigh={weigh!r} was asked; choose 'fisher', 'macs' or None")
-    if widths is not None and widths not in WITHOUT_DATA:
-        raise PruningError(f'widths={widths!r} was asked; choose one of {", ".join(WITHOUT_DATA)}, or None')
+            raise PruningError(f'{name}={value!r} was given; give a number that is 0 or more')
+    if weigh not in _WEIGHINGS:
+        raise PruningError(f"weigh={weigh!r} was given; choose 'fisher', 'macs' or None")

@@ -1,6 +1,6 @@
-"""Proximal steps on masks: small functions and two accelerated iterations on plain tensors.
+"""Proximal maps and two accelerated proximal gradient methods, on plain tensors.
 
-None of it knows of networks: the gradient comes in as a tensor, so that the same code solves a Lasso.
+Nothing here knows about networks. The gradient is a tensor that the caller computes, so the same code solves a Lasso.
 """
 from typing import Callable, Dict, Optional, Union
 
@@ -22,10 +22,16 @@ def soft_threshold(x: Tensor, threshold: Union[float, Tensor]) -> Tensor:
 
 
 def prox_elastic(v: Tensor, l1: Union[float, Tensor], l2: Union[float, Tensor], nonnegative: bool = True) -> Tensor:
-    """Minimiser of ``½‖m − v‖² + Σ l1·|m| + (l2/2)·‖m‖²``, over ``m ≥ 0`` if so asked.
+    """The proximal map of the elastic net: minimiser over ``m`` of ``½‖m − v‖² + Σ l1·|m| + (l2/2)·‖m‖²``.
 
     >>> prox_elastic(torch.tensor([-2.0, 0.5, 2.0]), 1.0, 1.0)
     tensor([0.0000, 0.0000, 0.5000])
+
+    Args:
+        v: Where to start from, any shape.
+        l1: Weight of ℓ1, a number or one per entry.
+        l2: Weight of ℓ2, a number or one per entry.
+        nonnegative: Whether only ``m ≥ 0`` is allowed.
     """
     shrunk = (v - l1).clamp(min=0) if nonnegative else soft_threshold(v, l1)
     return shrunk / (1 + l2)
@@ -40,39 +46,57 @@ def prox_norm(
 ) -> Tensor:
     """Minimiser over ``m ≥ 0`` of ``½‖m − v‖² + Σ l1·m + Σ_layers (l2/2)·(‖m_layer‖ − radius)²``.
 
-    The exact proximal map, in closed form: for a given norm of a layer the best direction is that of
-    ``u = max(v − l1, 0)``, and the best norm is ``(‖u‖ + l2·radius) / (1 + l2)``. Where ``u = 0``, the best direction
-    is the largest entry of ``v − l1`` alone.
+    This is the exact proximal map, in closed form. For any given norm of a layer's ``m``, the best direction is that of
+    ``u = max(v − l1, 0)``. The best norm then is ``(‖u‖ + l2·radius) / (1 + l2)``. Where ``u = 0``, the best ``m`` is
+    zero but for the entry at which ``v − l1`` is largest.
+
+    Below, ``u`` is (3, 0), of norm 3, and the best norm is (3 + 1·5)/(1 + 1):
+
+    >>> layers = dict(owner=torch.tensor([0, 0]), radius=torch.tensor([5.0]))
+    >>> prox_norm(torch.tensor([4.0, 0.5]), l1=1.0, l2=1.0, **layers)
+    tensor([4., 0.])
 
     Args:
-        v: Where from, shape (units,).
-        l1: Threshold, a number or shape (units,).
-        l2: Weight of the norm's term, a number or shape (layers,).
+        v: Where to start from, shape (units,).
+        l1: Weight of ℓ1, a number or shape (units,).
+        l2: Weight of the last term, a number or shape (layers,).
         owner: Number of the layer of each unit, shape (units,).
-        radius: The norm that each layer is held at, shape (layers,).
+        radius: The norm that each layer is pulled towards, shape (layers,).
     """
     u = (v - l1).clamp(min=0)
     norm = torch.zeros_like(radius).index_add_(0, owner, u.square()).sqrt()
     scale = torch.where(norm > 0, (norm + l2 * radius) / (1 + l2) / norm.clamp(min=1e-30), 0.0)
     out = u * scale[owner]
     for layer in (norm == 0).nonzero().flatten().tolist():
-        at = torch.where(owner == layer, v - l1, -torch.inf).argmax()
-        pull = (l2 * torch.ones_like(radius))[layer]
-        out[at] = (((v - l1)[at] + pull * radius[layer]) / (1 + pull)).clamp(min=0)
+        largest = torch.where(owner == layer, v - l1, -torch.inf).argmax()
+        weight = (l2 * torch.ones_like(radius))[layer]
+        out[largest] = (((v - l1)[largest] + weight * radius[layer]) / (1 + weight)).clamp(min=0)
     return out
 
 
 class Fista:
-    """FISTA (Beck and Teboulle, 2009): ``x`` is the solution so far, ``y`` the extrapolated point.
+    """FISTA (Beck and Teboulle, 2009) for the sum of a smooth function f and one with a known proximal map.
 
-    ``x⁺ = prox(y − η∇f(y))``, ``t⁺ = (1 + √(1 + 4t²))/2``, ``y⁺ = x⁺ + (t − 1)/t⁺ · (x⁺ − x)``. The gradient is taken
-    at ``y``.
+    ``x⁺ = prox(y − η∇f(y))``, ``t⁺ = (1 + √(1 + 4t²))/2``, ``y⁺ = x⁺ + (t − 1)/t⁺ · (x⁺ − x)``.
+
+    Minimise ``½(x − 3)² + |x|``, whose solution is 2:
+
+    >>> solver = Fista(torch.zeros(1))
+    >>> for _ in range(20):
+    ...     solver.step(solver.y - 3, step_size=0.5, prox=soft_threshold)
+    >>> round(solver.x.item(), 3)
+    2.0
 
     Args:
-        start: Where to start.
-        restart: Drop the momentum when the step disagrees with it, ``(y − x⁺)·(x⁺ − x) > 0`` (O'Donoghue and Candès,
-            2015, the gradient scheme).
-        momentum: Upper bound on ``(t − 1)/t⁺``, which tends to 1: with noisy gradients something must bound it.
+        start: Where to start, any shape.
+        restart: Whether to drop the momentum when the step points against it, ``(y − x⁺)·(x⁺ − x) > 0``: the gradient
+            scheme of O'Donoghue and Candès, 2015.
+        momentum: Upper bound on ``(t − 1)/t⁺``. Without a bound it tends to 1, which is too much for noisy gradients.
+
+    Attributes:
+        x: The solution so far.
+        y: The extrapolated point, where the gradient is taken.
+        restarts: How often the momentum was dropped.
     """
 
     def __init__(self, start: Tensor, restart: bool = True, momentum: float = 1.0):
@@ -81,12 +105,12 @@ class Fista:
         self.restarts = 0
 
     def step(self, grad: Tensor, step_size: Union[float, Tensor], prox: Prox) -> None:
-        """One iteration.
+        """Make one iteration.
 
         Args:
-            grad: Gradient of the smooth part at ``y``.
-            step_size: η, a number or one an entry.
-            prox: Proximal map of the rest, ``prox(v, η)``.
+            grad: ∇f(y).
+            step_size: η, a number or one per entry.
+            prox: Proximal map of the other function, ``prox(v, η)``.
         """
         x = prox(self.y - step_size * grad, step_size)
         if self.restart and torch.dot((self.y - x).flatten(), (x - self.x).flatten()) > 0:
@@ -97,16 +121,21 @@ class Fista:
         self.x, self.t = x, t
 
     def hold(self, entries: Tensor, value: Tensor) -> None:
-        """Put some entries at a value, without momentum."""
+        """Set some entries, and drop their momentum.
+
+        Args:
+            entries: Which ones, bool, of the shape of ``x``.
+            value: What to set them to, of the shape of ``x``.
+        """
         self.x = torch.where(entries, value, self.x)
         self.y = torch.where(entries, value, self.y)
 
     def state_dict(self) -> Dict[str, Union[Tensor, float, int]]:
-        """Both points, and the momentum."""
+        """Both points, t, and the number of restarts."""
         return {'x': self.x.clone(), 'y': self.y.clone(), 't': self.t, 'restarts': self.restarts}
 
     def load_state_dict(self, state: Dict[str, Union[Tensor, float, int]]) -> None:
-        """Go on where ``state_dict`` was taken."""
+        """Resume where ``state_dict`` was called."""
         self.x, self.y = state['x'].clone(), state['y'].clone()
         self.t, self.restarts = float(state['t']), int(state['restarts'])
 
@@ -114,12 +143,15 @@ class Fista:
 class Apg:
     """The modified accelerated proximal gradient of SSS (Huang and Wang, ECCV 2018), as in the authors' released code.
 
-    ``z = S_{ηγ}(x − η∇f(x))``, ``v⁺ = z − x + μv``, ``x⁺ = max(0, z + μv⁺)``. The gradient is taken at ``x``, which is
-    also the solution so far.
+    ``z = S_{ηγ}(x − η∇f(x))``, ``v⁺ = z − x + μv``, ``x⁺ = max(0, z + μv⁺)``.
 
     Args:
-        start: Where to start.
+        start: Where to start, any shape.
         momentum: μ.
+
+    Attributes:
+        x: The solution so far, where the gradient is taken.
+        v: The velocity.
     """
 
     def __init__(self, start: Tensor, momentum: float = 0.9):
@@ -128,23 +160,28 @@ class Apg:
 
     @property
     def y(self) -> Tensor:
-        """Where the gradient is taken: at the solution."""
+        """The point where the gradient is taken, as in ``Fista``: ``x`` itself."""
         return self.x
 
     def step(self, grad: Tensor, step_size: float, threshold: Optional[Union[float, Tensor]]) -> None:
-        """One iteration.
+        """Make one iteration.
 
         Args:
-            grad: Gradient of the smooth part at ``x``.
+            grad: ∇f(x).
             step_size: η.
-            threshold: γ, a number or one an entry.
+            threshold: γ, a number or one per entry.
         """
         z = soft_threshold(self.x - step_size * grad, step_size * threshold)
         self.v = z - self.x + self.momentum * self.v
         self.x = (z + self.momentum * self.v).clamp(min=0)
 
     def hold(self, entries: Tensor, value: Tensor) -> None:
-        """Put some entries at a value, without momentum."""
+        """Set some entries, and drop their momentum.
+
+        Args:
+            entries: Which ones, bool, of the shape of ``x``.
+            value: What to set them to, of the shape of ``x``.
+        """
         self.x = torch.where(entries, value, self.x)
         self.v = torch.where(entries, torch.zeros_like(self.v), self.v)
 
@@ -153,5 +190,5 @@ class Apg:
         return {'x': self.x.clone(), 'v': self.v.clone()}
 
     def load_state_dict(self, state: Dict[str, Tensor]) -> None:
-        """Go on where ``state_dict`` was taken."""
+        """Resume where ``state_dict`` was called."""
         self.x, self.v = state['x'].clone(), state['v'].clone()

@@ -1,9 +1,11 @@
 """SSS: data-driven sparse structure selection."""
-from typing import Any, Optional, Sequence
+from typing import Any, Dict, Optional, Union
 
 import torch
 from torch import nn
 
+from ..core import KINDS, Budget
+from ..pruner import Pruner
 from .proximal_learner import ProximalLearner
 from .solvers import Apg
 
@@ -13,43 +15,56 @@ __all__ = ['SSS']
 class SSS(ProximalLearner):
     """SSS (Huang and Wang, ECCV 2018): ℓ1 on scaling factors of neurons, groups and blocks, solved by a modified APG.
 
-    The update is that of the authors' released code (``solvers.Apg``); γ is theirs. They use the network's
-    learning rate for the factors: set ``learner.lr`` along with the schedule to do the same. A factor at zero can come
-    back while |g| > γ. Our reading: attention heads count as groups; a budget may steer γ, and what stays
-    is refitted (``refit``), neither of which the paper does.
+    The scaling factors are the masks. The update is that of the authors' released code (``solvers.Apg``), and γ means
+    what it does there: the weight of ℓ1, which ``ProximalLearner`` calls λ₁. A factor at zero comes back where its
+    gradient exceeds γ in magnitude. The authors move the factors with the network's learning rate; to do the same, set
+    ``learner.lr`` whenever the schedule changes it.
+
+    Three things are not in the paper: attention heads are groups; a budget may steer γ; and the masks of the units that
+    stay are set to one after the selection (``refit``).
 
     Args:
         model: As in ``Learner``.
-        macs: Budget of MACs. It steers γ while training, unless ``gamma`` fixes it.
-        steps: Length of the sparse phase in optimizer steps.
-        gamma: γ, fixed; the authors' is 0.01.
-        structures: As in ``Learner``.
-        lr: η. None: 0.1 with a fixed γ, as the authors start, otherwise from ``steps`` and γ.
+        macs: As in ``Learner``. The budget steers γ during training, unless ``gamma`` fixes it.
+        steps: As in ``Learner``.
+        gamma: γ, fixed; the authors use 0.01. None: it is steered so that the budget is met.
+        lr: η, the step size of the masks. None: with a fixed γ 0.1, as the authors start; otherwise from ``steps`` and
+            the size of the gradients.
         momentum: μ.
-        weigh: ``'fisher'``, ``'macs'``, or None as in the paper.
-        **options: As in ``Learner``.
+        weigh: ``'fisher'``, ``'macs'`` or None, as in ``ProximalLearner``. The paper has None.
+        follow_schedule: As in ``ProximalLearner``.
+        refit: As in ``ProximalLearner``.
+        **options: As in ``Learner``. All ``kinds`` are cut by default, blocks included.
+
+    Raises:
+        PruningError: As for ``Learner``.
     """
 
     method = 'sss'
+    default_kinds = KINDS
     solver: Apg
 
     def __init__(
             self,
-            model: nn.Module,
-            macs: Optional[float] = None,
+            model: Union[nn.Module, Pruner],
+            macs: Optional[Union[float, Budget]] = None,
             steps: Optional[int] = None,
             *,
             gamma: Optional[float] = None,
-            structures: Sequence[str] = ('neurons', 'heads', 'groups', 'blocks'),
             lr: Optional[float] = None,
             momentum: float = 0.9,
             weigh: Optional[str] = None,
+            follow_schedule: bool = True,
+            refit: bool = True,
             **options: Any,
     ):
         lr = 0.1 if lr is None and gamma is not None else lr
-        super().__init__(model, macs, steps, l1=gamma, lr=lr, weigh=weigh, structures=structures, **options)
-        self._recipe['momentum'] = momentum
+        setup = self.setup(model, macs, steps, **options)
+        super().__init__(setup, l1=gamma, lr=lr, weigh=weigh, follow_schedule=follow_schedule, refit=refit)
         self.solver = Apg(torch.ones(self.masks.units, dtype=torch.float64), momentum)
+
+    def _recipe(self) -> Dict[str, Any]:
+        return {**super()._recipe(), 'momentum': self.solver.momentum}
 
     def _move(self, grad: torch.Tensor) -> None:
         self.solver.step(grad, self.step_size, self.strength * self.weights)

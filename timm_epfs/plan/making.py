@@ -2,14 +2,17 @@
 from typing import TYPE_CHECKING, Any, Dict, Mapping, Optional
 
 import numpy as np
+import timm
+import torch
 
+from ..version import __version__
 from .cuts import Cut
 from .pruning_plan import Plan
 
 if TYPE_CHECKING:
     from ..trace import Trace
 
-__all__ = ['make_plan']
+__all__ = ['make_plan', 'make_recipe']
 
 
 def make_plan(
@@ -37,3 +40,10 @@ def make_plan(
     }
     cuts = tuple(Cut(s, keep[s.name]) for s in traced.structures)
     return Plan(base, base_args or {}, cuts, changed, recipe, cost)
+
+
+def make_recipe(**values: Any) -> Dict[str, Any]:
+    """How a plan is found, for ``Plan.recipe``: what was given, without what is None or empty, and the versions."""
+    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
+    given = {key: value for key, value in plain.items() if value not in (None, [], {})}
+    return {**given, 'timm_epfs': __version__, 'timm': timm.__version__, 'torch': torch.__version__.split('+')[0]}

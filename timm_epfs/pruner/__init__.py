@@ -1,9 +1,15 @@
-"""The main job.
+"""Prunes models: ``Pruner``, and ``prune`` and ``inspect`` on top of it.
 
-In: a model or its name, and a budget. Out: a smaller model of the same class, or what could be cut of it.
+In: a model or its name, and a budget. Out: a smaller model of the same class, or a report of what can be cut.
 """
-from .api import left_alone, prune
+from .allocator import Allocator
 from .inputs import Example, example_for, trace_model
-from .inspection import Report, Row, inspect
+from .inspection import Report, Row
+from .pruner import Pruner
+from .request import Choice
+from .shortcuts import inspect, prune
 
-__all__ = ['Example', 'Report', 'Row', 'example_for', 'inspect', 'left_alone', 'prune', 'trace_model']
+__all__ = [
+    'Allocator', 'Choice', 'Example', 'Pruner', 'Report', 'Row', 'example_for', 'inspect', 'prune',
+    'trace_model',
+]

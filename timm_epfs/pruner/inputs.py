@@ -1,4 +1,4 @@
-"""What a model takes, and its trace."""
+"""The input of a model's forward, and a trace with it."""
 from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
@@ -15,19 +15,19 @@ __all__ = ['Example', 'example_for', 'trace_model']
 Example = Union[torch.Tensor, Tuple, Dict[str, Any]]
 
 
-def trace_model(
-        model: nn.Module,
-        example_input: Optional[Example] = None,
-        whole_heads: bool = True,
-        with_calls: bool = False,
-) -> Trace:
-    """Trace a module and verify what was found on a cut copy. Arguments are those of ``trace`` and ``prune``.
+def trace_model(model: nn.Module, example_input: Optional[Example] = None, whole_heads: bool = True) -> Trace:
+    """Trace a module, and verify the trace on a cut copy.
+
+    Args:
+        model: The module.
+        example_input: As in ``Pruner``.
+        whole_heads: As in ``trace``.
 
     Raises:
-        PruningError: Its input isn't known or its forward fails.
+        PruningError: The model's input isn't known, or its forward fails.
     """
     args, kwargs = example_for(model, example_input)
-    return trace(model, args, kwargs, cut=_cut, whole_heads=whole_heads, with_calls=with_calls)
+    return trace(model, args, kwargs, cut=_cut, whole_heads=whole_heads)
 
 
 def _cut(copy_: nn.Module, structures, keep, attributes) -> None:
@@ -35,10 +35,14 @@ def _cut(copy_: nn.Module, structures, keep, attributes) -> None:
 
 
 def example_for(model: nn.Module, example_input: Optional[Example] = None) -> Tuple[Tuple, Dict[str, Any]]:
-    """Arguments of one forward, on the meta device.
+    """Positional and keyword arguments of one forward: the example, or a tensor on the meta device.
+
+    Args:
+        model: The module.
+        example_input: As in ``Pruner``.
 
     Raises:
-        PruningError: The model doesn't say what it takes and no example was given.
+        PruningError: The model doesn't declare its input, and no example was given.
     """
     if isinstance(example_input, dict):
         return (), example_input
@@ -47,13 +51,14 @@ def example_for(model: nn.Module, example_input: Optional[Example] = None) -> Tu
     size = _input_size(model)
     if size is None:
         raise PruningError(
-            f'{type(model).__name__} doesn\'t say what it takes as input; give example_input=, such as '
+            f'the input of this {type(model).__name__} is not known; give example_input=, such as '
             f'torch.empty(1, 3, 224, 224)'
         )
     return (torch.empty(1, *size, device='meta'),), {}
 
 
 def _input_size(model: nn.Module) -> Optional[Tuple[int, ...]]:
+    """Channels, height and width that a model of timm or torchvision takes; None for any other."""
     if getattr(model, 'pretrained_cfg', None):
         return tuple(get_model_input_config(model)['input_size'])
     if type(model).__module__.startswith('torchvision.models'):

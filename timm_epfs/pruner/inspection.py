@@ -1,34 +1,31 @@
-"""What can be cut of a model, as a table and as data."""
+"""``Report``: what can be cut of a model, as a table and as data."""
 import re
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
-import torch
-from torch import nn
+from ..core import CostModel, Structure, format_count, percent, shorten
+from ..trace import Trace
 
-from ..core import CostModel, PruningError, Structure, format_count, percent, shorten
-from ..zoo import base_of, create_model
-from .inputs import Example, trace_model
-
-__all__ = ['Report', 'Row', 'inspect']
+__all__ = ['Report', 'Row', 'make_report']
 
 _WIDTH = 120
 
 
 @dataclass(frozen=True)
 class Row:
-    """One structure, or several alike.
+    """One structure, or several of the same shape.
 
     Attributes:
-        name: Name of the structure; of several, a pattern that ``exclude=`` and ``only=`` take.
-        kind: ``'channels'``, ``'heads'``, ``'groups'`` or ``'blocks'``.
-        units: Number of units, of each.
-        macs_share: Share of the model's MACs in layers that change when units are cut. Shares overlap: a layer
-            belongs to the structures on both its sides.
-        exact: True where masking units and cutting them give the same outputs.
-        reason: Where not exact, why.
-        stream: True for a residual stream that is normalised over its channels, cut only on request or in need.
-        count: How many structures the row stands for.
+        name: Name of the structure. For several, a pattern that matches them, as ``exclude=`` and ``only=`` take it.
+        kind: ``'channels'``, ``'heads'``, ``'head_dims'``, ``'groups'`` or ``'blocks'``.
+        units: Number of units of each structure.
+        macs_share: Share of the model's MACs in layers that get smaller when units are cut. Shares overlap, because a
+            layer has a structure on its input and another on its output.
+        exact: Whether masking units and cutting them give the same outputs.
+        reason: Why not, where it isn't exact.
+        stream: Whether it is a residual stream that is normalised over its channels. Such streams are cut only on
+            request, or if the budget can't be met otherwise.
+        count: Number of structures in this row.
     """
     name: str
     kind: str
@@ -48,11 +45,11 @@ class Report:
         model: Name of the model, or of its class.
         macs: MACs of one forward at batch 1.
         params: Number of parameters.
-        macs_share: Share of the MACs in layers that some structure cuts.
-        macs_share_exact: The same, by exact structures alone.
+        macs_share: Share of the MACs in layers that get smaller when some structure is cut.
+        macs_share_exact: Share of the MACs in layers that get smaller when some exact structure is cut.
         structures: Every structure, in the order of the model's parameters.
-        groups: The same with structures of one shape in one row, as the table shows them.
-        skipped: Places in the model's code around which nothing is cut, with the reasons.
+        groups: The structures again, those of one shape in one row, as the table shows them.
+        skipped: Lines of the model's code around which nothing is cut, and the reasons.
     """
     model: str
     macs: float
@@ -64,7 +61,7 @@ class Report:
     skipped: Tuple[Tuple[str, str], ...] = ()
 
     def to_dict(self) -> Dict[str, Any]:
-        """The report as JSON values. The rows of groups are left out: they say nothing of their own."""
+        """The report as JSON values. ``groups`` is left out, since it can be derived from ``structures``."""
         data = asdict(self)
         del data['groups']
         for row in data['structures']:
@@ -91,42 +88,16 @@ class Report:
         return '\n'.join(lines)
 
 
-def inspect(
-        model: Union[str, nn.Module],
-        example_input: Optional[Example] = None,
-        **model_args: Any,
-) -> Report:
-    """Report what can be cut of a model, without weights or compute: a giant takes seconds.
-
-    >>> report = inspect('resnet18')
-    >>> report.structures[0].name, report.structures[0].units
-    ('conv1', 64)
-    >>> f'{report.macs_share:.2f}'
-    '1.00'
+def make_report(name: str, traced: Trace) -> Report:
+    """Make the report of a traced model.
 
     Args:
-        model: timm name, ``'torchvision/<name>'``, or any module.
-        example_input: What the forward takes, where that isn't known.
-        **model_args: Keyword arguments of the model, where ``model`` is a name.
-
-    Raises:
-        PruningError: There is no such model, or its forward fails.
+        name: What the report calls the model.
+        traced: The model's trace.
     """
-    if isinstance(model, str):
-        name = model
-        with torch.device('meta'):
-            model = create_model(name, **model_args)
-    elif isinstance(model, nn.Module):
-        if model_args:
-            raise PruningError(f'{next(iter(model_args))}= goes with a model\'s name; build the module with it instead')
-        name = base_of(model)[0] or type(model).__name__
-    else:
-        raise PruningError(f'a model was asked for, {type(model).__name__} was given; give a name or an nn.Module')
-
-    traced = trace_model(model, example_input)
     cost, structures = traced.cost, traced.structures
     dense = cost.counts({s.name: s.units for s in structures})
-    inside = [s for s in structures if s.kind != 'blocks']  # a block taken out whole cuts no layer
+    inside = [s for s in structures if s.kind != 'blocks']  # cutting a block removes layers, and makes none smaller
     return Report(
         model=name,
         macs=cost('macs', dense),
@@ -147,7 +118,7 @@ def _row(alike: Sequence[Structure], cost: CostModel, dense) -> Row:
 
 
 def _alike(structures: Iterable[Structure]) -> List[List[Structure]]:
-    """Structures that differ by nothing but the numbers of their blocks, together."""
+    """Group structures that differ only in the numbers in their names."""
     groups: Dict[Tuple, List[Structure]] = {}
     for s in structures:
         block, _, layer = (s.name, '', '') if s.kind == 'blocks' else s.name.rpartition('.')
@@ -157,7 +128,7 @@ def _alike(structures: Iterable[Structure]) -> List[List[Structure]]:
 
 
 def _pattern(names: Sequence[str]) -> str:
-    """The name that they share, with ``*`` for the numbers that differ."""
+    """The name that structures share, with ``*`` in place of numbers that differ."""
     columns = zip(*(re.split(r'(\d+)', name) for name in names))
     return ''.join(parts[0] if len(set(parts)) == 1 else '*' for parts in columns)
 
@@ -169,8 +140,8 @@ def _table(rows: Sequence[Row]) -> List[str]:
         exact = 'yes' if row.exact else f'no: {row.reason}'
         cells.append((row.name, row.kind, units, percent(row.macs_share), exact))
     name, kind, units, share = (max(len(row[i]) for row in cells) for i in range(4))
-    room = _WIDTH - kind - units - share - 4 * 2 - 24  # 24: the start of the reason
-    name = min(name, room)
+    room_for_reason = 24
+    name = min(name, _WIDTH - kind - units - share - 4 * 2 - room_for_reason)
     return [
         shorten(
             f'{shorten(row[0], name):<{name}}  {row[1]:<{kind}}  {row[2]:>{units}}  {row[3]:>{share}}  {row[4]}',

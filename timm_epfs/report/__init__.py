@@ -1,11 +1,12 @@
-"""What people look at.
+"""Comparing a dense and a pruned model: numbers, tables and pictures.
 
-In: a dense and a pruned model, a plan. Out: measured numbers side by side, tables and pictures.
+In: a dense and a pruned model, or a plan. Out: their measurements side by side, as a table or a picture.
 """
-from .comparison import Rows, compare, count_macs, image_loader, image_splits, random_images, size_on_disk, table, top1
+from .comparison import Rows, compare, count_macs, size_on_disk, table, top1
+from .image_data import check_classes, image_loader, image_splits, random_images
 from .pictures import draw, draw_layers, new_figure, plot
 
 __all__ = [
-    'Rows', 'compare', 'count_macs', 'draw', 'draw_layers', 'image_loader', 'image_splits', 'new_figure', 'plot',
-    'random_images', 'size_on_disk', 'table', 'top1',
+    'Rows', 'check_classes', 'compare', 'count_macs', 'draw', 'draw_layers', 'image_loader', 'image_splits',
+    'new_figure', 'plot', 'random_images', 'size_on_disk', 'table', 'top1',
 ]

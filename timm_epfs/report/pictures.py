@@ -1,8 +1,10 @@
-"""Pictures: what is left of each layer, and the files that cards and reports show.
+"""Pictures: the units that each layer keeps, and the image files that cards and reports show.
 
-matplotlib is imported when something is drawn. Figures are made without ``pyplot``: no window, and no global state.
+matplotlib is imported only when something is drawn. Figures are made without ``pyplot``, so that no window opens and no
+global state changes.
 """
 import json
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Set, Tuple, Union
 
@@ -15,6 +17,7 @@ from ..plan import Cut, Plan
 from ..zoo import as_plan
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ['draw', 'draw_layers', 'new_figure', 'plot']
@@ -23,15 +26,16 @@ _GREY = '#dcdcdc'
 _COLOURS = {
     'channels': '#1f4e8c', 'heads': '#c0562b', 'head_dims': '#b8860b', 'groups': '#2e7d5b', 'blocks': '#6a4c93',
 }
-_NAMES = 48  # that many fit below the bars; of more, every second or third is shown
-_LETTERS = 28
+_NAMES = 48  # names that fit below the bars; of a longer list, every second, third … name is shown
+_LETTERS = 28  # longest name that is shown whole
 
 
 def plot(model: Union[nn.Module, Plan, Mapping[str, Any], str, Path]) -> 'Figure':
-    """Draw how many units each layer had and has left, as bars along the depth.
+    """Draw how many units each layer had and how many it keeps, as bars in the order of the layers.
 
-    One row of bars for each kind of unit, in the order of the model's layers: dense in grey, what is left in colour,
-    what went with a whole block hatched. Heights are on a square-root scale: narrow layers show beside wide ones.
+    There is one row of bars for each kind of unit. The dense model is grey, the units that are kept are coloured, and
+    layers that were removed with a whole block are hatched. Heights are on a square-root scale, so that narrow layers
+    are visible beside wide ones.
 
     Args:
         model: A pruned model, a plan, its dict, the path of its JSON, or the folder of a saved model.
@@ -49,7 +53,16 @@ def plot(model: Union[nn.Module, Plan, Mapping[str, Any], str, Path]) -> 'Figure
 
 
 def draw_layers(path: Path, plan: Plan, title: str = '') -> bool:
-    """Write the picture of ``plot``, with a title where one is given. Path and return value are those of ``draw``."""
+    """Write the picture of ``plot`` to a file.
+
+    Args:
+        path: As in ``draw``.
+        plan: The plan to draw.
+        title: Title of the picture. Empty: none.
+
+    Returns:
+        As ``draw`` does.
+    """
     def paint(figure: 'Figure') -> None:
         _layers(figure, plan)
         if title:
@@ -59,15 +72,15 @@ def draw_layers(path: Path, plan: Plan, title: str = '') -> bool:
 
 
 def draw(path: Path, size: Tuple[float, float], paint: Callable[['Figure'], None]) -> bool:
-    """Write one picture. The same content gives the same bytes.
+    """Write one picture. The same content always gives the same bytes.
 
     Args:
-        path: A PNG file; its folder is made where it's missing.
+        path: The PNG file to write. Its folder is created if it doesn't exist.
         size: Width and height in inches.
-        paint: Fills the figure it is given.
+        paint: Draws into the figure that it is given.
 
     Returns:
-        Whether it was drawn: not where matplotlib isn't installed.
+        Whether the picture was written. It is not if matplotlib isn't installed.
     """
     try:
         figure = new_figure(size)
@@ -78,7 +91,7 @@ def draw(path: Path, size: Tuple[float, float], paint: Callable[['Figure'], None
     figure.canvas.draw()
     path.parent.mkdir(exist_ok=True)
     pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert('RGB')
-    pixels.quantize(64).save(path, optimize=True)  # a third of the bytes that savefig writes
+    pixels.quantize(64).save(path, optimize=True)  # a third of the size that savefig would write
     return True
 
 
@@ -95,7 +108,7 @@ def new_figure(size: Tuple[float, float]) -> 'Figure':
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise PruningError("pictures need matplotlib, which isn't installed: pip install 'timm-epfs[plot]'") from None
+        raise PruningError("pictures need matplotlib, which isn't installed; pip install 'timm-epfs[plot]'") from None
     figure = Figure(figsize=size, layout='constrained')
     FigureCanvasAgg(figure)
     return figure
@@ -104,7 +117,8 @@ def new_figure(size: Tuple[float, float]) -> 'Figure':
 def _plan_of(model: Any) -> Plan:
     if isinstance(model, nn.Module):
         if not isinstance(getattr(model, 'pruning_plan', None), Plan):
-            raise PruningError(f'plot: this {type(model).__name__} has no pruning_plan; give what prune() returned')
+            raise PruningError(
+                f'plot: this {type(model).__name__} has no pruning_plan; give a model that prune() returned')
         return model.pruning_plan
     if not isinstance(model, (str, Path)) or not Path(model).is_dir():
         return as_plan(model)
@@ -114,23 +128,23 @@ def _plan_of(model: Any) -> Plan:
 
 
 def _shown(plan: Plan) -> List[Cut]:
-    """What has a bar, in the order of the layers. Blocks have one only where some were taken out."""
+    """The cuts that are shown as bars, in the order of the layers. Blocks are shown only if some were removed."""
     inner = [cut for cut in plan.cuts if cut.structure.kind != 'blocks']
     blocks = [cut for cut in plan.cuts if cut.structure.kind == 'blocks']
     if all(len(cut.keep) for cut in blocks):
         return inner
-    at = {id(cut): float(i) for i, cut in enumerate(inner)}
-    for block in blocks:  # before the first layer in it
+    position = {id(cut): float(i) for i, cut in enumerate(inner)}
+    for block in blocks:  # right before the first layer inside the block
         inside = (i for i, cut in enumerate(inner) if cut.structure.name.startswith(f'{block.structure.name}.'))
-        at[id(block)] = next(inside, len(inner)) - 0.5
-    return sorted((*inner, *blocks), key=lambda cut: at[id(cut)])
+        position[id(block)] = next(inside, len(inner)) - 0.5
+    return sorted((*inner, *blocks), key=lambda cut: position[id(cut)])
 
 
-def _gone(plan: Plan) -> Set[str]:
-    """Structures of which nothing is left: removed blocks, and what was only in them."""
+def _removed(plan: Plan) -> Set[str]:
+    """Names of the structures that were removed whole: blocks, and structures that were only inside of them."""
     blocks = {cut.structure.name for cut in plan.cuts if not len(cut.keep)}
-    lost = plan.lost(member.tensor for cut in plan.cuts for member in cut.structure.members)
-    inside = {cut.structure.name for cut in plan.cuts if all(m.tensor in lost for m in cut.structure.members)}
+    lost_tensors = plan.lost(member.tensor for cut in plan.cuts for member in cut.structure.members)
+    inside = {cut.structure.name for cut in plan.cuts if all(m.tensor in lost_tensors for m in cut.structure.members)}
     return blocks | inside
 
 
@@ -141,8 +155,9 @@ def _kinds(plan: Plan) -> List[str]:
 
 def _size(plan: Plan) -> Tuple[float, float]:
     names = _names(_shown(plan))
-    below = 0.085 * max(map(len, names), default=0)
-    return max(6.0, min(15.0, 1.5 + 0.2 * len(names))), 0.8 + 1.9 * max(1, len(_kinds(plan))) + below
+    names_height = 0.085 * max(map(len, names), default=0)
+    width = max(6.0, min(15.0, 1.5 + 0.2 * len(names)))
+    return width, 0.8 + 1.9 * max(1, len(_kinds(plan))) + names_height
 
 
 def _names(cuts: List[Cut]) -> List[str]:
@@ -151,28 +166,33 @@ def _names(cuts: List[Cut]) -> List[str]:
 
 
 def _layers(figure: 'Figure', plan: Plan) -> None:
-    from matplotlib.ticker import FixedLocator
-    shown, kinds, gone = _shown(plan), _kinds(plan), _gone(plan)
+    shown, kinds, removed = _shown(plan), _kinds(plan), _removed(plan)
     heights = [0.4 if kind == 'blocks' else 1.0 for kind in kinds] or [1.0]
     rows = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axis, kind in zip(rows, kinds):
-        at = [i for i, cut in enumerate(shown) if cut.structure.kind == kind]
-        whole = [shown[i].structure.units for i in at]
-        left = [0 if shown[i].structure.name in gone else len(shown[i].keep) for i in at]
-        axis.bar(at, whole, width=0.8, color=_GREY, label='dense')
-        axis.bar(at, left, width=0.8, color=_COLOURS[kind], label='left')
-        hatched = [(i, units) for i, units in zip(at, whole) if shown[i].structure.name in gone]
-        if hatched:
-            axis.bar(
-                *zip(*hatched), width=0.8, color='none', edgecolor='#777777', hatch='////', linewidth=0,
-                label='gone with its block')
-        top = max(whole)
-        axis.set_yscale('function', functions=(lambda y: abs(y) ** 0.5, lambda y: y ** 2))
-        axis.set(ylim=(0, 1.03 * top), ylabel=kind)
-        axis.yaxis.set_major_locator(FixedLocator(sorted({0, *(max(1, round(top * s)) for s in (1 / 16, 1 / 4, 1))})))
+        positions = [i for i, cut in enumerate(shown) if cut.structure.kind == kind]
+        _bars(axis, kind, positions, [shown[i] for i in positions], removed)
         axis.legend(fontsize='x-small', ncols=3, loc='lower right', bbox_to_anchor=(1, 1), frameon=False)
         axis.spines[['top', 'right']].set_visible(False)
-    step = -(-len(shown) // _NAMES)
-    names = _names(shown)
-    rows[-1].set_xticks(range(0, len(shown), step or 1), names[::step or 1], rotation=90, fontsize='x-small')
+    step = max(1, ceil(len(shown) / _NAMES))
+    rows[-1].set_xticks(range(0, len(shown), step), _names(shown)[::step], rotation=90, fontsize='x-small')
     rows[-1].set_xlim(-0.7, len(shown) - 0.3)
+
+
+def _bars(axis: 'Axes', kind: str, positions: List[int], cuts: List[Cut], removed: Set[str]) -> None:
+    """Draw the row of bars of one kind, on a square-root scale."""
+    from matplotlib.ticker import FixedLocator
+    dense = [cut.structure.units for cut in cuts]
+    left = [0 if cut.structure.name in removed else len(cut.keep) for cut in cuts]
+    axis.bar(positions, dense, width=0.8, color=_GREY, label='dense')
+    axis.bar(positions, left, width=0.8, color=_COLOURS[kind], label='left')
+    hatched = [(at, units) for at, units, cut in zip(positions, dense, cuts) if cut.structure.name in removed]
+    if hatched:
+        axis.bar(
+            *zip(*hatched), width=0.8, color='none', edgecolor='#777777', hatch='////', linewidth=0,
+            label='gone with its block')
+    top = max(dense)
+    axis.set_yscale('function', functions=(lambda y: abs(y) ** 0.5, lambda y: y ** 2))
+    axis.set(ylim=(0, 1.03 * top), ylabel=kind)
+    axis.yaxis.set_major_locator(
+        FixedLocator(sorted({0, *(max(1, round(top * share)) for share in (1 / 16, 1 / 4, 1))})))

@@ -6,13 +6,13 @@ parameter cut as soon as it is made, and so initialises it for the shape that st
 """
 from dataclasses import dataclass
 from functools import partial
-from typing import Callable, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Callable, Dict, List, Mapping, Optional, Tuple, Union, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..plan import Plan
+from ..plan import Plan, PrunedModel
 from .bases import build_base
 from .construction import SkipInit, parameters_as_they_are_made
 from .cutting import apply_plan
@@ -24,13 +24,13 @@ __all__ = ['Skeleton', 'rebuild']
 _SIZES = ('in_channels', 'out_channels', 'groups', 'in_features', 'out_features')
 
 
-def rebuild(plan: Plan, device: Optional[Union[str, torch.device]] = None) -> nn.Module:
+def rebuild(plan: Plan, device: Optional[Union[str, torch.device]] = None) -> PrunedModel:
     """The pruned model of a plan, built from its base, with fresh weights and ``model.pruning_plan`` set.
 
     Raises:
         PruningError: The base can't be built, or is not the one that the plan was made for.
     """
-    model = Skeleton(plan, partial(build_base, plan.base, plan.base_args, device)).initialised()
+    model = cast(PrunedModel, Skeleton(plan, partial(build_base, plan.base, plan.base_args, device)).initialised())
     model.pruning_plan = plan
     return model
 

@@ -1,27 +1,38 @@
 """Residual blocks: modules that add what their branches make to a shortcut.
 
-Without its branches such a block is its shortcut: the identity, so that it can be taken out whole, or a chain of its
-children (a projection where the shape changes, the activation after the sum). They are found by following sums: every
-tensor is known as a sum of *terms*, and a block is a module of whose output its input, or what a chain of its children
-makes of its input, is one.
+Without its branches such a block is its shortcut, and that is the identity or a chain of its children: a projection
+where the shape changes, the activation after the sum. The block is cut by leaving only that.
+
+Blocks are found by following sums. Take the block that begins a stage of a ResNet, with values as in ``Sums``::
+
+    def forward(self, x):                          # x:     value 1
+        y = self.conv2(self.conv1(x).relu())       # y:     value 4, made by conv2
+        s = self.downsample(x)                     # s:     value 5, made by downsample
+        return self.act(y + s)                     # y + s: value 6, terms 4 and 5; returned: value 7, a ReLU of them
+
+1. Is x a term of what is returned? No: the shortcut isn't the identity.
+2. Did a child make it of a sum? ``act`` did. Is x a term of that sum? No: the shortcut isn't ``act`` alone.
+3. Did a chain of children make one of its terms of x? ``downsample`` made 5. (4 was not: the ReLU is no child.)
+
+So the shortcut is ``downsample``, then ``act``. The branch is 4, which is zero where conv2's parameters are zero.
+
+>>> from timm.models.resnet import BasicBlock
+>>> from timm_epfs.trace.recorder import Recorder
+>>> block = BasicBlock(8, 16, downsample=nn.Conv2d(8, 16, 1))
+>>> rec = Recorder(nn.Sequential(nn.Conv2d(3, 8, 1), block).to('meta').eval())
+>>> _ = rec.run((torch.empty(1, 3, 4, 4, device='meta'),), {})
+>>> rec.blocks
+(Block(module='1', last=('1.bn2.bias', '1.bn2.weight'), shortcut=('downsample', 'act2'), projects=True),)
 """
-from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from dataclasses import dataclass, field
+from typing import Any, Collection, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
 
-__all__ = ['Block', 'Residuals']
+from .sums import Key, Sums
 
-_PASS = frozenset({'view', '_unsafe_view', 'clone', 'contiguous', 'detach', 'alias', '_to_copy', 'native_dropout', 't',
-                   'unsqueeze', 'squeeze', 'expand'})
-_MAKES = frozenset({'convolution', 'addmm', 'mm', 'mul', 'mul_', 'native_batch_norm', 'cudnn_batch_norm',
-                    '_native_batch_norm_legit_no_training', 'native_layer_norm'})
-_WEIGHT_AT = {'convolution': 1, 'addmm': 2, 'mm': 1}  # which tensor of a product is its weight
-_MOVES = frozenset({'permute', 'transpose', 'roll', 'slice', 'index', 'constant_pad_nd'})  # zeros stay zeros
-
-
-Key = Tuple[int, int]   # a tensor at one point of the forward: its id and its term, which in-place operations change
+__all__ = ['Block', 'BlockFinder']
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Block:
     Attributes:
         module: Its path.
         last: Parameters of the last layer of each branch: with zeros there the block is its shortcut.
-        shortcut: Names of the block's children that its shortcut is, in the order they run. None: the identity.
+        shortcut: Names of the children that its shortcut is, in the order they run. Empty: the identity.
         projects: Whether the shortcut is more than the block's input and an activation after the sum.
     """
     module: str
@@ -40,168 +51,144 @@ class Block:
     projects: bool = False
 
 
-@dataclass(frozen=True)
-class _Call:
-    """One run of a child: its name in its parent, what entered and what left."""
-    name: str
-    entered: Key
-    left: Key
+@dataclass
+class _Run:
+    """One run of a module.
+
+    Attributes:
+        path: Path of the module.
+        source: What it was given; None if that isn't a single tensor.
+        start: Number of values before it ran: those above were made inside.
+        result: What it gave.
+        children: Runs of its children, each from one tensor to one tensor.
+    """
+    path: str
+    source: Optional[Key]
+    start: int
+    result: Optional[Key] = None
+    children: List['_Run'] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition('.')[2]
 
 
-class Residuals:
-    """Follows sums through the forward of a model.
+class BlockFinder:
+    """Watches the forwards of a model for residual blocks.
 
     Args:
         model: The recorder's copy; its modules get hooks.
     """
 
     def __init__(self, model: nn.Module):
-        self.stack: List[str] = []
-        self._entered: List[Tuple[Optional[Key], int]] = []     # of each module of the stack: its input, terms so far
-        self._calls: Dict[str, List[_Call]] = {}                # of each module: those of its children
-        self._found: Dict[str, Optional[Block]] = {}
         self._model = model
-        self._names = {id(p): name for name, p in model.named_parameters() if p.ndim}
-        self._count = 0
-        self._of: Dict[int, int] = {}                       # term of a tensor, by id
-        self._terms: Dict[int, Dict[int, bool]] = {}        # term → its parts; True: a ReLU came after
-        self._positive: set = set()                         # terms that are outputs of a ReLU
-        self._last: Dict[int, Tuple[str, ...]] = {}         # term → parameters of the layer that made it
-        self._parameter: Dict[int, str] = {}                # term → name, for parameters and views of them
+        self._sums = Sums(model)
+        self._running = [_Run('', None, 0)]
+        self._found: Dict[str, Optional[Block]] = {}  # None for what isn't a block or ran more than once
         for name, module in model.named_modules():
             if name:
                 module.register_forward_pre_hook(
                     lambda _, args, kwargs, name=name: self._enter(name, args, kwargs), with_kwargs=True)
-                module.register_forward_hook(lambda _, args, out, name=name: self._leave(name, out))
+                module.register_forward_hook(lambda _, args, out, name=name: self._leave(out))
 
-    def blocks(self) -> List[Block]:
-        """Innermost blocks, each run once. Those that their input goes through unchanged come before any other."""
-        found = [block for block in self._found.values() if block is not None]
-        plain = _innermost([block for block in found if not block.projects])
-        others = _innermost([block for block in found if block.projects])
-        apart = [block for block in others if not any(_nested(block.module, other.module) for other in plain)]
-        kept = {block.module for block in (*plain, *apart)}
-        return [block for block in found if block.module in kept]
+    @property
+    def modules(self) -> Tuple[str, ...]:
+        """Paths of the modules that are running, the outermost first, without the model itself."""
+        return tuple(run.path for run in self._running[1:])
 
     def see(self, name: str, args: Sequence[Any], out: Any) -> None:
-        """One operation."""
-        out = out[0] if isinstance(out, (tuple, list)) else out
-        tensors = [a for a in args if isinstance(a, torch.Tensor)]
-        if not isinstance(out, torch.Tensor):
-            return
-        ins = [self._term(t) for t in tensors]
-        if name in _PASS and ins:
-            self._of[id(out)] = ins[0]
-            return
-        term = self._fresh()
-        if name in ('add', 'add_') and len(ins) == 2 and tensors[0].shape == tensors[1].shape == out.shape:
-            left, right = self._parts(ins[0]), self._parts(ins[1])
-            if not left.keys() & right.keys():
-                self._terms[term] = {**left, **right}
-        elif name.rstrip('_') in ('relu', 'clamp_min') and ins:
-            self._terms[term] = dict.fromkeys(self._parts(ins[0]), True)
-            self._positive.add(term)
-        elif name.startswith('max_pool') and ins and ins[0] in self._positive:
-            self._positive.add(term)
-        elif name in _MAKES:
-            own = tuple(self._parameter[i] for i in ins if i in self._parameter)
-            weight = ins[min(_WEIGHT_AT.get(name, 0), len(ins) - 1)]
-            # A weight that is computed (standardised, say) isn't scaled by scaling what it's computed from.
-            computed = name in _WEIGHT_AT and weight not in self._parameter
-            self._last[term] = () if computed else own or self._last.get(ins[0], ())
-        elif name in _MOVES and ins:
-            self._last[term] = self._last.get(ins[0], ())
-        self._of[id(out)] = term
+        """Follow one ATen operation: its name, positional arguments and output."""
+        self._sums.see(name, args, out)
 
-    def _fresh(self) -> int:
-        self._count += 1
-        return self._count
-
-    def _term(self, tensor: torch.Tensor) -> int:
-        if id(tensor) not in self._of:
-            self._of[id(tensor)] = self._fresh()
-            if id(tensor) in self._names:
-                self._parameter[self._of[id(tensor)]] = self._names[id(tensor)]
-        return self._of[id(tensor)]
-
-    def _parts(self, term: int) -> Dict[int, bool]:
-        return self._terms.get(term, {term: False})
+    def blocks(self) -> Tuple[Block, ...]:
+        """The blocks, none inside another: inner ones win, and those without a projection win over those with one."""
+        found = [block for block in self._found.values() if block is not None]
+        plain = _innermost([block for block in found if not block.projects])
+        projected = _innermost([block for block in found if block.projects])
+        kept = plain + [block for block in projected if not any(_nested(block, other) for other in plain)]
+        return tuple(block for block in found if block in kept)
 
     def _enter(self, name: str, args: Tuple, kwargs: Dict) -> None:
-        self.stack.append(name)
-        self._calls[name] = []
-        alone = len(args) == 1 and isinstance(args[0], torch.Tensor) and not kwargs
-        self._entered.append((self._key(args[0]) if alone else None, self._count))
+        single = len(args) == 1 and isinstance(args[0], torch.Tensor) and not kwargs
+        self._running.append(_Run(name, self._sums.key(args[0]) if single else None, self._sums.count))
 
-    def _leave(self, name: str, out: Any) -> None:
-        self.stack.pop()
-        source, count = self._entered.pop()
+    def _leave(self, out: Any) -> None:
+        run = self._running.pop()
         block = None
-        if source is not None and isinstance(out, torch.Tensor):
-            parent, _, own = name.rpartition('.')
-            result = self._key(out)
-            self._calls.setdefault(parent, []).append(_Call(own, source, result))
-            if name not in self._found and source != result:
-                block = next(self._blocks(name, source, result, count), None)
-        self._found[name] = block
+        if run.source is not None and isinstance(out, torch.Tensor):
+            run.result = self._sums.key(out)
+            if self._running[-1].path == run.path.rpartition('.')[0]:
+                self._running[-1].children.append(run)
+            if run.path not in self._found and run.source != run.result:
+                block = next(self._candidates(run), None)
+        self._found[run.path] = block
 
-    def _key(self, tensor: torch.Tensor) -> Key:
-        return id(tensor), self._term(tensor)
+    def _candidates(self, run: _Run) -> Iterator[Block]:
+        """What blocks a module can be, the simplest first."""
+        total = self._sums.terms(run.result[1])
+        under_relu = any(total.values())
+        if not under_relu or self._sums.is_nonnegative(run.source[1]):  # there, a ReLU is the identity
+            yield from self._identity(run, total, ())
+        for child in run.children:
+            if child.result == run.result and child.source != run.source:
+                before = self._sums.terms(child.source[1])
+                if not any(before.values()):
+                    yield from self._identity(run, before, (child.name,))
+                    yield from self._projection(run, before, (child.name,))
+        if not under_relu:
+            yield from self._projection(run, total, ())
 
-    def _blocks(self, name: str, source: Key, result: Key, count: int) -> Iterator[Block]:
-        """What the module can be, the simplest first."""
-        parts = self._parts(result[1])
-        if source[1] in self._positive or not any(parts.values()):  # on positive inputs a ReLU is the identity
-            yield from self._identity(name, source, parts, count, ())
-        for call in self._calls[name]:
-            if call.left == result and call.entered != source:
-                parts = self._parts(call.entered[1])
-                if not any(parts.values()):
-                    yield from self._identity(name, source, parts, count, (call.name,))
-                    yield from self._projection(name, source, parts, count, (call.name,))
-        yield from self._projection(name, source, self._parts(result[1]), count, ())
+    def _identity(self, run: _Run, total: Mapping[int, bool], after: Tuple[str, ...]) -> Iterator[Block]:
+        """The block whose shortcut is its input and the children ``after`` the sum, if it is one."""
+        source = self._sums.terms(run.source[1])
+        if source.keys() <= total.keys() and (last := self._ends(run, total, source)):
+            yield Block(run.path, last, after)
 
-    def _identity(self, name: str, source: Key, parts: Dict[int, bool], count: int, tail: Tuple) -> Iterator[Block]:
-        kept = self._parts(source[1])
-        if kept.keys() <= parts.keys() and (last := self._branches(parts, kept, count)):
-            yield Block(name, last, tail)
-
-    def _projection(self, name: str, source: Key, parts: Dict[int, bool], count: int, tail: Tuple) -> Iterator[Block]:
-        if any(parts.values()) or len(parts) < 2:
+    def _projection(self, run: _Run, total: Mapping[int, bool], after: Tuple[str, ...]) -> Iterator[Block]:
+        """The block whose shortcut is a chain of children, the one with the fewest parameters, if it is one."""
+        chains = {term: chain for term in total if (chain := _chain(run, term))}
+        if len(total) < 2 or not chains:
             return
-        chains = [(part, chain) for part in parts if (chain := self._chain(name, source, part))]
-        block = self._model.get_submodule(name)
-        costs = [sum(len([*block.get_submodule(child).parameters()]) for child in chain) for _, chain in chains]
-        if not chains or costs.count(min(costs)) > 1:
-            return  # none, or branches that are all alike
-        part, chain = chains[costs.index(min(costs))]
-        last = self._branches(parts, {part: False}, count)
-        if last and len({*chain, *tail}) == len(chain) + len(tail):
-            yield Block(name, last, (*chain, *tail), projects=True)
+        sizes = {term: self._parameters_of(run, chain) for term, chain in chains.items()}
+        term = min(sizes, key=sizes.__getitem__)
+        if list(sizes.values()).count(sizes[term]) > 1:
+            return  # branches that are alike: none of them is the shortcut
+        shortcut = (*chains[term], *after)
+        last = self._ends(run, total, (term,))
+        if last and len(set(shortcut)) == len(shortcut):
+            yield Block(run.path, last, shortcut, projects=True)
 
-    def _branches(self, parts: Dict[int, bool], kept: Dict[int, bool], count: int) -> Tuple[str, ...]:
-        """Parameters of the layers that end the branches; none if one is from outside, or of a layer without any."""
-        branches = [part for part in parts if part not in kept]
-        if any(part <= count or not self._last.get(part) for part in branches):
+    def _parameters_of(self, run: _Run, children: Sequence[str]) -> int:
+        module = self._model.get_submodule(run.path)
+        return sum(len([*module.get_submodule(child).parameters()]) for child in children)
+
+    def _ends(self, run: _Run, total: Mapping[int, bool], shortcut: Collection[int]) -> Tuple[str, ...]:
+        """Parameters of the layers that end the branches, which are all terms but the shortcut's.
+
+        Empty if a branch was made outside of the block, or by no layer with parameters.
+        """
+        branches = [term for term in total if term not in shortcut]
+        if any(term <= run.start or not self._sums.layer(term) for term in branches):
             return ()
-        return tuple(sorted({p for part in branches for p in self._last[part]}))
+        return tuple(sorted({name for term in branches for name in self._sums.layer(term)}))
 
-    def _chain(self, name: str, source: Key, part: int) -> Tuple[str, ...]:
-        """Children that make a part of the sum of the module's input, each of what the one before it makes."""
-        chain: List[str] = []
-        made = {call.left: call for call in reversed(self._calls[name]) if call.left != call.entered}
-        call = next((call for key, call in made.items() if key[1] == part), None)
-        while call is not None and len(chain) < len(made):
-            chain.insert(0, call.name)
-            if call.entered == source:
-                return tuple(chain)
-            call = made.get(call.entered)
-        return ()
+
+def _chain(run: _Run, term: int) -> Tuple[str, ...]:
+    """Names of the children that make a term of the module's input, each of what the one before it made."""
+    made_by = {child.result: child for child in reversed(run.children) if child.result != child.source}
+    child = next((child for key, child in made_by.items() if key[1] == term), None)
+    chain: List[str] = []
+    while child is not None and len(chain) < len(made_by):
+        chain.insert(0, child.name)
+        if child.source == run.source:
+            return tuple(chain)
+        child = made_by.get(child.source)
+    return ()
 
 
 def _innermost(blocks: Sequence[Block]) -> List[Block]:
     return [block for block in blocks if not any(other.module.startswith(f'{block.module}.') for other in blocks)]
 
 
-def _nested(one: str, other: str) -> bool:
-    return one.startswith(f'{other}.') or other.startswith(f'{one}.')
+def _nested(one: Block, other: Block) -> bool:
+    return one.module.startswith(f'{other.module}.') or other.module.startswith(f'{one.module}.')

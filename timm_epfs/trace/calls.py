@@ -1,14 +1,13 @@
-"""Which torch functions a forward runs, as they are called: what there is to time.
+"""The torch functions that a forward calls: what a latency model has to time.
 
-The recorder sees operations of the meta device, where fused ones (attention, say) fall apart. A call is written down
-one level above, where every device gets the same.
+The recorder sees the operations of the meta device, where fused ones such as attention fall apart. Calls are recorded
+one level above, where they are the same on every device.
 """
 from dataclasses import dataclass
-from typing import Any, Callable, List, Tuple
+from typing import Any, Callable, Iterable, List, Tuple
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from ..core import Size
 
@@ -20,9 +19,9 @@ class Call:
     """One call that computes something.
 
     Attributes:
-        function: What was called.
-        sizes: Sizes of the dims of each tensor that it was given.
-        gates: Numbers of units left of the blocks around it: it runs where none is zero.
+        function: The function.
+        sizes: Sizes of the dims of each tensor among its arguments.
+        gates: Numbers of units left of the blocks that it is in: it runs where none is zero.
     """
     function: Callable
     sizes: Tuple[Tuple[Size, ...], ...]
@@ -30,7 +29,7 @@ class Call:
 
 
 class Calls(TorchFunctionMode):
-    """Tells ``see(function, args, kwargs, out)`` of every call inside it that gives new numbers: views don't."""
+    """Passes every call inside it that computes something to ``see(function, args, kwargs, out)``. Views don't."""
 
     def __init__(self, see: Callable[[Callable, Any, Any, Any], None]):
         super().__init__()
@@ -39,21 +38,34 @@ class Calls(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        with torch._C.DisableTorchFunction():
-            if _computes(tensors_in((args, kwargs)), tensors_in(out)):
-                self._see(func, args, kwargs, out)
+        made = tensors_in(out)
+        if made:
+            with torch._C.DisableTorchFunction():
+                if _computes(tensors_in((args, kwargs)), made):
+                    self._see(func, args, kwargs, out)
         return out
 
 
 def tensors_in(tree: Any) -> List[torch.Tensor]:
-    if isinstance(tree, torch.Tensor):
-        return [tree]
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    """The tensors in the arguments or the results of a call: lists, tuples and dicts only, since pytree is slow."""
+    found: List[torch.Tensor] = []
+    _collect((tree,), found)
+    return found
+
+
+def _collect(values: Iterable[Any], found: List[torch.Tensor]) -> None:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            _collect(value, found)
+        elif isinstance(value, dict):
+            _collect(value.values(), found)
 
 
 def _computes(given: List[torch.Tensor], made: List[torch.Tensor]) -> bool:
-    """Whether there is more to it than views: an output that was an input was changed in place."""
-    if not given or not made:
+    """Whether a call gives more than views of its arguments. An output that is an argument was changed in place."""
+    if not given:
         return False
     if any(out is tensor for out in made for tensor in given):
         return True

@@ -1,4 +1,4 @@
-"""Copies without data to trace on, and where in a model's code an operation comes from."""
+"""Copies of a model without data, and the line of a model's code that runs."""
 import copy
 import sys
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ _HERE = __file__.rsplit('/', 1)[0]
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of a model on the meta device, without ever allocating its weights twice. The model isn't touched."""
+    """A copy of a model on the meta device, made without allocating its weights. The model isn't touched."""
     memo: Dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
@@ -36,7 +36,7 @@ def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Fused paths off and no gradients, so that the forward is the one that its source says."""
+    """Inside the block, a forward runs without gradients and without the fused path of torch's attention modules."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -47,7 +47,7 @@ def quiet() -> Iterator[None]:
 
 
 def call_site() -> Tuple[str, int]:
-    """File and line of the model's code that called the operation."""
+    """File and line of the model's code that called the operation that is running."""
     frame: Optional[Any] = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename

@@ -1,46 +1,34 @@
-"""Labels: which entries of which dims stand or fall together.
+"""Labels: which entries of which dims must be cut together.
 
-Every dim of every tensor that a forward touches carries either ``None`` (it can't be cut: batch, image rows, logits) or
-a *label*, an int array with one atom per entry. Operations pass labels on and tie atoms; once the forward has run,
-atoms that are tied, directly or through others, are one unit. Ties are only written down while tracing and solved at
-the end, in numpy, all at once.
+Each dim of each tensor in a forward carries either ``None`` (it can't be cut: batch, rows of an image, logits) or a
+*label*: an int array with the *node* of each entry. Operations pass labels on and tie nodes to each other. Nodes that
+are tied, directly or through others, are one unit: a connected component, found by union-find once the forward is over.
 
-Reshapes that split or merge a cuttable dim (heads, groups) are the one thing that a tie can't say: after
-``view(B, N, 3, H, D)`` the entries left must form a box. Such a reshape is a ``Factor``: its axes get atoms of their
-own, and the solver picks the axis along which units are cut.
+A tie can't express a reshape that splits or merges a dim, as ``view(B, N, 3, H, D)`` does. That is what ``Reshape``
+is for.
 """
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
-__all__ = ['Labels', 'Label', 'Factor', 'Solution', 'PINNED']
+from .components import Edges, components, in_component_of
+from .reshapes import Grid, Reshape
+
+__all__ = ['PINNED', 'Label', 'Labels', 'Solution']
 
 Label = Optional[np.ndarray]
-Tie = Tuple[np.ndarray, np.ndarray]
-PINNED = 0  # the atom that stands for "never cut"
+PINNED = 0  # the node of all entries that always stay
 
 
-@dataclass
-class Factor:
-    """Entries that must be cut as a box.
-
-    Attributes:
-        boxes: Pairs (entries, axes): ``entries`` an atom array of shape (a, b, …), ``axes`` one label a dim.
-        choices: Alternatives, the preferred first: the axis of each box along which units are cut, and their kind.
-    """
-    boxes: List[Tuple[np.ndarray, Tuple[np.ndarray, ...]]]
-    choices: List[Tuple[Tuple[int, ...], str]]
-
-
-@dataclass
+@dataclass(frozen=True)
 class Solution:
-    """What the ties amount to.
+    """The units.
 
     Attributes:
-        unit: Representative atom of each atom's unit, shape (atoms,).
-        pinned: True for each atom whose unit can't be cut, shape (atoms,).
-        kinds: Kind of a unit by its representative, where it isn't plain channels.
+        unit: The smallest node of each node's unit, by which the unit is known, shape (nodes,).
+        pinned: Whether each node's unit must stay, shape (nodes,).
+        kinds: Kind of a unit, by its smallest node, where it isn't plain channels.
     """
     unit: np.ndarray
     pinned: np.ndarray
@@ -48,36 +36,48 @@ class Solution:
 
 
 class Labels:
-    """The atoms of one trace and everything that is known about them.
+    """The nodes of one trace and everything that is known about them.
+
+    >>> labels = Labels()
+    >>> a, b, c = labels.fresh(3), labels.fresh(3), labels.fresh(6)  # nodes 1 to 3, 4 to 6, 7 to 12
+    >>> _ = labels.tie(a, b)                                         # as x + y does
+    >>> labels.pin(c)                                                # as returning a tensor does
+    >>> solution = labels.solve()
+    >>> solution.unit[a], solution.unit[b]
+    (array([1, 2, 3]), array([1, 2, 3]))
+    >>> solution.pinned[c].all()
+    np.True_
 
     Args:
-        whole_heads: Cut attention by whole heads where that can be; otherwise by the dims of all heads of a layer.
+        whole_heads: Cut whole attention heads where possible; otherwise, the same dims of all heads of a layer.
     """
 
     def __init__(self, whole_heads: bool = True):
-        self.size = 1  # atom 0 is PINNED
+        self.size = 1  # number of nodes; the first is PINNED
         self.whole_heads = whole_heads
-        self._ties: List[Tie] = []
-        self._pins: List[np.ndarray] = []
-        self._batched: List[np.ndarray] = []
-        self._inexact: List[Tuple[np.ndarray, str]] = []
+        self._ties: List[Edges] = []
+        self._pins: List[np.ndarray] = [np.array([PINNED])]
+        self._equal_counts: List[Edges] = []
+        self._reshapes: List[Reshape] = []
+        self._heads: List[np.ndarray] = []
         self._residual: List[np.ndarray] = []
-        self._equal: List[Tie] = []
-        self._factors: List[Factor] = []
-        self._axes: Dict[Tuple, Tuple[np.ndarray, ...]] = {}
+        self._inexact: List[Tuple[np.ndarray, str]] = []
+        self._split: Dict[Tuple, Tuple[np.ndarray, ...]] = {}
         self._merged: Dict[Tuple, np.ndarray] = {}
 
-    def fresh(self, n: int) -> Label:
-        """A label of ``n`` new atoms; a dim of one entry can't be cut and gets none."""
-        return self.atoms(n) if n > 1 else None
+    # -- what rules call --------------------------------------------------------------------------------------------
 
-    def atoms(self, n: int) -> np.ndarray:
-        """``n`` new atoms, also for ``n`` of 0 and 1: parts of a dim that is put together."""
+    def fresh(self, n: int) -> Label:
+        """A label of ``n`` new nodes. A dim of one entry can't be cut and gets none."""
+        return self.new_nodes(n) if n > 1 else None
+
+    def new_nodes(self, n: int) -> np.ndarray:
+        """``n`` new nodes, also where ``n`` is 0 or 1: for a part of a dim."""
         start, self.size = self.size, self.size + n
         return np.arange(start, self.size, dtype=np.int64)
 
     def tie(self, a: Label, b: Label) -> Label:
-        """Same entries in both; a label tied to ``None`` is pinned. Returns the label to go on with."""
+        """Cut both dims in the same places; if one is ``None``, pin the other. Returns the label of what follows."""
         if a is None or b is None:
             self.pin(a)
             self.pin(b)
@@ -87,45 +87,49 @@ class Labels:
         return a
 
     def tie_counts(self, a: np.ndarray, b: np.ndarray) -> None:
-        """As many entries stay in one as in the other. Which goes with which is chosen last: whole units together."""
+        """Cut as many entries of one as of the other, no matter which."""
         if a is not b and not np.array_equal(a, b):
-            self._equal.append((a.ravel(), b.ravel()))
+            self._equal_counts.append((a.ravel(), b.ravel()))
 
     def pin(self, label: Label) -> None:
-        """These atoms stay, whatever is cut."""
+        """Cut none of these entries."""
         if label is not None:
             self._pins.append(label.ravel())
 
     def mark_inexact(self, label: Label, reason: str) -> None:
-        """Cutting these atoms changes what the others compute, for ``reason``."""
+        """Cutting one of these entries changes what the others compute, for ``reason``."""
         if label is not None:
             self._inexact.append((label.ravel(), reason))
 
-    def mark_batched(self, label: Label) -> None:
-        """This dim is the batch of a product of two activations: the way attention treats its heads."""
+    def mark_heads(self, label: Label) -> None:
+        """This dim is the batch of a product of two activations, which is what attention does with its heads."""
         if label is not None:
-            self._batched.append(label)
+            self._heads.append(label)
 
     def mark_residual(self, label: Label) -> None:
-        """Two activations are added here: part of a residual stream."""
+        """Two activations are added: these entries are part of a residual stream."""
         if label is not None:
             self._residual.append(label.ravel())
 
-    def add_factor(self, factor: Factor) -> None:
-        """A dim was reshaped: the units left of it must form a box."""
-        self._factors.append(factor)
+    def add_reshape(self, reshape: Reshape) -> None:
+        """A dim was split or merged: what stays of it must be a box."""
+        self._reshapes.append(reshape)
 
-    def split(self, entries: np.ndarray) -> List[Label]:
-        """Labels of the axes of a dim that was reshaped to ``entries.shape``.
+    def split(self, nodes: np.ndarray) -> List[Label]:
+        """Labels of the dims that one dim was split into.
 
-        An axis along which the entries don't vary is free of them (``None``); if only one varies it takes them over.
+        Nodes that don't vary along an axis say nothing about it: its label is ``None``. If they vary along a single
+        axis, they are its label.
+
+        Args:
+            nodes: The label of the dim, in the shape of the new ones.
         """
-        out: List[Label] = [None] * entries.ndim
+        out: List[Label] = [None] * nodes.ndim
         vary = [
-            axis for axis in range(entries.ndim)
-            if entries.shape[axis] > 1 and (entries != entries.take([0], axis=axis)).any()
+            axis for axis in range(nodes.ndim)
+            if nodes.shape[axis] > 1 and (nodes != nodes.take([0], axis=axis)).any()
         ]
-        core = entries[tuple(slice(None) if axis in vary else 0 for axis in range(entries.ndim))]
+        core = nodes[tuple(slice(None) if axis in vary else 0 for axis in range(nodes.ndim))]
         if len(vary) == 1:
             out[vary[0]] = np.ascontiguousarray(core)
         elif len(vary) > 1:
@@ -135,145 +139,120 @@ class Labels:
 
     def _split_axes(self, core: np.ndarray) -> Tuple[np.ndarray, ...]:
         key = (core.shape, core.tobytes())
-        if key not in self._axes:
-            axes = tuple(self.fresh(n) for n in core.shape)
-            self._axes[key] = axes
-            choices = sorted(range(core.ndim), key=lambda axis: -core.shape[axis])
-            self.add_factor(Factor([(core, axes)], [((axis,), 'channels') for axis in choices]))
-        return self._axes[key]
+        if key not in self._split:
+            self._split[key] = tuple(self.new_nodes(n) for n in core.shape)
+            self.add_reshape(Reshape.along_longest(Grid(core, self._split[key])))
+        return self._split[key]
 
     def merge(self, axes: Sequence[np.ndarray]) -> np.ndarray:
-        """Entries of a dim made by merging labelled axes, shape (len(axes[0]), len(axes[1]), …)."""
+        """Nodes of a dim that labelled dims were merged into, shape (len(axes[0]), len(axes[1]), …)."""
         key = tuple(axis.tobytes() for axis in axes)
         if key not in self._merged:
-            shape = tuple(len(axis) for axis in axes)
-            entries = self.fresh(int(np.prod(shape))).reshape(shape)
-            self._merged[key] = entries
-            choices = sorted(range(len(axes)), key=lambda axis: -shape[axis])
-            self.add_factor(Factor([(entries, tuple(axes))], [((axis,), 'channels') for axis in choices]))
+            shape = [len(axis) for axis in axes]
+            self._merged[key] = self.new_nodes(int(np.prod(shape))).reshape(shape)
+            self.add_reshape(Reshape.along_longest(Grid(self._merged[key], tuple(axes))))
         return self._merged[key]
 
+    # -- solving ----------------------------------------------------------------------------------------------------
+
     def solve(self, extra_pins: Sequence[np.ndarray] = ()) -> Solution:
-        """Solve the ties: first without the factors, then with one axis chosen for each, until the choices hold."""
-        base = _components(np.arange(self.size, dtype=np.int64), self._ties)
-        pins = np.concatenate([np.array([PINNED]), *self._pins, *extra_pins])
-        pinned = _spread(base, pins)
-        banned: List[set] = [set() for _ in self._factors]
-        batched = _spread(base, np.concatenate([np.array([PINNED]), *self._batched]))
-        batched &= base != base[PINNED]
+        """Find the units.
+
+        Without reshapes, this would be union-find over the ties. Each reshape adds a question: along which axis is it
+        cut? The answer to one can rule out an answer to another, since an axis that isn't cut is pinned, and so is
+        everything that is tied to it. So:
+
+        1. For each reshape, choose the first axis that is neither pinned nor banned. If there is none, pin all of it.
+        2. Unite the nodes that are tied or that the choices tie. Pin each unit that has a pinned node.
+        3. Where the axis of a choice is pinned now, the choice was impossible. Ban it and start again at 1.
+
+        Each round bans a choice, so this ends. A ban is never lifted: more may be pinned than necessary, never less.
+
+        >>> labels = Labels()
+        >>> channels = labels.fresh(6)
+        >>> rows, columns = labels.split(channels.reshape(2, 3))
+        >>> labels.solve().unit[channels]          # by columns, since there are more of them
+        array([1, 2, 3, 1, 2, 3])
+        >>> labels.pin(columns[:1])                # one column must stay: by rows
+        >>> labels.solve().unit[channels]
+        array([1, 1, 1, 4, 4, 4])
+        >>> labels.pin(rows)                       # both lengths must stay
+        >>> labels.solve().pinned[channels].all()
+        np.True_
+
+        Args:
+            extra_pins: Labels to pin besides those that operations pinned.
+        """
+        tied = components(np.arange(self.size, dtype=np.int64), self._ties)
+        pins = np.concatenate([*self._pins, *extra_pins])
+        pinned = in_component_of(tied, pins)
+        heads = self._is_head(tied)
+        banned: List[Set[int]] = [set() for _ in self._reshapes]
         while True:
-            chosen = [
-                _choose(factor, ban, pinned, batched, self.whole_heads) for factor, ban in zip(self._factors, banned)
+            choices = [
+                reshape.choose(ban, pinned, heads, self.whole_heads) for reshape, ban in zip(self._reshapes, banned)
             ]
-            factor_pins = [pins]
-            edges = []
-            for factor, choice in zip(self._factors, chosen):
-                _constrain(factor, choice, edges, factor_pins)
-            unit = _components(base.copy(), edges)
-            if self._equal:
-                unit = _components(base.copy(), edges + _pair_units(unit, self._equal))
-            now_pinned = _spread(unit, np.concatenate(factor_pins))
-            broken = [
-                i for i, (factor, choice) in enumerate(zip(self._factors, chosen))
-                if choice is not None and any(
-                    now_pinned[axes[axis]].any() for (_, axes), axis in zip(factor.boxes, factor.choices[choice][0])
-                )
+            unit, pinned_now = self._units(tied, pins, choices)
+            impossible = [
+                i for i, (reshape, choice) in enumerate(zip(self._reshapes, choices))
+                if choice is not None and any(pinned_now[axis].any() for axis in reshape.cut_axes(choice))
             ]
-            if not broken:
-                break
-            for i in broken:
-                banned[i].add(chosen[i])
-        return Solution(unit, now_pinned, _kinds(self._factors, chosen, unit, batched))
+            if not impossible:
+                return Solution(unit, pinned_now, self._kinds(unit, choices, heads))
+            for i in impossible:
+                banned[i].add(choices[i])
+
+    def _units(
+            self,
+            tied: np.ndarray,
+            pins: np.ndarray,
+            choices: Sequence[Optional[int]],
+    ) -> Tuple[np.ndarray, np.ndarray]:
+        """The unit of each node under these choices, and whether it is pinned."""
+        ties: List[Edges] = []
+        all_pins = [pins]
+        for reshape, choice in zip(self._reshapes, choices):
+            more_ties, more_pins = reshape.constraints(choice)
+            ties += more_ties
+            all_pins += more_pins
+        unit = components(tied, ties)
+        unit = components(unit, [_pairs(unit, a, b) for a, b in self._equal_counts])
+        return unit, in_component_of(unit, np.concatenate(all_pins))
+
+    def _is_head(self, tied: np.ndarray) -> np.ndarray:
+        """Whether each node is an attention head."""
+        heads = in_component_of(tied, np.concatenate([np.array([PINNED]), *self._heads]))
+        return heads & (tied != tied[PINNED])
+
+    def _kinds(self, unit: np.ndarray, choices: Sequence[Optional[int]], heads: np.ndarray) -> Dict[int, str]:
+        """Kinds of units that aren't plain channels. A unit that is part of attention is named for that."""
+        kinds: Dict[int, str] = {}
+        for reshape, choice in zip(self._reshapes, choices):
+            for label, kind in reshape.unit_kinds(choice, heads) if choice is not None else ():
+                for u in np.unique(unit[label]).tolist() if kind != 'channels' else ():
+                    if kinds.get(u) not in ('heads', 'head_dims'):
+                        kinds[u] = kind
+        return kinds
 
     def residual(self, solution: Solution) -> np.ndarray:
-        """True for each atom whose unit is part of a residual stream, shape (atoms,)."""
-        return _spread(solution.unit, np.concatenate([np.array([PINNED]), *self._residual]))
+        """Whether each node's unit is part of a residual stream, shape (nodes,)."""
+        return in_component_of(solution.unit, np.concatenate([np.array([PINNED]), *self._residual]))
 
     def reasons(self, solution: Solution) -> Dict[int, List[str]]:
-        """Why units can't be cut exactly, by representative atom."""
+        """Why units can't be cut exactly, by their smallest nodes."""
         out: Dict[int, List[str]] = {}
-        for atoms, reason in self._inexact:
-            for u in np.unique(solution.unit[atoms]):
-                known = out.setdefault(int(u), [])
+        for nodes, reason in self._inexact:
+            for u in np.unique(solution.unit[nodes]).tolist():
+                known = out.setdefault(u, [])
                 if reason not in known:
                     known.append(reason)
         return out
 
 
-def _choose(factor: Factor, banned: set, pinned: np.ndarray, batched: np.ndarray, whole_heads: bool) -> Optional[int]:
-    """The first choice whose axes are free, an axis that attention treats as heads before or after any other."""
-    free = [
-        i for i, (which, _) in enumerate(factor.choices)
-        if i not in banned and not any(pinned[axes[axis]].any() for (_, axes), axis in zip(factor.boxes, which))
-    ]
-    heads = [
-        i for i in free
-        if all(batched[axes[axis]].all() for (_, axes), axis in zip(factor.boxes, factor.choices[i][0]))
-    ]
-    others = [i for i in free if i not in heads]
-    return ((heads + others if whole_heads else others + heads) or [None])[0]
+def _pairs(unit: np.ndarray, a: np.ndarray, b: np.ndarray) -> Edges:
+    """Ties that keep the counts of two labels equal: their entries are paired in the order of their units.
 
-
-def _kinds(
-        factors: Sequence[Factor],
-        chosen: Sequence[Optional[int]],
-        unit: np.ndarray,
-        batched: np.ndarray,
-) -> Dict[int, str]:
-    """Kinds of the units that factors are cut along, by representative, where they aren't plain channels."""
-    kinds: Dict[int, str] = {}
-    for factor, choice in zip(factors, chosen):
-        which, kind = factor.choices[choice] if choice is not None else ((), '')
-        for (_, axes), axis in zip(factor.boxes, which):
-            name = kind
-            if kind == 'channels' and any(batched[label].all() for label in axes):
-                name = 'heads' if batched[axes[axis]].all() else 'head_dims'
-            for u in np.unique(unit[axes[axis]]).tolist() if name != 'channels' else ():
-                if kinds.get(u) not in ('heads', 'head_dims'):
-                    kinds[u] = name
-    return kinds
-
-
-def _constrain(factor: Factor, choice: Optional[int], edges: List, pins: List[np.ndarray]) -> None:
-    for box, (entries, axes) in enumerate(factor.boxes):
-        active = None if choice is None else factor.choices[choice][0][box]
-        for axis, label in enumerate(axes):
-            if axis == active:
-                rows = np.moveaxis(entries, axis, 0).reshape(len(label), -1)
-                edges.append((rows.ravel(), np.repeat(label, rows.shape[1])))
-            else:
-                pins.append(label)
-        if active is None:
-            pins.append(entries.ravel())
-
-
-def _pair_units(unit: np.ndarray, equal: Sequence[Tie]) -> List[Tie]:
-    """Ties that keep two counts equal, in the order of the units, so that a unit of several entries meets one such."""
-    return [(a[np.argsort(unit[a], kind='stable')], b[np.argsort(unit[b], kind='stable')]) for a, b in equal]
-
-
-def _spread(unit: np.ndarray, atoms: np.ndarray) -> np.ndarray:
-    """True for every atom whose unit holds one of ``atoms``."""
-    hit = np.zeros(len(unit), dtype=bool)
-    hit[unit[atoms]] = True
-    return hit[unit]
-
-
-def _components(unit: np.ndarray, ties: Sequence[Tie]) -> np.ndarray:
-    """Hook the larger of two roots under the smaller and halve the paths, until every tie is inside one unit."""
-    if not ties:
-        return unit
-    a = np.concatenate([left for left, _ in ties])
-    b = np.concatenate([right for _, right in ties])
-    while True:
-        a, b = unit[a], unit[b]
-        open_ = a != b
-        if not open_.any():
-            return unit
-        a, b = a[open_], b[open_]
-        np.minimum.at(unit, np.maximum(a, b), np.minimum(a, b))
-        while True:
-            shorter = unit[unit]
-            if np.array_equal(shorter, unit):
-                break
-            unit = shorter
+    With units of two entries on both sides, each is then tied to one other: (1, 2, 1, 2) and (5, 5, 6, 6) are paired
+    as 1-5, 1-5, 2-6, 2-6. In the order of the entries, all four units would become one.
+    """
+    return a[np.argsort(unit[a], kind='stable')], b[np.argsort(unit[b], kind='stable')]

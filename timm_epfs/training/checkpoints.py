@@ -1,10 +1,10 @@
-"""Checkpoints of a run without pickle: tensors in safetensors, the rest in JSON, each with its checksum.
+"""Checkpoints of a run without pickle: tensors in safetensors, everything else in JSON, both with checksums.
 
-The JSON is written last and names its tensors' checksum, so that a checkpoint is there whole or not at all.
+The JSON file is written last and holds the checksum of the tensor file. A checkpoint without its JSON file does not
+count, so an interrupted write never leaves half a checkpoint.
 """
 import hashlib
 import json
-import warnings
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional
 
@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..core import PruningError, write_whole
+from ..core import PruningError, warn, write_whole
 
 __all__ = ['Checkpoints', 'write_tensors']
 
@@ -24,8 +24,8 @@ class Checkpoints:
     """The last few checkpoints of a run, in one folder.
 
     Args:
-        folder: Where they are; made with the first of them.
-        keep: How many to keep.
+        folder: Folder of the checkpoints. The first ``save`` creates it.
+        keep: Number of checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
@@ -33,14 +33,14 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, state: Any, number: int) -> None:
-        """Write a checkpoint, then delete those that are too old.
+        """Write a checkpoint, then delete all but the last few.
 
         Args:
             state: Nested dicts, lists and tuples of tensors, arrays and JSON values.
-            number: Later checkpoints have higher ones.
+            number: Number of the checkpoint; it must be higher than those of earlier checkpoints.
 
         Raises:
-            PruningError: It can't be written.
+            PruningError: The checkpoint can't be written.
         """
         tensors: Dict[str, Tensor] = {}
         values = _flatten(state, tensors)
@@ -53,58 +53,61 @@ class Checkpoints:
             text = json.dumps({'sha256': _checksum(body), **body})
             write_whole(path, lambda part: part.write_text(text, encoding='utf-8'))
         except OSError as e:
-            raise PruningError(f'checkpoint {path} not written: {e.strerror or e}') from e
+            raise PruningError(f'checkpoint {path} can\'t be written: {e.strerror or e}') from e
         for old in self._paths()[self.keep:]:
             old.unlink(missing_ok=True)
             old.with_suffix('.safetensors').unlink(missing_ok=True)
 
     def load(self) -> Optional[Any]:
-        """State of the newest checkpoint that is whole; a warning names each that isn't. None where there is none.
+        """The state of the newest checkpoint that is undamaged. None if there are no checkpoints.
 
         Raises:
-            PruningError: There are checkpoints, and none is whole.
+            PruningError: All checkpoints are damaged.
+
+        Warns:
+            UserWarning: A checkpoint is damaged; an older one is used.
         """
         paths = self._paths()
         for path in paths:
             try:
                 return _read(path)
             except _Damaged as e:
-                warnings.warn(f'checkpoint {path} is refused, {e}; using the one before', stacklevel=2)
+                warn(f'checkpoint {path} is refused, {e}; using the one before')
         if paths:
-            raise PruningError(f'resume: none of {len(paths)} checkpoints in {self.folder} is whole; start again with '
-                               '--overwrite')
+            raise PruningError(
+                f'--resume: all {len(paths)} checkpoints in {self.folder} are damaged; start again with --overwrite')
         return None
 
     def _paths(self) -> List[Path]:
-        """Newest first."""
+        """The JSON files of all checkpoints, newest first."""
         return sorted(self.folder.glob('[0-9]*.json'), reverse=True)
 
 
 class _Damaged(Exception):
-    """Why a checkpoint can't be used."""
+    """A checkpoint can't be used; the message says why."""
 
 
 def _read(path: Path) -> Any:
     weights = path.with_suffix('.safetensors')
     try:
         data = json.loads(path.read_text(encoding='utf-8'))
-        digest, body = data.pop('sha256'), data
-        sound = digest == _checksum(body)
+        expected, body = data.pop('sha256'), data
+        found = _checksum(body)
     except (OSError, ValueError, KeyError, AttributeError, RecursionError):
-        raise _Damaged('it is no JSON of a checkpoint') from None
-    if not sound:
+        raise _Damaged('it is not the JSON of a checkpoint') from None
+    if found != expected:
         raise _Damaged('its checksum is wrong')
     if body['format'] != FORMAT:
-        raise _Damaged(f'its format is {body["format"]}, this timm_epfs reads {FORMAT}')
+        raise _Damaged(f'its format is {body["format"]}, this version of timm_epfs reads {FORMAT}')
     if not weights.is_file() or _digest(weights) != body['tensors']:
         raise _Damaged(f'the checksum of {weights.name} is wrong')
     return _unflatten(body['state'], safetensors.torch.load_file(weights))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file, whole or not at all. Tied tensors are written under each name."""
+    """Write a safetensors file, whole or not at all. Tied tensors are written once per name."""
     separate = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    # Not by save_file: its files are for their owner alone.
+    # Not with safetensors' save_file: only the owner could read its files.
     write_whole(path, lambda part: part.write_bytes(safetensors.torch.save(separate, {'format': 'pt'})))
 
 
@@ -121,7 +124,14 @@ def _checksum(body: Any) -> str:
 
 
 def _flatten(value: Any, tensors: Dict[str, Tensor]) -> Any:
-    """JSON values with references in the place of tensors, which are gathered in ``tensors``."""
+    """Turn a value into JSON values. Tensors move to ``tensors``; the JSON refers to them by name.
+
+    >>> tensors = {}
+    >>> _flatten([1, (2.5,), torch.zeros(3)], tensors)
+    [1, {'$': 'tuple', 'items': [2.5]}, {'$': 'tensor', 'name': 't0'}]
+    >>> list(tensors)
+    ['t0']
+    """
     if isinstance(value, (Tensor, np.ndarray)):
         kind = 'tensor' if isinstance(value, Tensor) else 'array'
         name = f't{len(tensors)}'
@@ -129,17 +139,18 @@ def _flatten(value: Any, tensors: Dict[str, Tensor]) -> Any:
         return {'$': kind, 'name': name}
     if isinstance(value, np.generic):
         value = value.item()
-    if isinstance(value, dict):  # as pairs, since JSON would turn the keys of an optimizer's state into text
+    if isinstance(value, dict):  # as pairs: JSON would turn the keys of an optimizer's state, numbers, into text
         return {'$': 'dict', 'items': [[_flatten(k, tensors), _flatten(v, tensors)] for k, v in value.items()]}
     if isinstance(value, (list, tuple)):
         items = [_flatten(item, tensors) for item in value]
         return items if isinstance(value, list) else {'$': 'tuple', 'items': items}
     if isinstance(value, (bool, int, float, str, type(None))):
         return value
-    raise PruningError(f'checkpoint: {type(value).__name__} can\'t be written; tensors and JSON values can')
+    raise PruningError(f'checkpoint: a {type(value).__name__} can\'t be saved; give tensors and JSON values only')
 
 
 def _unflatten(value: Any, tensors: Dict[str, Tensor]) -> Any:
+    """The inverse of ``_flatten``."""
     if isinstance(value, list):
         return [_unflatten(item, tensors) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Batches to train and to evaluate on: timm's datasets and loaders, and the digits that need no download."""
+"""Batches for training and evaluation: timm's datasets and loaders, and handwritten digits that need no download."""
 import argparse
 from dataclasses import dataclass
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
@@ -13,13 +13,13 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..core import PruningError, eval_mode, one_line
 from ..pruner import example_for
-from ..report import image_splits
+from ..report import check_classes, image_splits
 
 __all__ = ['Batches', 'Digits', 'count_classes', 'describe', 'image_mode', 'open_batches']
 
 DIGITS = 'digits'
-DIGITS_SIZE = 16  # pixels: twice their own, so that a CIFAR network has 4 x 4 left at its end
-# A mirrored digit is no digit, and small images can't lose much at their borders.
+DIGITS_SIZE = 16  # pixels: twice their own size, so that the last features of a CIFAR network are 4 x 4
+# No flips, because a mirrored digit is not a digit; large crops only, because small images have little border to lose.
 _DIGITS_AUGMENTATION = {'scale': (0.75, 1.0), 'ratio': (0.85, 1.18), 'hflip': 0.0, 'color_jitter': 0.0}
 _AUGMENTATION = ('train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'no_aug')
 
@@ -30,30 +30,31 @@ class Batches:
 
     Attributes:
         train: Training images, augmented, in a new order each epoch.
-        validation: Images to evaluate on, each process its share.
-        test: All of them, for one process.
+        validation: Validation images; each process has its share of them.
+        test: All validation images, for a single process.
     """
     train: Any
     validation: Any
     test: Any
 
     def set_epoch(self, number: int) -> None:
-        """Tell what draws an order of its own which epoch it is."""
-        for part in (getattr(self.train, 'dataset', None), getattr(self.train, 'sampler', None)):
+        """Pass the number of the epoch on to the dataset and the sampler, which derive their order from it."""
+        for name in ('dataset', 'sampler'):
+            part = getattr(self.train, name, None)
             if hasattr(part, 'set_epoch'):
                 part.set_epoch(number)
 
 
 def open_batches(args: argparse.Namespace, config: Mapping[str, Any], num_classes: int) -> Batches:
-    """What ``--dataset`` and ``--data-dir`` name.
+    """Open the images that ``--dataset`` and ``--data-dir`` name.
 
     Args:
-        args: Options.
-        config: What ``timm.data.resolve_data_config`` says of the model.
-        num_classes: How many classes the model tells apart.
+        args: The options of ``timm-epfs train``.
+        config: The model's data config, from ``timm.data.resolve_data_config``.
+        num_classes: Number of the model's classes.
 
     Raises:
-        PruningError: There are no images, too few, or more classes than the model tells apart.
+        PruningError: There are no images, less than one batch of them, or more classes than the model has.
     """
     train, validation = _datasets(args, config['input_size'][0], num_classes)
     return Batches(
@@ -64,13 +65,13 @@ def open_batches(args: argparse.Namespace, config: Mapping[str, Any], num_classe
 
 
 class Digits(Dataset):
-    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels; a fifth of each class is for validation.
+    """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels. A fifth of each class is for validation.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository.
 
     Args:
-        split: ``'train'`` or anything else.
-        transform: From a PIL image to what a batch is made of.
+        split: ``'train'``; any other name gives the validation images.
+        transform: Applied to each PIL image.
         mode: PIL mode of the images, ``'L'`` or ``'RGB'``.
 
     Raises:
@@ -84,7 +85,7 @@ class Digits(Dataset):
             from sklearn.model_selection import train_test_split
         except ImportError:
             raise PruningError(
-                '--dataset digits needs scikit-learn, which is not installed: pip install timm-epfs[train]') from None
+                '--dataset digits needs scikit-learn, which is not installed; pip install timm-epfs[train]') from None
         images, targets = load_digits(return_X_y=True)
         parts = train_test_split(images, targets, test_size=0.2, stratify=targets, random_state=0)
         pixels, self.targets = parts[0::2] if split == 'train' else parts[1::2]
@@ -101,30 +102,34 @@ class Digits(Dataset):
 
 
 def image_mode(in_chans: int) -> str:
-    """PIL mode of images with so many channels."""
+    """PIL mode of images with this number of channels.
+
+    Raises:
+        PruningError: There is no mode with this number of channels.
+    """
     if in_chans not in (1, 3):
-        raise PruningError(f'train reads images of 1 or 3 channels, the model takes {in_chans}: give --in-chans')
+        raise PruningError(f'train reads images of 1 or 3 channels, the model takes {in_chans}; give --in-chans')
     return 'L' if in_chans == 1 else 'RGB'
 
 
 def describe(model: nn.Module, args: argparse.Namespace) -> Dict[str, Any]:
-    """How the model's images are to be read, which its own description says from now on, and so does what is saved.
+    """Choose how images are read for a model, and write it into the model's ``pretrained_cfg``.
+
+    The saved model then has the same ``pretrained_cfg``, so that it is given images of the size it was trained on.
 
     Returns:
-        What ``timm.data.resolve_data_config`` returns.
+        The data config, as ``timm.data.resolve_data_config`` returns it.
     """
     (example,), _ = example_for(model)
-    channels, *own = example.shape[1:]
-    cfg = getattr(model, 'pretrained_cfg', None)
-    fixed = cfg is not None and get_model_input_config(model)['fixed_input_size']
-    size = args.img_size or (DIGITS_SIZE if args.dataset == DIGITS and not fixed else None)
-    input_size = (channels, *((size, size) if size else own))
+    channels, *own_size = example.shape[1:]
+    input_size = (channels, *(_asked_size(model, args) or own_size))
     config = resolve_data_config({'input_size': input_size}, model=model)
     for name in ('mean', 'std'):
         if len(config[name]) != channels:
             config[name] = (float(np.mean(config[name])),) * channels
+    cfg = getattr(model, 'pretrained_cfg', None)
     if cfg is not None:
-        stale = ('pool_size', 'test_input_size', 'test_crop_pct') if input_size[1:] != tuple(own) else ()
+        stale = ('pool_size', 'test_input_size', 'test_crop_pct') if input_size[1:] != tuple(own_size) else ()
         model.pretrained_cfg = model.default_cfg = {
             **{name: value for name, value in cfg.items() if name not in stale},
             **{name: config[name] for name in ('input_size', 'mean', 'std')},
@@ -132,24 +137,37 @@ def describe(model: nn.Module, args: argparse.Namespace) -> Dict[str, Any]:
     return config
 
 
+def _asked_size(model: nn.Module, args: argparse.Namespace) -> Optional[Tuple[int, int]]:
+    """Height and width that the options ask for; None for the model's own."""
+    if args.img_size:
+        return args.img_size, args.img_size
+    has_config = getattr(model, 'pretrained_cfg', None) is not None
+    size_is_fixed = has_config and get_model_input_config(model)['fixed_input_size']
+    return (DIGITS_SIZE, DIGITS_SIZE) if args.dataset == DIGITS and not size_is_fixed else None
+
+
 @torch.no_grad()
 def count_classes(model: nn.Module, input_size: Sequence[int]) -> int:
-    """How many classes a model tells apart.
+    """Number of a model's classes.
 
     Raises:
-        PruningError: Its output is no matrix of logits.
+        PruningError: The model can't be run at this size, or its output isn't a matrix of logits.
     """
     with eval_mode(model), one_line(f'{type(model).__name__} can\'t be run at {tuple(input_size)}'):
         output = model(torch.zeros(1, *input_size))
     if not isinstance(output, torch.Tensor) or output.ndim != 2 or getattr(model, 'num_classes', None) == 0:
         found = f'shape {tuple(output.shape)}' if isinstance(output, torch.Tensor) else f'a {type(output).__name__}'
-        raise PruningError(f'train needs logits of classes, {type(model).__name__} returns {found} without a '
-                           'classifier: give --num-classes')
+        raise PruningError(
+            f'train needs a classifier, {type(model).__name__} has none and returns {found}; give --num-classes')
     return output.shape[1]
 
 
 def _datasets(args: argparse.Namespace, in_chans: int, num_classes: int) -> Tuple[Dataset, Dataset]:
-    """The training and the validation split."""
+    """The training and the validation split.
+
+    Raises:
+        PruningError: There are no images, or more classes than the model has.
+    """
     mode = image_mode(in_chans)
     splits = (args.train_split, args.val_split)
     if args.dataset == DIGITS:
@@ -159,14 +177,15 @@ def _datasets(args: argparse.Namespace, in_chans: int, num_classes: int) -> Tupl
         for dataset in datasets:
             dataset.input_img_mode = mode
     else:
-        datasets = tuple(
-            _named_dataset(args, split, training, mode) for split, training in zip(splits, (True, False)))
+        datasets = (
+            _named_dataset(args, args.train_split, True, mode), _named_dataset(args, args.val_split, False, mode))
     for dataset, split in zip(datasets, splits):
-        _check(dataset, split, num_classes, args.data_dir or args.dataset)
+        _check_dataset(dataset, split, num_classes, args.data_dir or args.dataset)
     return datasets
 
 
 def _named_dataset(args: argparse.Namespace, split: str, training: bool, mode: str) -> Dataset:
+    # torchvision's datasets have no such option.
     options: Dict[str, Any] = {} if args.dataset.lower().startswith('torch/') else {'input_img_mode': mode}
     with one_line(f'data: no images of split {split!r} of {args.dataset} in {args.data_dir}'):
         return create_dataset(
@@ -175,33 +194,29 @@ def _named_dataset(args: argparse.Namespace, split: str, training: bool, mode: s
         )
 
 
-def _check(dataset: Dataset, split: str, num_classes: int, where: Any) -> None:
+def _check_dataset(dataset: Dataset, split: str, num_classes: int, where: Any) -> None:
     if not isinstance(dataset, IterableDataset) and not len(dataset):
-        raise PruningError(f'data: split {split!r} of {where} is empty: give at least one image')
-    reader = getattr(dataset, 'reader', None)
-    names = ('class_to_idx', 'class_name_to_idx')
-    classes = next(filter(None, (getattr(reader, name, None) for name in names)), getattr(dataset, 'classes', ()))
-    if len(classes) > num_classes:
-        raise PruningError(f'data: split {split!r} of {where} has {len(classes)} classes, the model tells '
-                           f'{num_classes} apart: give --num-classes {len(classes)}')
+        raise PruningError(f'data: split {split!r} of {where} is empty; give at least one image')
+    check_classes(dataset, num_classes, f'split {split!r} of {where}')
 
 
 def _train_loader(args: argparse.Namespace, dataset: Dataset, config: Mapping[str, Any], num_classes: int) -> Any:
-    given = {name: value for name in _AUGMENTATION if (value := getattr(args, name)) is not None}
-    options = {**(_DIGITS_AUGMENTATION if args.dataset == DIGITS else {}), **given}
-    mix = args.mixup > 0 or args.cutmix > 0
-    collate = FastCollateMixup(
-        mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes,
-    ) if mix else None
+    given = {name: getattr(args, name) for name in _AUGMENTATION if getattr(args, name) is not None}
+    augmentation = {**(_DIGITS_AUGMENTATION if args.dataset == DIGITS else {}), **given}
+    collate = None
+    if args.mixup > 0 or args.cutmix > 0:
+        collate = FastCollateMixup(
+            mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, label_smoothing=args.smoothing, num_classes=num_classes)
     with one_line('data: the augmentation can\'t be set up'):
         loader = _loader(
             args, dataset, config, args.batch_size, args.distributed,
-            is_training=True, auto_augment=args.aa, re_prob=args.reprob or 0.0, collate_fn=collate, **options,
+            is_training=True, auto_augment=args.aa, re_prob=args.reprob or 0.0, collate_fn=collate, **augmentation,
         )
     if not len(loader):
         images = len(dataset) // args.world_size
-        raise PruningError(f'data: {images} training images a process are fewer than a batch of {args.batch_size}: '
-                           'give a smaller --batch-size')
+        raise PruningError(
+            f'data: each process has {images} training images, less than one batch of {args.batch_size}; give a '
+            'smaller --batch-size')
     return loader
 
 
@@ -231,7 +246,7 @@ def _loader(
         distributed=distributed,
         pin_memory=device.type == 'cuda',
         device=device,
-        # Workers that outlive an epoch keep random states of their own, which no resumed run could have.
+        # Workers that outlive an epoch keep their own random states, which a resumed run could not restore.
         persistent_workers=False,
         **options,
     )

@@ -1,35 +1,32 @@
 """A run from a dense model to a pruned one: train, learn the cut, cut, fine-tune, save, compare."""
 import argparse
-import copy
-import inspect
 import json
 import sys
 from dataclasses import dataclass
-from itertools import islice
+from math import ceil
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
-import safetensors.torch
 import timm
 import torch
 import torch.distributed as dist
 from timm.task import ClassificationTask, DistillationTeacher, LogitDistillationTask, TrainingTask
 from timm.utils import init_distributed_device, random_seed
 from torch import nn
+from tqdm import tqdm
 
-from ..core import PruningError, one_line, progress, step, write_whole
-from ..importance import CRITERIA, Criterion
+from ..core import one_line, progress, step, write_whole
 from ..latency import latencies, latency_note
-from ..learn import METHODS
 from ..plan import Plan
-from ..pruner import prune
 from ..report import Rows, compare, top1
 from ..surgery import rebuild
-from ..zoo import create_model, load_weights, note_origin, save_pretrained
-from .checkpoints import Checkpoints, write_tensors
+from ..zoo import save_pretrained
+from .checkpoints import Checkpoints
 from .data import Batches, count_classes, describe, open_batches
-from .options import PHASES, budget, check_options, phase_epochs, run_options
-from .phase import Stage, evaluate
+from .dense_weights import DenseWeights
+from .options import PHASES, check_options, check_unchanged, phase_epochs, run_options
+from .phase import Phase, evaluate
+from .run_cut import RunCut
 from .run_pictures import mask_histogram
 from .summary import claim_folder, write_report, write_summary
 
@@ -38,13 +35,13 @@ __all__ = ['Result', 'train']
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
-        folder: Of the pruned model, which ``timm.create_model('local-dir:<folder>', pretrained=True)`` builds.
-        rows: Dense and pruned value by quantity, and how each is shown.
+        folder: Folder of the pruned model, which ``timm.create_model('local-dir:<folder>', pretrained=True)`` loads.
+        rows: The dense and the pruned model side by side.
         notes: How they were measured.
-        history: One row an epoch.
+        history: One row per epoch, and one for the cut.
     """
     folder: Path
     rows: Rows
@@ -53,17 +50,17 @@ class Result:
 
 
 def train(args: argparse.Namespace, model_args: Mapping[str, Any]) -> Optional[Result]:
-    """Run what ``timm-epfs train`` was asked for.
+    """Run ``timm-epfs train``.
 
     Args:
-        args: Options, as ``add_train_arguments`` and the model's own define them.
+        args: The options of the command.
         model_args: Keyword arguments of the model.
 
     Returns:
-        The result, on the first process; None on others.
+        The result in the first process; None in all others.
 
     Raises:
-        PruningError: What was asked can't be done; one line says why and what to do.
+        PruningError: The run can't be done as asked; the message says why, and what to do.
     """
     check_options(args)
     with one_line(f'device {args.device!r} can\'t be used'):
@@ -76,13 +73,30 @@ def train(args: argparse.Namespace, model_args: Mapping[str, Any]) -> Optional[R
 
 
 class Run:
-    """The state that goes from phase to phase."""
+    """A run, phase by phase.
+
+    Subclasses may override ``_open_batches``, ``_phase``, ``_task``, ``_one_shot`` and ``_record``.
+
+    Args:
+        args: The options of ``timm-epfs train``, checked.
+        model_args: Keyword arguments of the model.
+
+    Attributes:
+        model: The model as it is now: dense, then pruned.
+        config: The model's data config.
+        batches: The images.
+        epochs: Epochs of each phase.
+        history: One row per epoch, and one for the cut.
+        masks: A histogram of the masks for each sparse epoch.
+
+    Raises:
+        PruningError: The run can't be done as asked. Nothing was trained.
+    """
 
     def __init__(self, args: argparse.Namespace, model_args: Mapping[str, Any]):
         self.args, self.model_args = args, dict(model_args)
         self.first = args.rank == 0
         self.folder = args.output.resolve()
-        self.dense_path = self.folder / 'dense.safetensors'
         self.checkpoints = Checkpoints(self.folder / 'checkpoints', args.checkpoint_hist)
         self.options = {**run_options(args), 'model_args': json.loads(json.dumps(self.model_args, default=str))}
         self.epochs = phase_epochs(args)
@@ -92,123 +106,101 @@ class Run:
             claim_folder(self.folder, args.resume, args.overwrite)
         self._wait()
 
-        self.saved = self._load() if args.resume else None
+        self.saved = self._load_checkpoint() if args.resume else None
         random_seed(args.seed)
-        with step(f'building {args.model}'):
-            self.model = self._dense(args.pretrained and not self.saved)
-            if args.pretrained:
-                note_origin(self.model)  # of a run that goes on, too
-            if args.checkpoint and not self.saved:
-                load_weights(self.model, args.checkpoint)
+        self.dense_weights = DenseWeights(args, self.model_args, self.folder)
+        self.model = self.dense_weights.start_model(resumed=self.saved is not None)
         self.config = describe(self.model, args)
-        if not self.saved:
-            self._rehearse()
         self.num_classes = count_classes(self.model, self.config['input_size'])
+        self._to_device(self.model)
+        self._cut = RunCut(args, self.model, lambda: self.batches.train)
+        if not self.saved:
+            self._cut.check()
         self.batches = self._open_batches()
-        self._placed(self.model)
-
-    def _rehearse(self) -> None:
-        """Learn before any training what would be refused after it, on a copy."""
-        model = self._placed(copy.deepcopy(self.model))
-        if self.args.method == 'none':
-            strange = self.args.method_kwargs.keys() - inspect.signature(prune).parameters.keys()
-            if strange:
-                raise PruningError(f'--method none takes arguments of timm_epfs.prune, found {min(strange)}: drop it, '
-                                   'or choose another method')
-            criterion = CRITERIA.get(self.args.criterion)
-            if self.args.distributed:
-                self._check_shared(criterion)
-            self._ranked(model, 'l2' if criterion else self.args.criterion)
-            return
-        learner = self._learner(model, 1, 1)
-        earlier = getattr(model, 'pruning_plan', None)
-        if earlier is not None:
-            earlier.compose(learner.plan())
-
-    def _check_shared(self, criterion: Optional[Criterion]) -> None:
-        """Refuse a one-shot cut that processes would not agree about."""
-        clock = 'with --method none goes by a clock'
-        reasons = (
-            (criterion is not None and criterion.needs_data, f'--criterion {self.args.criterion} needs data,'),
-            (self.args.latency is not None, f'--latency {clock}'),
-            (self.args.method_kwargs.get('round_to') == 'auto', f'--method-kwargs round_to=auto {clock}'),
-        )
-        for applies, reason in reasons:
-            if applies:
-                raise PruningError(f'{reason} of which each process has its own: run it in one process')
 
     def _open_batches(self) -> Batches:
         return open_batches(self.args, self.config, self.num_classes)
 
-    def _placed(self, model: nn.Module) -> nn.Module:
-        """The model itself, where it runs."""
+    def _to_device(self, model: nn.Module) -> nn.Module:
+        """Move a model to the run's device and memory layout, and return it."""
         layout = torch.channels_last if self.args.channels_last else torch.preserve_format
         return model.to(self.args.device).to(memory_format=layout)
 
     def __call__(self) -> Optional[Result]:
-        """Train phase by phase, from where the last checkpoint was left; the result is the first process's alone."""
-        begin = PHASES.index(self.saved['phase']) if self.saved else 0
+        """Train all phases, from the start or the last checkpoint. The result is None in all but the first process."""
+        first_phase = PHASES.index(self.saved['phase']) if self.saved else 0
         if self.first:
             text = json.dumps({**self.options, 'epochs_by_phase': self.epochs}, indent=1) + '\n'
             write_whole(self.folder / 'args.json', lambda part: part.write_text(text, encoding='utf-8'))
         if self.saved:
             self.history, self.masks = self.saved['history'], self.saved['masks']
             if self.saved['plan']:
-                self.model = self._placed(self._rebuilt(self.saved['plan']))
-        with self._bar(begin) as self.bar:
-            for phase in PHASES[begin:]:
-                self._phase(phase, self.saved if self.saved and self.saved['phase'] == phase else None)
+                self.model = self._to_device(self._rebuilt(self.saved['plan']))
+        with self._bar(first_phase) as self.bar:
+            for phase in PHASES[first_phase:]:
+                self._run_phase(phase, self.saved if self.saved and self.saved['phase'] == phase else None)
         return self._finish() if self.first else None
 
-    def _phase(self, phase: str, saved: Optional[Mapping[str, Any]]) -> None:
-        """Train through a phase, from where it was left, and do what its end asks for."""
+    def _run_phase(self, name: str, saved: Optional[Mapping[str, Any]]) -> None:
+        """Train a phase to its end. After the sparse phase, cut the model; after the dense one, save its weights."""
         random_seed(self.args.seed)
-        stage = self._stage(phase, saved) if self.epochs[phase] else None
-        for epoch in range(saved['epoch'] if saved else 0, self.epochs[phase]):
-            self._epoch(stage, phase, epoch)
-        averaged = stage.task.get_trainable_module(ema=True) if stage and stage.task.has_ema() else None
-        if phase == 'sparse':
-            self.model = stage.learner.export(averaged and averaged.module) if stage else self._one_shot()
+        phase = self._phase(name, saved) if self.epochs[name] else None
+        for epoch in range(saved['epoch'] if saved else 0, self.epochs[name]):
+            self._epoch(phase, epoch)
+        has_ema = phase is not None and phase.task.has_ema()
+        averaged = phase.task.get_trainable_module(ema=True).module if has_ema else None
+        if name == 'sparse':
+            self.model = phase.learner.export(averaged) if phase else self._one_shot()
             self._record('cut', evaluate(self.args, self._task('cut'), self.batches.validation))
         elif averaged is not None:
-            self.model.load_state_dict(averaged.module.state_dict())
-        if phase == 'dense':
-            self._keep_dense()
+            self.model.load_state_dict(averaged.state_dict())
+        if name == 'dense':
+            if self.first:
+                self.dense_weights.save(self.model)
+            self._wait()
 
-    def _stage(self, phase: str, saved: Optional[Mapping[str, Any]]) -> Stage:
-        """A phase at its start, or where it was left."""
-        updates = -(-len(self.batches.train) // self.args.grad_accum_steps)
-        learner = self._learner(self.model, self.epochs[phase] * updates, updates) if phase == 'sparse' else None
-        stage = Stage(self.args, phase, self._task(phase), self.epochs[phase], updates, learner, self.num_classes)
+    def _phase(self, name: str, saved: Optional[Mapping[str, Any]]) -> Phase:
+        """A phase at its start, or where the checkpoint was saved."""
+        updates = ceil(len(self.batches.train) / self.args.grad_accum_steps)
+        learner = self._cut.learner(self.epochs[name] * updates, updates) if name == 'sparse' else None
+        phase = Phase(self.args, name, self._task(name), self.epochs[name], updates, learner, self.num_classes)
         if saved:
             with one_line(f'--resume: the checkpoint in {self.checkpoints.folder} is of another version or model'):
-                stage.load_state_dict(saved)
-        return stage
+                phase.load_state_dict(saved)
+        return phase
 
-    def _epoch(self, stage: Stage, phase: str, epoch: int) -> None:
-        """Train and evaluate for an epoch whose random numbers depend on nothing before it, then save."""
-        number = 1 + epoch + sum(self.epochs[name] for name in PHASES[:PHASES.index(phase)])
+    def _epoch(self, phase: Phase, epoch: int) -> None:
+        """Train and evaluate one epoch, then save a checkpoint.
+
+        Each epoch has its own seed, so that a resumed run draws the same random numbers as one without interruption.
+        """
+        number = 1 + epoch + sum(self.epochs[name] for name in PHASES[:PHASES.index(phase.name)])
         random_seed((self.args.seed + 9973 * number) % 2 ** 31, self.args.rank)
         self.batches.set_epoch(number)
-        what = f'{phase} {epoch + 1}/{self.epochs[phase]}'
+        description = f'{phase.name} {epoch + 1}/{self.epochs[phase.name]}'
 
         def show(steps: int, values: Dict[str, float]) -> None:
-            alive = {'alive': f'{stage.learner.alive:.3f}'} if stage.learner else {}
-            self.bar.set_description(what, refresh=False)
+            alive = {'alive': f'{phase.learner.alive:.3f}'} if phase.learner else {}
+            self.bar.set_description(description, refresh=False)
             self.bar.set_postfix(loss=f'{values["loss"]:.3f}', top1=f'{values["top1"]:.1f}', **alive, refresh=False)
             self.bar.update(steps)
 
-        trained = stage.train(self.batches.train, show)
-        watched = stage.learner.log() if stage.learner else {}
-        values = {'mask_lr' if name == 'lr' else name: value for name, value in watched.items()}
-        self._record(phase, stage.evaluate(self.batches.validation), trained, lr=stage.lr, **values)
-        if stage.learner:
-            self.masks.append(mask_histogram([*stage.learner.values().values()]))
+        trained = phase.train(self.batches.train, show)
+        learned = phase.learner.log() if phase.learner else {}
+        values = {'mask_lr' if name == 'lr' else name: value for name, value in learned.items()}
+        self._record(phase.name, phase.evaluate(self.batches.validation), trained, lr=phase.lr, **values)
+        if phase.learner:
+            self.masks.append(mask_histogram([*phase.learner.values().values()]))
         if self.first:
-            plan = self.model.pruning_plan.to_dict() if phase == 'finetune' else None
-            state = {'options': self.options, 'phase': phase, 'epoch': epoch + 1, 'plan': plan,
-                     'history': self.history, 'masks': self.masks, **stage.state_dict()}
-            self.checkpoints.save(state, number)
+            self._save_checkpoint(phase, epoch, number)
+
+    def _save_checkpoint(self, phase: Phase, epoch: int, number: int) -> None:
+        plan = self.model.pruning_plan.to_dict() if phase.name == 'finetune' else None
+        state = {
+            'options': self.options, 'phase': phase.name, 'epoch': epoch + 1, 'plan': plan, 'history': self.history,
+            'masks': self.masks, **phase.state_dict(),
+        }
+        self.checkpoints.save(state, number)
 
     def _record(
             self,
@@ -217,7 +209,14 @@ class Run:
             trained: Optional[Mapping[str, float]] = None,
             **values: float,
     ) -> None:
-        """One more row of the history: shown, and written where whoever waits can read it."""
+        """Add a row to the history, write ``summary.csv`` and print the row.
+
+        Args:
+            phase: The phase, or ``'cut'``.
+            evaluated: Loss and top-1 on the validation split.
+            trained: Loss and top-1 in training; None for the cut.
+            **values: Further columns.
+        """
         row = {
             'epoch': sum(row['phase'] != 'cut' for row in self.history) + (phase != 'cut'),
             'phase': phase,
@@ -233,100 +232,67 @@ class Run:
             self.bar.write(f'timm-epfs: epoch {row["epoch"]}/{self.args.epochs} {phase}  {shown}', file=sys.stderr)
 
     def _alive(self) -> float:
+        """Share of the dense model's MACs that the model has."""
         plan = getattr(self.model, 'pruning_plan', None)
         return plan.cost['macs'][1] / plan.cost['macs'][0] if plan else 1.0
 
-    def _dense(self, pretrained: bool) -> nn.Module:
-        return create_model(self.args.model, pretrained, **self.model_args)
-
-    def _keep_dense(self) -> None:
-        """The dense weights in a file of their own: to compare with, to distill from, and for other runs."""
-        if self.first:
-            write_tensors(self.dense_path, self.model.state_dict())
-        self._wait()
-
-    def _kept_dense(self) -> nn.Module:
-        model = self._dense(pretrained=False)
-        describe(model, self.args)
-        with one_line(f'the dense weights in {self.dense_path} can\'t be read'):
-            model.load_state_dict(safetensors.torch.load_file(self.dense_path))
-        return model.to(self.args.device)
-
     def _rebuilt(self, plan: Mapping[str, Any]) -> nn.Module:
+        """The pruned model of a plan, with new weights."""
         model = rebuild(Plan.from_dict(plan))
-        for name in ('pretrained_cfg', 'default_cfg'):  # a tag's may be others than the plan's base has
+        for name in ('pretrained_cfg', 'default_cfg'):  # this run's: the plan names its base without a tag
             if hasattr(self.model, name):
                 setattr(model, name, getattr(self.model, name))
         return model
 
-    def _learner(self, model: nn.Module, steps: int, steps_per_epoch: int) -> Any:
-        method = METHODS[self.args.method]
-        options = dict(self.args.method_kwargs)
-        if 'steps_per_epoch' in inspect.signature(method).parameters:
-            options.setdefault('steps_per_epoch', steps_per_epoch)
-        with step(f'setting up {self.args.method}'), one_line(f'--method {self.args.method} can\'t be set up'):
-            return method(model, steps=steps, **budget(self.args), **options)
-
     def _one_shot(self) -> nn.Module:
-        criterion = CRITERIA.get(self.args.criterion)
-        data = islice(self.batches.train, 32) if criterion and criterion.needs_data else None
-        with step(f'cutting {self.args.model}'):
-            return self._ranked(self.model, self.args.criterion, data)
-
-    def _ranked(self, model: nn.Module, criterion: Optional[str], data: Optional[Iterable] = None) -> nn.Module:
-        with one_line('--method none can\'t cut'):
-            return prune(
-                model, **budget(self.args), criterion=criterion or 'l2', seed=self.args.seed, data=data,
-                **self.args.method_kwargs,
-            )
+        return self._cut.one_shot()
 
     def _task(self, phase: str) -> TrainingTask:
+        """timm's task of a phase: classification, with distillation if it is asked for and the phase fine-tunes."""
         device = torch.device(self.args.device)
         mixed = self.args.mixup > 0 or self.args.cutmix > 0
         loss = {'smoothing': 0.0 if mixed else self.args.smoothing, 'soft_targets': mixed}
         if phase != 'finetune' or not self.args.distill:
             return ClassificationTask(self.model, criterion_kwargs=loss, device=device, verbose=False)
+        teacher = DistillationTeacher(self.dense_weights.saved_model(), device=device)
         return LogitDistillationTask(
-            self.model, DistillationTeacher(self._kept_dense(), device=device), criterion_kwargs=loss, device=device,
+            self.model, teacher, criterion_kwargs=loss, device=device,
             distill_loss_weight=self.args.distill_loss_weight, task_loss_weight=self.args.task_loss_weight,
             temperature=self.args.kd_temperature, verbose=False,
         )
 
-    def _bar(self, begin: int) -> Any:
-        """One bar for the whole run, so that its time left is the run's."""
+    def _bar(self, first_phase: int) -> tqdm:
+        """One progress bar for the whole run, so that it shows the time that the whole run still takes."""
         batches = len(self.batches.train)
-        bar = progress((), 'training', batches * self.args.epochs)
-        bar.disable = not self.first
-        bar.delay = 0  # what write() draws again before a delay is over, close() would leave there
-        done = sum(self.epochs[name] for name in PHASES[:begin]) + (self.saved['epoch'] if self.saved else 0)
-        bar.initial = bar.n = batches * done
-        return bar
+        done = sum(self.epochs[name] for name in PHASES[:first_phase]) + (self.saved['epoch'] if self.saved else 0)
+        # With a delay, close() would not clear a bar that write() has drawn before the delay is over.
+        return progress(
+            (), 'training', batches * self.args.epochs, initial=batches * done, delay=0, disable=not self.first)
 
-    def _load(self) -> Optional[Dict[str, Any]]:
+    def _load_checkpoint(self) -> Optional[Dict[str, Any]]:
         saved = self.checkpoints.load()
-        for name, now in self.options.items() if saved else ():
-            if (then := saved['options'].get(name)) != now:
-                raise PruningError(f'--resume: the run in {self.folder} was started with {name} {then}, now it is '
-                                   f'{now}: ask for the same, or start again with --overwrite')
+        if saved:
+            check_unchanged(saved['options'], self.options, self.folder)
         return saved
 
     def _wait(self) -> None:
+        """Wait until all processes are here."""
         if self.args.distributed:
             dist.barrier()
 
     def _finish(self) -> Result:
-        """Save the pruned model, build it again from there, and compare it with the dense one."""
+        """Save the pruned model, load it again, compare it with the dense one, and write the report."""
         args = self.args
         folder = save_pretrained(self.model, self.folder / 'pruned', overwrite=True)
         with one_line(f'{folder} can\'t be loaded again'):
             slim = timm.create_model(f'local-dir:{folder}', pretrained=True).to(args.device).eval()
-        dense = self._kept_dense()
+        dense = self.dense_weights.saved_model()
         models, images = [dense, slim], self.batches.test
         accuracy = top1(models, progress(images, 'measuring top-1', len(images)))
         image = torch.randn(1, *self.config['input_size'], generator=torch.Generator().manual_seed(args.seed))
         with step('measuring latency'):
-            speed = latencies(models, image.to(args.device))
-        rows = compare(dense, slim, {'top-1, %': tuple(accuracy)}, speed)
+            latency_ms = latencies(models, image.to(args.device))
+        rows = compare(dense, slim, {'top-1, %': tuple(accuracy)}, latency_ms)
         notes = latency_note(args.device)
         write_report(self.folder, self.options, rows, notes, self.history, self.masks, slim.pruning_plan)
         return Result(folder, rows, notes, self.history)

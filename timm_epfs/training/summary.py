@@ -1,4 +1,4 @@
-"""What a run writes for people: ``summary.csv`` while it runs, ``report.md`` with pictures at its end."""
+"""What a run writes for people: ``summary.csv`` after each epoch, ``report.md`` with pictures at its end."""
 import csv
 import json
 import shutil
@@ -16,29 +16,36 @@ from .run_pictures import draw_all
 
 __all__ = ['claim_folder', 'write_report', 'write_summary']
 
-# What a run leaves in its folder; one with anything else in it is not replaced.
-_OWN = (
+# The files and folders of a run. A folder that holds anything else is never replaced.
+_OWN_FILES = (
     'args.json', 'checkpoints', 'dense.safetensors', 'pictures', 'pruned', 'report.md', 'summary.csv',
 )
 
 
 def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Make a folder ready for a run.
+    """Prepare the folder of a run: create it, and delete an earlier run with ``overwrite``.
+
+    Args:
+        folder: The folder.
+        resume: Whether the run in the folder is to be continued.
+        overwrite: Whether the run in the folder is to be replaced.
 
     Raises:
-        PruningError: It holds something that is not to be touched, or can't be made.
+        PruningError: The folder holds other files, or a run that is neither continued nor replaced; or it can't be
+            written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         present = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith('.'))
-        others = [name for name in present if name not in _OWN]
+        others = [name for name in present if name not in _OWN_FILES]
         if others:
-            raise PruningError(f'train: {folder} holds {others[0]!r}, which no run leaves there; name another folder')
+            raise PruningError(f'train: {folder} holds {others[0]!r}, which is not of a run; name another folder')
         if present and not (resume or overwrite):
-            raise PruningError(f'train: {folder} holds a run; go on with it by --resume, replace it by --overwrite, '
-                               'or name another folder')
-        unfinished = (*folder.glob('.*.tmp'), *folder.glob('checkpoints/.*.tmp'))  # of a run that was killed
-        for path in (*unfinished, *(folder / name for name in present if overwrite)):
+            raise PruningError(
+                f'train: {folder} holds a run; continue it with --resume, replace it with --overwrite, or name another '
+                'folder')
+        partial = (*folder.glob('.*.tmp'), *folder.glob('checkpoints/.*.tmp'))  # files of a run that was killed
+        for path in (*partial, *(folder / name for name in present if overwrite)):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -48,7 +55,7 @@ def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
 
 
 def write_summary(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """All rows so far, the columns in the order in which they first appear."""
+    """Write the history as CSV, one row per epoch, the columns in the order in which they first appear."""
     columns = list(dict.fromkeys(name for row in history for name in row))
 
     def write(part: Path) -> None:
@@ -69,7 +76,17 @@ def write_report(
         masks: Sequence[Mapping[str, Any]],
         plan: Plan,
 ) -> None:
-    """Write ``report.md``, with pictures where matplotlib is installed."""
+    """Write ``report.md``, with pictures if matplotlib is installed.
+
+    Args:
+        folder: Folder of the run.
+        options: The options of the run.
+        rows: The dense and the pruned model side by side.
+        notes: How they were measured.
+        history: One row per epoch.
+        masks: A histogram of the masks for each sparse epoch, from ``mask_histogram``.
+        plan: The plan of the pruned model.
+    """
     address = f'local-dir:{folder / "pruned"}'
     pictures = draw_all(folder / 'pictures', history, masks, plan)
     lines = [
@@ -77,7 +94,7 @@ def write_report(
         '',
         *markdown_table(table(rows)),
         '',
-        f'Top-1 is that of the saved model, built again from its folder; {notes}.',
+        f'Top-1 was measured on the saved model, loaded from its folder; {notes}.',
         f'timm_epfs {__version__}, timm {timm.__version__}, torch {torch.__version__}.',
         '',
         '```python',
@@ -86,9 +103,9 @@ def write_report(
         '```',
         '',
         *(line for title, name in pictures for line in (f'## {title}', '', f'![{title}](pictures/{name})', '')),
-        *([] if pictures else ['Pictures need matplotlib: pip install timm-epfs[plot], then run again with '
-                               '--resume.', '']),
-        '## What is left of each layer',
+        *([] if pictures else [
+            'Pictures need matplotlib: pip install timm-epfs[plot], then run again with --resume.', '']),
+        '## Units that each layer keeps',
         '',
         *markdown_table([('structure', 'kind', 'dense', 'left'), *(
             (cut.structure.name, cut.structure.kind, str(cut.structure.units), str(len(cut.keep)))
@@ -115,4 +132,6 @@ def _history_table(history: Sequence[Mapping[str, Any]]) -> List[str]:
 
 
 def _cell(value: Any) -> str:
-    return '' if value is None else f'{value:.6g}' if isinstance(value, float) else str(value)
+    if value is None:
+        return ''
+    return f'{value:.6g}' if isinstance(value, float) else str(value)

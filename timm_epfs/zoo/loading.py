@@ -1,8 +1,9 @@
 """Models by the name that a user gives: timm's, torchvision's, and saved ones."""
-from typing import Any, Dict, Optional, Tuple
+from pathlib import Path
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import timm
-from timm.models import get_model_args
+from timm.models import get_model_args, resolve_model_input_args
 from torch import nn
 
 from ..core import PruningError, one_line
@@ -10,7 +11,7 @@ from ..plan import Plan
 from ..surgery import TORCHVISION, build_base
 from .origin import note_origin
 
-__all__ = ['base_of', 'create_model']
+__all__ = ['base_of', 'create_model', 'load_model', 'model_args']
 
 
 def create_model(name: str, pretrained: bool = False, /, **model_args: Any) -> nn.Module:
@@ -63,3 +64,37 @@ def base_of(model: nn.Module) -> Tuple[Optional[str], Dict[str, Any]]:
     if architecture and timm.is_model(architecture):
         return architecture, dict(get_model_args(model))
     return None, {}
+
+
+def load_model(name: str, pretrained: bool = False, img_size: Optional[int] = None) -> nn.Module:
+    """A model by its name, or with its weights from the folder that it was saved in.
+
+    Args:
+        name: As ``create_model`` takes it, or a folder.
+        pretrained: Load a name's published weights.
+        img_size: Pixels, None for the model's own.
+
+    Raises:
+        PruningError: There is no such model.
+    """
+    if Path(name).is_dir() and not timm.is_model(name):
+        name, pretrained = f'local-dir:{name}', True
+    return create_model(name, pretrained, **model_args(name, img_size, {}))
+
+
+def model_args(name: str, img_size: Optional[int], given: Mapping[str, Any]) -> Dict[str, Any]:
+    """Arguments of a model; an image size only where its structure depends on it.
+
+    Args:
+        name: As ``create_model`` takes it.
+        img_size: Pixels, None for the model's own.
+        given: Its other arguments; those of None are left out.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    if img_size is None or name.startswith(TORCHVISION):
+        return given
+    try:
+        resolved = resolve_model_input_args(name, {'img_size': img_size}, **given)
+    except Exception:  # whatever is wrong with the name is said better where the model is built
+        return given
+    return {name: value for name, value in resolved.items() if name == 'img_size' or name in given}

@@ -1,4 +1,4 @@
-"""The table of rules, and the two that stand in where an operation has none."""
+"""The table of rules, and the two that apply where an operation has none."""
 from typing import Any, Callable, Dict, List, Sequence
 
 import torch
@@ -35,19 +35,19 @@ def rule(*names: str):
 
 
 def axis(dim: int, ndim: int) -> int:
-    """The dim counted from the front."""
+    """The number of a dim, counted from the front."""
     return dim % ndim if ndim else 0
 
 
 def axes(dim, ndim: int) -> List[int]:
-    """The dims counted from the front; all of them for none."""
+    """The numbers of dims, counted from the front; of all dims if none is given."""
     if dim is None or (isinstance(dim, (list, tuple)) and not dim):
         return list(range(ndim))
     return [axis(d, ndim) for d in (dim if isinstance(dim, (list, tuple)) else [dim])]
 
 
 def elementwise(rec, args: Sequence[Any], out: torch.Tensor) -> Dims:
-    """Broadcasting ties the dims of all operands, aligned at the last."""
+    """The dims of all operands are tied, aligned at the last one, as broadcasting aligns them."""
     result: Dims = [None] * out.ndim
     seen = [False] * out.ndim
     for tensor in rec.tensors(args):
@@ -65,7 +65,7 @@ def elementwise(rec, args: Sequence[Any], out: torch.Tensor) -> Dims:
 
 
 def opaque(rec, args: Sequence[Any], out: Any) -> None:
-    """Nothing is known: pin whatever touches it."""
+    """Nothing is known about an operation: pin all that it is given."""
     for tensor in rec.tensors(args):
         for label in rec.labels_of(tensor):
             rec.labels.pin(label)

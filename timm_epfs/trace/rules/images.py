@@ -1,10 +1,11 @@
-"""Pooling, resizing, windows: operations on the last dims of an image."""
+"""Pooling, resizing, windows: operations on the height and width of an image."""
 import numpy as np
 
 from .base import RULES, axis, opaque, rule
 
 
 def _spatial(n: int):
+    """The rule of operations on the last ``n`` dims, which can't be cut."""
     def apply(rec, out, x, *args, **kwargs):
         labels = list(rec.labels_of(x))
         for d in range(x.ndim - n, x.ndim):
@@ -28,13 +29,14 @@ for _n, _names in {
 
 @rule('im2col')
 def _im2col(rec, out, x, kernel_size, *args):
-    """(B, C, H, W) → (B, C·k·k, L)."""
+    """(B, C, H, W) → (B, C·k·k, L): each channel becomes k·k that go together."""
     label = rec.labels_of(x)[1]
     return [None, None if label is None else np.repeat(label, kernel_size[0] * kernel_size[1]), None]
 
 
 @rule('col2im')
 def _col2im(rec, out, x, output_size, kernel_size, *args):
+    """(B, C·k·k, L) → (B, C, H, W)."""
     label = rec.labels_of(x)[1]
     if label is None:
         return [None] * out.ndim

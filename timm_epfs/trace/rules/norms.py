@@ -1,7 +1,7 @@
-"""Normalisations and reductions: where cutting one entry may change what others become."""
+"""Normalisations and reductions: cutting one entry may change what becomes of others."""
 import torch
 
-from ..labels import Factor
+from ..reshapes import Grid, Reshape
 from .base import axes, axis, elementwise, rule
 
 
@@ -15,7 +15,7 @@ def _batch_norm(rec, out, x, weight, bias, *args, **kwargs):
         labels[1] = rec.labels.tie(labels[1], rec.labels_of(tensor)[0]) if x.shape[1] > 1 else None
     if not rec.is_weight(x):
         return [labels]
-    for i, label in enumerate(labels):  # a standardised weight: statistics over everything but dim 1
+    for i, label in enumerate(labels):  # standardisation of a weight: its statistics are over all dims but the second
         if i != 1:
             rec.labels.mark_inexact(label, 'weights are standardised over their inputs')
     return [labels]
@@ -44,11 +44,11 @@ def _group_norm(rec, out, x, weight, bias, n, c, hw, groups, eps):
     elif groups == 1:
         rec.labels.mark_inexact(labels[1], 'normalised over the channels')
     else:
-        axis, inner = rec.labels.fresh(groups), rec.labels.fresh(c // groups)
-        rec.follow('num_groups', 0, axis)
-        rec.labels.mark_inexact(inner, 'normalised over groups of channels')
-        box = (labels[1].reshape(groups, -1), (axis, inner))
-        rec.labels.add_factor(Factor([box], [((0,), 'groups'), ((1,), 'channels')]))
+        group, member = rec.labels.fresh(groups), rec.labels.fresh(c // groups)
+        rec.follow('num_groups', 0, group)
+        rec.labels.mark_inexact(member, 'normalised over groups of channels')
+        grid = Grid(labels[1].reshape(groups, -1), (group, member))
+        rec.labels.add_reshape(Reshape.in_groups([grid], whole_groups=True))
     return [labels]
 
 
@@ -75,7 +75,7 @@ def _reduce(rec, out, x, *args, **kwargs):
 
 @rule('_softmax', '_log_softmax', 'cumsum', 'cumprod', 'sort', 'topk', '_safe_softmax')
 def _along(rec, out, x, *args, **kwargs):
-    """Entries along the dim depend on each other in number or in order: none may go."""
+    """Along the dim, entries depend on the number or on the order of the others: none may go."""
     dim = kwargs.get('dim', args[1] if rec.name == 'topk' and len(args) > 1 else args[0] if args else -1)
     dim = dim if rec.name != 'topk' or len(args) > 1 or 'dim' in kwargs else -1
     labels = list(rec.labels_of(x))

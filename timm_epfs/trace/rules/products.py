@@ -1,13 +1,16 @@
 """Matrix products and convolutions: where units are made and used."""
+from typing import Sequence, Tuple
 
 import numpy as np
 import torch
 
-from ..labels import Factor, Label
+from ..labels import Label
+from ..reshapes import Grid, Reshape
 from .base import Dims, rule
 
 
 def _contract(rec, a: torch.Tensor, b: torch.Tensor, label_a: Label, label_b: Label) -> None:
+    """A product sums over a dim of both tensors."""
     rec.labels.tie(label_a, label_b)
     if not rec.is_weight(a) and not rec.is_weight(b):
         rec.labels.mark_inexact(label_a, 'two activations are multiplied over it')
@@ -35,7 +38,7 @@ def _bmm(rec, out, a, b, **kwargs):
     _contract(rec, a, b, k_a, k_b)
     batch = rec.labels.tie(batch_a, batch_b) if a.shape[0] > 1 else None
     if not rec.is_weight(a) and not rec.is_weight(b):
-        rec.labels.mark_batched(batch)
+        rec.labels.mark_heads(batch)
     rec.count_product(out, [(a.shape[0], batch), (a.shape[1], m), (a.shape[2], k_a), (b.shape[2], n)], [batch, m, n])
     return [batch, m, n]
 
@@ -73,27 +76,23 @@ def _add_bias(rec, bias: torch.Tensor, out: torch.Tensor, labels: Dims) -> Dims:
 @rule('convolution', '_convolution')
 def _convolution(rec, out, x, weight, bias, stride, padding, dilation, transposed, output_padding, groups, *args):
     x_labels, w_labels = rec.labels_of(x), rec.labels_of(weight)
-    channels = x_labels[1]
-    w_in, w_out = (w_labels[0], w_labels[1]) if transposed else (w_labels[1], w_labels[0])
     for label in w_labels[2:]:
         rec.labels.pin(label)
     rec.labels.tie(x_labels[0], None)
 
-    if groups == 1:
-        _contract(rec, x, weight, channels, w_in)
-        out_channels = w_out
+    if groups > 1:
+        channels = (_transposed_groups if transposed else _groups)(rec, x, weight, groups)
     else:
-        out_channels = _grouped(rec, x, weight, channels, w_in, w_out, transposed, groups)
-    if bias is not None and out_channels is not None:
-        out_channels = rec.labels.tie(out_channels, rec.labels_of(bias)[0])
-    elif bias is not None:
-        rec.labels.pin(rec.labels_of(bias)[0])
+        read, channels = (w_labels[0], w_labels[1]) if transposed else (w_labels[1], w_labels[0])
+        _contract(rec, x, weight, x_labels[1], read)
+    if bias is not None:
+        channels = rec.labels.tie(channels, rec.labels_of(bias)[0])
 
     spatial = [
         _slide(rec, label, same=x.shape[2 + i] == out.shape[2 + i]) for i, label in enumerate(x_labels[2:])
     ]
-    result = [None, out_channels, *spatial]
-    positions = (x if transposed else out).shape[2:]
+    result = [None, channels, *spatial]
+    positions = (x if transposed else out).shape[2:]  # at each of these, the whole kernel is applied
     labels = x_labels[2:] if transposed else spatial
     rec.count_product(
         out,
@@ -112,42 +111,78 @@ def _slide(rec, label: Label, same: bool) -> Label:
     return label
 
 
-def _grouped(rec, x, weight, channels, w_in, w_out, transposed, groups) -> Label:
-    inner_in, inner_out = x.shape[1] // groups, (weight.shape[1] if transposed else weight.shape[0] // groups)
-    full_in = w_in if transposed else channels
-    if transposed:
-        rec.labels.tie(channels, w_in)
-        if inner_in > 1:
-            rec.mark_input(w_in)
-        w_in = None
-    n_out = groups * inner_out
-    if full_in is None or (w_out is None and not transposed):
-        for label in (full_in, w_in, w_out):
+def _groups(rec, x: torch.Tensor, weight: torch.Tensor, groups: int) -> Label:
+    """What is cut together in a convolution in groups. Returns the label of the channels that it makes.
+
+    In G groups, each of which reads i channels and makes o, the input has G·i channels, the weight has shape
+    (G·o, i, …), and the output has G·o channels. Three cases:
+
+    - *Depthwise* (i = 1): a channel of the input, which is a group, and the o channels that are made of it. In
+      ``Conv2d(8, 16, groups=8)``: channel 3 of the input; rows 6 and 7 of the weight, which are channels 6 and 7 of
+      the output.
+    - *Many narrow groups*: whole groups. In ``Conv2d(128, 128, groups=32)`` of a ResNeXt, for group 3: channels 12 to
+      15 of the input; rows 12 to 15 of the weight, which are channels 12 to 15 of the output.
+    - *Few wide groups*: the same channels of every group. In ``Conv2d(128, 64, groups=2)``, for channel 5 of what each
+      group reads: channels 5 and 64 + 5 of the input, and column 5 of the weight. For channel 7 of what each group
+      makes: rows 7 and 32 + 7 of the weight, which are channels 7 and 32 + 7 of the output.
+
+    So the input and the output are grids, of shapes (G, i) and (G, o), and both are cut along the same axis.
+    """
+    read, (made, column) = rec.labels_of(x)[1], rec.labels_of(weight)[:2]
+    n_read, n_made = weight.shape[1], weight.shape[0] // groups
+    if read is None or made is None:
+        for label in (read, made, column):
             rec.labels.pin(label)
         return None
-    rec.mark_input(w_in)
-    if inner_in == 1 and not transposed:  # depthwise: a channel and what is made of it go together
-        rec.labels.tie(np.repeat(channels, inner_out), w_out)
-        rec.follow('groups', 0, channels)
-        return w_out
+    rec.mark_input(column)
+    if n_read == 1:
+        rec.labels.tie(np.repeat(read, n_made), made)
+        rec.follow('groups', 0, read)
+        return made
+    group = rec.labels.fresh(groups)
+    column = column if column is not None else rec.labels.fresh(n_read)
+    _cut_in_groups(rec, group, [(read, column), (made, rec.labels.fresh(n_made))])
+    return made
 
-    axis = rec.labels.fresh(groups)
-    rec.follow('groups', 0, axis)
-    boxes = []
-    if inner_in == 1:
-        rec.labels.tie(full_in, axis)
-    else:
-        inner = w_in if w_in is not None else rec.labels.fresh(inner_in)
-        boxes.append((full_in.reshape(groups, inner_in), (axis, inner)))
-    result = w_out if not transposed else (rec.labels.fresh(n_out) if inner_out > 1 else axis)
-    if inner_out == 1:
-        rec.labels.tie(result, axis)
-    else:
-        inner = rec.labels.fresh(inner_out)
-        if transposed:
-            rec.labels.tie(inner, w_out)
-        boxes.append((result.reshape(groups, inner_out), (axis, inner)))
-    whole = ((0,) * len(boxes), 'groups')
-    within = ((1,) * len(boxes), 'channels')
-    rec.labels.add_factor(Factor(boxes, [whole, within] if groups >= max(inner_in, inner_out) else [within, whole]))
-    return result
+
+def _transposed_groups(rec, x: torch.Tensor, weight: torch.Tensor, groups: int) -> Label:
+    """As ``_groups``, for a transposed convolution.
+
+    Its weight has shape (G·i, o, …): the channels of the input are its rows, and no dim of it has the G·o channels of
+    the output, which get labels of their own.
+    """
+    read, (row, column) = rec.labels_of(x)[1], rec.labels_of(weight)[:2]
+    n_read, n_made = weight.shape[0] // groups, weight.shape[1]
+    rec.labels.tie(read, row)
+    if n_read > 1:
+        rec.mark_input(row)
+    if row is None:
+        rec.labels.pin(column)
+        return None
+    group = rec.labels.fresh(groups)
+    read_in_group = rec.labels.fresh(n_read)
+    made = rec.labels.fresh(groups * n_made) if n_made > 1 else group
+    made_in_group = rec.labels.fresh(n_made)
+    if made_in_group is not None:
+        rec.labels.tie(made_in_group, column)
+    _cut_in_groups(rec, group, [(row, read_in_group), (made, made_in_group)])
+    return made
+
+
+def _cut_in_groups(rec, group: np.ndarray, sides: Sequence[Tuple[np.ndarray, Label]]) -> None:
+    """Cut the input and the output of a convolution by whole groups, or in the same places of every group.
+
+    Args:
+        rec: The recorder.
+        group: Label of the groups.
+        sides: Pairs (label of all channels, label of those of one group, ``None`` if there is a single one).
+    """
+    rec.follow('groups', 0, group)
+    grids = []
+    for channels, member in sides:
+        if member is None:
+            rec.labels.tie(channels, group)
+        else:
+            grids.append(Grid(channels.reshape(len(group), len(member)), (group, member)))
+    narrow = all(len(group) >= grid.nodes.shape[1] for grid in grids)
+    rec.labels.add_reshape(Reshape.in_groups(grids, whole_groups=narrow))

@@ -1,4 +1,4 @@
-"""Views, copies, concatenations: operations that move entries about."""
+"""Views, copies, concatenations: operations that only move entries."""
 from typing import List, Sequence, Tuple
 
 import numpy as np
@@ -30,21 +30,22 @@ def _two_operands(rec, out, x, src, *args, **kwargs):
 
 @rule('view', '_unsafe_view', 'reshape', '_reshape_alias')
 def _view(rec, out, x, size, **kwargs):
+    """Dims that are merged or split get new labels, all others keep theirs."""
     result: Dims = [None] * out.ndim
     labels = rec.labels_of(x)
     for ins, outs in _reshape_groups(x.shape, out.shape):
-        lived = [i for i in ins if labels[i] is not None]
-        if not lived:
+        labelled = [i for i in ins if labels[i] is not None]
+        if not labelled:
             continue
         if len(ins) == len(outs) == 1:
             result[outs[0]] = labels[ins[0]]
             continue
-        flat = labels[lived[0]] if len(lived) == 1 else rec.labels.merge([labels[i] for i in lived])
-        if len(outs) == 1 and len(lived) == len(ins):
+        flat = labels[labelled[0]] if len(labelled) == 1 else rec.labels.merge([labels[i] for i in labelled])
+        if len(outs) == 1 and len(labelled) == len(ins):
             result[outs[0]] = flat.reshape(-1)
             continue
         spread = np.broadcast_to(
-            flat.reshape([x.shape[i] if i in lived else 1 for i in ins]), [x.shape[i] for i in ins],
+            flat.reshape([x.shape[i] if i in labelled else 1 for i in ins]), [x.shape[i] for i in ins],
         )
         for o, label in zip(outs, rec.labels.split(spread.reshape([out.shape[o] for o in outs]))):
             result[o] = label
@@ -52,7 +53,18 @@ def _view(rec, out, x, size, **kwargs):
 
 
 def _reshape_groups(before: Sequence[int], after: Sequence[int]) -> List[Tuple[List[int], List[int]]]:
-    """Smallest runs of dims with equal products on both sides; dims of length 1 belong to no run."""
+    """The dims that are merged or split: shortest runs of dims whose lengths have the same product on both sides.
+
+    >>> _reshape_groups([1, 8, 6, 5], [8, 2, 3, 5])      # only 6 is split, into 2 and 3
+    [([1], [0]), ([2], [1, 2]), ([3], [3])]
+
+    Args:
+        before: Lengths before. Those of 1 are in no run.
+        after: Lengths after, likewise.
+
+    Returns:
+        Pairs (numbers of dims before, numbers of dims after).
+    """
     a = [i for i, n in enumerate(before) if n != 1]
     b = [i for i, n in enumerate(after) if n != 1]
     groups, i, j = [], 0, 0
@@ -137,19 +149,19 @@ def _slice(rec, out, x, dim=0, start=None, end=None, step=1):
         if step == 1:
             rec.expect_start(labels[d][:start])
         else:
-            _keep_blocks(rec, labels[d], step)
+            _cut_in_runs(rec, labels[d], step)
         labels[d] = labels[d][start:][::step][:out.shape[d]]
     return labels
 
 
-def _keep_blocks(rec, label: np.ndarray, step: int) -> None:
-    """Every ``step``-th entry is still the same one after a cut if entries go by whole blocks of ``step``."""
+def _cut_in_runs(rec, label: np.ndarray, step: int) -> None:
+    """Cut whole runs of ``step`` entries, so that after a cut, too, every ``step``-th one is the first of its run."""
     if len(label) % step:
         rec.labels.pin(label)
         return
-    blocks = label.reshape(-1, step)
+    runs = label.reshape(-1, step)
     for i in range(1, step):
-        rec.labels.tie(np.ascontiguousarray(blocks[:, 0]), np.ascontiguousarray(blocks[:, i]))
+        rec.labels.tie(np.ascontiguousarray(runs[:, 0]), np.ascontiguousarray(runs[:, i]))
 
 
 @rule('split', 'split_with_sizes', 'unsafe_split', 'unsafe_split_with_sizes')
@@ -157,7 +169,7 @@ def _split(rec, out, x, size, dim=0):
     d = axis(dim, x.ndim)
     label = rec.labels_of(x)[d]
     if label is not None and isinstance(size, int):
-        # the sizes follow from the length: equal pieces stay equal only if each loses the same entries
+        # chunk() computes the size from the length: pieces begin where they did only if all lose the same entries
         pieces = [label[i:i + size] for i in range(0, len(label), size)]
         for piece in pieces[1:]:
             rec.labels.tie(*((pieces[0], piece) if len(piece) == size else (label, None)))
@@ -226,7 +238,7 @@ def _pad(rec, out, x, pad, value=0):
             rec.labels.pin(labels[d])
             labels[d] = None
             continue
-        front, back = rec.labels.atoms(before), rec.labels.atoms(after)
+        front, back = rec.labels.new_nodes(before), rec.labels.new_nodes(after)
         rec.follow('pad', 2 * i, front)
         rec.follow('pad', 2 * i + 1, back)
         labels[d] = np.concatenate([front, labels[d], back])

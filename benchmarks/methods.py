@@ -1,0 +1,112 @@
+"""The table that opens benchmarks/README.md: what each method costs, in accuracy, in training and in speed.
+
+Every number comes from a committed result of cifar10/run.py or one_shot.py. ``readme.py`` puts the table in its place.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any, Dict, List, Optional, Sequence
+
+from common import RESULTS
+
+HERE = Path(__file__).parent
+MODELS = ('resnet20_cifar', 'resnet56_cifar')
+COLUMNS = ('method', 'what to call', 'epochs: select + fine-tune', 'top-1 lost', 'speed-up', 'results')
+MISSING = '–'
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table.
+
+    Attributes:
+        name: What people call it.
+        call: What a user calls, in Markdown.
+        experiments: Names of its experiments on each of ``MODELS``, None where there is none; of ``'.long/fpgm-50'``
+            the folder is the model's with ``.long``.
+        when: Whose top-1 is shown: ``'finetuned'``, or ``'cut'`` for the model before any fine-tuning.
+    """
+    name: str
+    call: str
+    experiments: Sequence[Optional[str]]
+    when: str = 'finetuned'
+
+
+METHODS = (
+    Method('cut by FPGM, nothing after', "`prune(m, macs=0.5, criterion='fpgm')`", ('fpgm-50', 'fpgm-50'), 'cut'),
+    Method('one-shot, FPGM', "`prune(m, macs=0.5, criterion='fpgm')`, fine-tune", ('fpgm-50', 'fpgm-50')),
+    Method('one-shot, FPGM, cost-aware widths', "the same, `widths='cost'`", ('fpgm_neyman-50', None)),
+    Method('one-shot, Taylor', "the same, `criterion='taylor', data=d`", ('taylor-50', None)),
+    Method('one-shot, units drawn at random', "the same, `criterion='random'`", ('random-50', None)),
+    Method('EPFS', '`EPFS(m, macs=0.5)`', ('epfs_filters-50', None)),
+    Method(
+        'EPFS, cost-aware widths', "`EPFS(m, macs=0.5, widths='cost')`",
+        ('epfs_filters_neyman-50', 'epfs_filters_neyman-50')),
+    Method(
+        'EPFS, cost-aware widths, teacher, 30 epochs', '`timm-epfs train … --distill`',
+        ('.long/epfs_filters_neyman_distill-50', None)),
+    Method('BN-SFP', '`BNSFP(m, macs=0.5)`', ('bn_sfp_sparse4-50', 'bn_sfp-50')),
+    Method('SFP', '`SFP(m, macs=0.5)`', ('sfp_sparse4-50', None)),
+    Method('SSS', '`SSS(m, macs=0.5)`', ('sss_neurons-50', None)),
+    Method(
+        'blocks: one-shot, Taylor', "`prune(m, macs=0.5, criterion='taylor', data=d, kinds=['blocks'])`",
+        (None, 'taylor_blocks-50')),
+    Method('blocks: one-shot, FPGM', "the same, `criterion='fpgm'`", (None, 'fpgm_blocks-50')),
+    Method('blocks: EPFS', "`EPFS(m, macs=0.5, kinds=['blocks'])`", ('epfs_blocks-50', 'epfs_blocks-50')),
+    Method(
+        'blocks: EPFS, last stage kept', "the same, `exclude=['layer3*']`", (None, 'epfs_blocks_last_whole-50')),
+    Method(
+        'blocks: EPFS, teacher, 30 epochs', '`timm-epfs train … --distill`', (None, '.long/epfs_blocks_distill-50')),
+    Method('blocks: SSS', "`SSS(m, macs=0.5, kinds=['blocks'])`", ('sss_blocks-50', 'sss_blocks-50')),
+)
+
+
+def methods() -> str:
+    """The table, in Markdown."""
+    first, *rest = (_row(method) for method in METHODS)
+    rows = [COLUMNS, ('---',) * len(COLUMNS), first, _recalibrated(), *rest]
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
+
+
+def _row(method: Method) -> Sequence[str]:
+    found = [_results(model, name) for model, name in zip(MODELS, method.experiments)]
+    epochs = dict.fromkeys(_epochs(runs[0]) for runs in found if runs) if method.when == 'finetuned' else ['0']
+    names = dict.fromkeys(f'`{name}`' for name in method.experiments if name)
+    return (
+        method.name, method.call, ' or '.join(epochs), ' / '.join(_lost(runs, method.when) for runs in found),
+        ' / '.join(map(_speed_up, found)), ', '.join(names),
+    )
+
+
+def _recalibrated() -> Sequence[str]:
+    """The row of what ``one_shot.py`` measured, at another share of the MACs than the others."""
+    found = json.loads((RESULTS / f'one_shot_{MODELS[1]}.json').read_text())
+    rows = {row['criterion']: row for row in found['rows']}
+    before, after = (rows['dense']['top1'] - rows['fpgm'][key] for key in ('top1', 'top1_recalibrated'))
+    lost = f'{MISSING} / {after:.2f} at {100 * found["macs"]:.0f} % of the MACs ({before:.2f} without)'
+    return ('the same, BatchNorm recalibrated', '`recalibrate_bn(slim, d)`', '0', lost, MISSING, '`one_shot.py`')
+
+
+def _results(model: str, experiment: Optional[str]) -> List[Dict[str, Any]]:
+    """The results of all seeds."""
+    if experiment is None:
+        return []
+    group, _, name = experiment.rpartition('/')
+    folder = HERE / 'cifar10' / 'results' / f'{model}{group}'
+    return [json.loads(path.read_text()) for path in sorted(folder.glob(f'{name}-[0-9].json'))]
+
+
+def _epochs(run: Dict[str, Any]) -> str:
+    return f'{run["epochs"]["sparse"]} + {run["epochs"]["finetune"]}'
+
+
+def _lost(runs: List[Dict[str, Any]], when: str) -> str:
+    if not runs:
+        return MISSING
+    lost = mean(run['top1']['dense'] - run['top1'][when] for run in runs)
+    return f'{lost:.2f}' + (f' ({len(runs)} seeds)' if len(runs) > 1 else '')
+
+
+def _speed_up(runs: List[Dict[str, Any]]) -> str:
+    return f'{mean(run["latency_ms"][0] / run["latency_ms"][1] for run in runs):.1f}' if runs else MISSING

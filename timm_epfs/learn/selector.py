@@ -1,0 +1,155 @@
+"""``Selector``: chooses the units that stay within a learner's budget, given scores."""
+from dataclasses import replace
+from typing import Any, Dict, FrozenSet, Mapping, Optional, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..allocate import Allocation
+from ..core import Budget, Structure
+from ..importance import score
+from ..plan import make_plan
+from ..pruner import Allocator
+from ..surgery import cut_copy
+from .processes import from_first
+from .setup import Setup
+
+__all__ = ['Selector']
+
+
+class Selector:
+    """Chooses the units that stay by their scores, and tells what share of the dense model's cost they have.
+
+    All processes that train together make the same choice: under a budget of latency, all use what the first one
+    measured.
+
+    Args:
+        setup: The model, the budget, and how units are chosen.
+        structures: The structures that are learned.
+        fixed: Names of the structures that the pruner would cut and this learner doesn't.
+
+    Attributes:
+        allocator: Chooses the units, and prices them in the budget's quantity.
+        quantity: ``'macs'``, ``'params'`` or ``'latency'``: the budget's; ``'macs'`` where there is no budget.
+        budget: What may be left, as a share of the dense model's cost. None: there is no budget.
+
+    Raises:
+        OutOfReach: The budget can't be met, whatever the scores.
+    """
+
+    def __init__(self, setup: Setup, structures: Sequence[Structure], fixed: FrozenSet[str]):
+        self._pruner, self._asked, self._structures = setup.pruner, setup.budget, structures
+        self.quantity = 'macs' if setup.budget is None else setup.budget.quantity
+        batch_size = 1 if setup.budget is None else setup.budget.latency_batch_size
+        allocator = setup.pruner.allocator(self.quantity, setup.choice, batch_size, fixed)
+        self.allocator: Allocator = replace(allocator, streams=bool(setup.pruner.streams))
+        self.budget: Optional[Budget] = None
+        if self.quantity == 'latency':
+            self._device = setup.pruner.latency(batch_size)
+            self._share_timings()
+            self._set_latency_share(setup.pruner.share_of_equal_cut(setup.budget, self.allocator))
+        elif setup.budget is not None:
+            self.budget = setup.budget.at(setup.budget.share(self.allocator.dense(self.quantity)))
+            self.allocate({s.name: np.ones(s.units) for s in structures})  # raises where the budget can't be met
+        self._widths: Dict[str, float] = dict(self.allocator.widths or {})
+        if self.budget is not None and setup.choice.widths not in (None, 'cost'):
+            scores = score(setup.pruner.model, structures, setup.choice.widths)
+            self._set_widths(self.allocator.widths_by(scores, self.budget))
+
+    def _share_timings(self) -> None:
+        """Take over what the first process measured."""
+        cost, widths, device = self.allocator.cost, self.allocator.widths or {}, self._device.device
+        shared_widths = from_first(np.array([*widths.values()]), device).tolist()
+        self.allocator = replace(
+            self.allocator,
+            cost=cost.with_seconds(from_first(cost.seconds, device)),
+            widths=dict(zip(widths, shared_widths)) or None,
+            align=int(from_first(np.array(self.allocator.align), device)),
+        )
+
+    def _set_latency_share(self, share: float) -> None:
+        """Set the budget to the share of the table's latency that the first process found."""
+        self.budget = self._asked.at(float(from_first(np.array(share), self._device.device)))
+
+    def _set_widths(self, widths: Dict[str, float]) -> None:
+        self._widths = widths
+        self.allocator = replace(self.allocator, widths=widths or None)
+
+    def allocate(
+            self,
+            scores: Mapping[str, np.ndarray],
+            share: Optional[float] = None,
+            round_to: Optional[int] = None,
+    ) -> Allocation:
+        """Choose the units that stay.
+
+        Args:
+            scores: Scores by structure name, shape (units,), higher = keep.
+            share: What may be left, as a share of the dense model's cost. None: the budget.
+            round_to: As in ``timm_epfs.prune``. None: the learner's own.
+
+        Raises:
+            OutOfReach: Less may be left than any allowed cut leaves.
+        """
+        budget = self.budget if share is None else self.budget.at(share)
+        allocator = self.allocator if round_to is None else replace(self.allocator, round_to=round_to)
+        return allocator(scores, budget)
+
+    def match_latency(self, scores: Mapping[str, np.ndarray], dense: nn.Module) -> str:
+        """Correct ``budget`` until the cut by these scores is measured to have the latency that the user asked for.
+
+        Args:
+            scores: Scores by structure name, shape (units,), higher = keep.
+            dense: The dense model with its present weights.
+
+        Returns:
+            How the latency is missed and what to do, in a line; empty where it is met.
+        """
+        def cut(share: float) -> nn.Module:
+            return cut_copy(dense, make_plan(self._pruner.trace, self.allocate(scores, share).keep, {}))
+
+        match = self._device.match(self._asked, cut, dense)
+        self._set_latency_share(match.share)
+        return match.problem
+
+    def share(self, left: Mapping[str, int]) -> float:
+        """Share of the dense model's cost that is left.
+
+        Args:
+            left: Number of units left by structure name. Structures that aren't named keep all their units.
+        """
+        units = {s.name: s.units for s in self.allocator.structures}
+        return self.allocator.price(self.quantity, {**units, **left}) / self.allocator.dense(self.quantity)
+
+    def unit_costs(self) -> np.ndarray:
+        """What one unit of each learned structure costs in the dense model, shape (structures,)."""
+        cost = self.allocator.cost
+        dense = cost.counts({s.name: s.units for s in self.allocator.structures})
+        by_name = dict(zip(cost.names, cost.gradient(self.quantity, dense)))
+        return np.array([by_name[s.name] for s in self._structures])
+
+    def recipe(self) -> Dict[str, Any]:
+        """The entries of a plan's recipe that concern the budget and, for a latency, where it was measured."""
+        recipe = {} if self._asked is None else self._asked.to_dict()
+        if self.quantity == 'latency':
+            recipe.update(latency_on=self._device.place, align=self.allocator.align)
+        return recipe
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What may come out differently when the learner is made again: widths and measurements."""
+        state: Dict[str, Any] = {f'widths.{name}': width for name, width in self._widths.items()}
+        if self.quantity == 'latency':
+            state.update({
+                'latency.seconds': torch.from_numpy(self.allocator.cost.seconds.copy()),
+                'latency.share': self.budget.value, 'latency.align': self.allocator.align,
+            })
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume where ``state_dict`` was called."""
+        if self.quantity == 'latency':
+            cost = self.allocator.cost.with_seconds(state['latency.seconds'].numpy().copy())
+            self.allocator = replace(self.allocator, cost=cost, align=int(state['latency.align']))
+            self.budget = self._asked.at(float(state['latency.share']))
+        self._set_widths({name: float(state[f'widths.{name}']) for name in self._widths})

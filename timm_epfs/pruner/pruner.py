@@ -1,0 +1,342 @@
+"""``Pruner``: a model, its trace, its scores and its latencies, for any number of cuts."""
+from dataclasses import replace
+from functools import partial
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Optional, Sequence, Tuple, Union, cast
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map
+
+from ..allocate import ALIGN, Allocation, cost_aware_widths
+from ..core import DEFAULT_KINDS, Budget, PruningError, kinds_named, warn
+from ..importance import WITHOUT_DATA, check_criterion, score
+from ..latency import DeviceLatency
+from ..plan import Plan, PrunedModel, make_plan, make_recipe
+from ..surgery import cut_copy
+from ..zoo import base_of
+from .allocator import Allocator
+from .dense_model import check_unmasked, prepare_model
+from .inputs import Example, example_for, trace_model
+from .inspection import Report, make_report
+from .request import Choice, make_request
+from .selection import describe_nothing, left_alone
+
+__all__ = ['Pruner']
+
+_STREAMS_ARE_CUT = (
+    'the budget needs residual streams to be cut that are normalised over their channels, so the cut model differs '
+    'from the masked one; fine-tune it, or forbid such cuts with streams=False')
+
+Scores = Dict[str, np.ndarray]
+
+
+class Pruner:
+    """Cuts a model to any number of budgets, from one trace.
+
+    The constructor traces the model. Scores and latencies are computed when they are first needed, and then kept. The
+    model itself is never changed. If its weights change, make a new pruner.
+
+    >>> pruner = Pruner('resnet18')
+    >>> half, third = pruner(macs=0.5), pruner(macs=0.33, criterion='l1')
+    >>> round(third.pruning_plan.cost['macs'][1] / pruner.cost('macs'), 2)
+    0.33
+
+    Args:
+        model: timm name, ``'torchvision/<name>'``, ``'local-dir:<folder>'``, ``'hf-hub:<repo>'``, or any module.
+        data: Batches (images, targets), for criteria that need them.
+        loss_fn: ``loss_fn(output, target)``, for the same criteria. None: cross-entropy.
+        exclude: Patterns of layers whose outputs are not cut: names, prefixes of modules (``'layer1'``), or wildcards
+            (``'*.conv3'``).
+        only: Patterns of the only layers whose outputs are cut.
+        kinds: Kinds of units to cut: ``'channels'`` (or ``'filters'``, ``'neurons'``), ``'heads'``, ``'head_dims'``,
+            ``'groups'`` and, not by default, ``'blocks'``. Attention is cut by whole heads; with ``'head_dims'`` and
+            without ``'heads'``, the same dims of all heads of a layer are cut.
+        streams: Whether to cut residual streams that are normalised over their channels (ViT, ConvNeXt). Such a cut is
+            never exact. None: only if the budget can't be met otherwise, with a warning.
+        example_input: Input of the forward, for models that don't declare it: a tensor, a tuple of positional or a dict
+            of keyword arguments, at batch 1. Only the shapes matter.
+        device: Device of a model that is given by name. A module stays where it is.
+        pretrained: Whether to load published weights, where ``model`` is a name.
+        base: Name from which the dense model can be rebuilt, where ``model`` is a module that doesn't know its name.
+        **model_args: Keyword arguments of the model, where ``model`` is a name (``num_classes``, ``in_chans``, …).
+
+    Attributes:
+        model: The dense model.
+        name: Its name, or the name of its class.
+        trace: Its trace.
+        structures: The structures that may be cut.
+        fixed: Names of all other structures.
+        example: Positional and keyword arguments of a forward, on the meta device.
+        base: Name and keyword arguments from which timm rebuilds the model; ``(None, {})`` where they aren't known.
+
+    Raises:
+        PruningError: There is no such model, it can't be traced, or a pattern matches nothing.
+    """
+
+    def __init__(
+            self,
+            model: Union[str, nn.Module],
+            *,
+            data: Optional[Iterable] = None,
+            loss_fn: Optional[Callable] = None,
+            exclude: Sequence[str] = (),
+            only: Sequence[str] = (),
+            kinds: Sequence[str] = DEFAULT_KINDS,
+            streams: Optional[bool] = None,
+            example_input: Optional[Example] = None,
+            device: Optional[Union[str, torch.device]] = None,
+            pretrained: bool = False,
+            base: Optional[str] = None,
+            **model_args: Any,
+    ):
+        self.kinds, self.exclude, self.only, self.streams = kinds_named(kinds), tuple(exclude), tuple(only), streams
+        self.model = prepare_model(model, device, pretrained, model_args, ours=(Pruner.__init__, make_request))
+        self.base = base_of(self.model) if base is None else (base, {})
+        self.name = model if isinstance(model, str) else self.base[0] or type(self.model).__name__
+        self.example = tree_map(_to_meta, example_for(self.model, example_input))
+        whole_heads = 'heads' in self.kinds or 'head_dims' not in self.kinds
+        self.trace = trace_model(self.model, example_input, whole_heads)
+        self.fixed = self._find_fixed(exclude, only)
+        self.structures = tuple(s for s in self.trace.structures if s.name not in self.fixed)
+        self._data, self._loss_fn = data, loss_fn
+        self._scores: Dict[Tuple[str, int], Scores] = {}  # by criterion and seed
+        self._latencies: Dict[int, DeviceLatency] = {}  # by batch size
+        self._equal_cuts: Dict[Tuple, float] = {}
+
+    def _find_fixed(self, exclude: Sequence[str], only: Sequence[str]) -> FrozenSet[str]:
+        fixed = left_alone(self.trace.structures, exclude, only, self.kinds)
+        if self._earlier_plan is not None:
+            fixed |= self._earlier_plan.uncomposable(self.trace.structures)
+        return frozenset(fixed)
+
+    @property
+    def _earlier_plan(self) -> Optional[Plan]:
+        """The plan by which the model was pruned before; None for a dense model."""
+        plan = getattr(self.model, 'pruning_plan', None)
+        return plan if isinstance(plan, Plan) else None
+
+    def __call__(
+            self,
+            macs: Optional[Union[float, Budget]] = None,
+            params: Optional[float] = None,
+            **options: Any,
+    ) -> PrunedModel:
+        """Cut a copy of the model to a budget. Arguments, errors and warnings are those of ``plan``.
+
+        Returns:
+            A smaller model of the same class, with its ``pruning_plan``.
+
+        Raises:
+            PruningError: As for ``plan``.
+
+        Warns:
+            UserWarning: As for ``plan``.
+        """
+        plan = self._plan_cut(*make_request(macs, params, **options))
+        slim = cast(PrunedModel, cut_copy(self.model, plan))
+        slim.pruning_plan = self.composed(plan)
+        return slim
+
+    def plan(
+            self,
+            macs: Optional[Union[float, Budget]] = None,
+            params: Optional[float] = None,
+            **options: Any,
+    ) -> Plan:
+        """The plan of a cut, without the cut model.
+
+        Args:
+            macs: Budget of multiply-accumulates at batch 1: a share of the dense model's (``0.5``), a count above 1
+                (``2e9``), or a whole ``Budget``.
+            params: Budget of parameters: a share or a count.
+            **options: As in ``prune``: ``latency``, ``latency_batch_size``, ``criterion``, ``scope``, ``widths``,
+                ``round_to``, ``floor``, ``ratios``, ``seed``.
+
+        Raises:
+            PruningError: An argument is invalid, the budget is out of reach, or nothing may be cut.
+
+        Warns:
+            UserWarning: The budget is missed, by more than 1 % of the dense cost or more than 5 % of a latency; or
+                residual streams had to be cut (``streams``).
+        """
+        return self.composed(self._plan_cut(*make_request(macs, params, **options)))
+
+    def check(self, macs: Optional[Union[float, Budget]] = None, **options: Any) -> None:
+        """Check the arguments of ``plan``, without scores: raise where no scores could make the plan possible.
+
+        A budget in milliseconds is not checked, since the dense model would have to be timed.
+
+        Raises:
+            PruningError: As for ``plan``.
+        """
+        budget, choice = make_request(macs, **options)
+        allocator = self._allocator_of(budget, choice)
+        if not budget.in_milliseconds:
+            scores = {s.name: np.ones(s.units) for s in self.structures}
+            allocation = allocator(scores, budget)
+            self.composed(self._make_plan(allocation, {}))
+
+    def inspect(self) -> Report:
+        """Report what can be cut of the model."""
+        return make_report(self.name, self.trace)
+
+    def cost(self, quantity: str) -> float:
+        """Cost of the dense model at batch 1.
+
+        Args:
+            quantity: ``'macs'``, ``'params'`` or ``'activations'``.
+        """
+        return self.trace.cost(quantity, self.trace.cost.counts({s.name: s.units for s in self.trace.structures}))
+
+    def scores(self, criterion: str = 'l2', seed: int = 0) -> Scores:
+        """Importance scores of every unit that may be cut, by structure name, shape (units,), higher = keep.
+
+        Args:
+            criterion: One of ``timm_epfs.CRITERIA``.
+            seed: Seed of ``'random'``, and of the targets that ``'obdc'`` draws.
+
+        Raises:
+            PruningError: As for ``timm_epfs.importance.score``.
+        """
+        key = (criterion, seed)
+        if key not in self._scores:
+            self._scores[key] = score(
+                self.model, self.structures, criterion, data=self._data, loss_fn=self._loss_fn, seed=seed)
+        return self._scores[key]
+
+    def latency(self, batch_size: int = 1) -> DeviceLatency:
+        """Latency of the model's cuts on its device. The first call times the layers, for a minute or so.
+
+        Args:
+            batch_size: Number of images in a batch.
+        """
+        if batch_size not in self._latencies:
+            self._latencies[batch_size] = DeviceLatency(self.model, self.trace, *self.example, batch_size)
+        return self._latencies[batch_size]
+
+    def share_of_equal_cut(self, budget: Budget, allocator: Allocator) -> float:
+        """The share of the table's latency at which a cut of equal shares everywhere is measured to meet a budget.
+
+        The table adds up timings of single layers, so it is a little off. This tells by how much, without knowing which
+        units matter. It is measured once for each budget and allocator.
+
+        Args:
+            budget: A latency.
+            allocator: Chooses units under that budget.
+        """
+        key = (budget, allocator.fixed, allocator.scope, allocator.round_to, allocator.align, allocator.floor)
+        if key not in self._equal_cuts:
+            equal_scores = {s.name: np.ones(s.units) for s in self.trace.structures}
+            device = self.latency(budget.latency_batch_size)
+            match = device.match(budget, lambda share: self._cut(allocator(equal_scores, budget.at(share))))
+            self._equal_cuts[key] = match.share
+        return self._equal_cuts[key]
+
+    def composed(self, plan: Plan) -> Plan:
+        """The plan from the dense base model, for one that was made on this model.
+
+        The two differ where this model was already pruned: both cuts then become one plan.
+        """
+        return plan if self._earlier_plan is None else self._earlier_plan.compose(plan)
+
+    def allocator(
+            self,
+            quantity: str,
+            choice: Choice,
+            latency_batch_size: int = 1,
+            fixed: FrozenSet[str] = frozenset(),
+    ) -> Allocator:
+        """An ``Allocator`` of this model's units, for budgets of one quantity.
+
+        Args:
+            quantity: Quantity of the budget: ``'macs'``, ``'params'`` or ``'latency'``.
+            choice: How units are chosen. Where ``widths`` is a criterion, the widths depend on the size of the budget,
+                so they are left to the caller (``Allocator.widths_by``).
+            latency_batch_size: Number of images in a batch when latency is measured.
+            fixed: Names of further structures to leave uncut.
+
+        Raises:
+            PruningError: ``widths`` is unknown, or is ``'cost'`` where blocks may be cut.
+        """
+        if choice.widths not in (None, 'cost', *WITHOUT_DATA):
+            raise PruningError(
+                f"widths={choice.widths!r} was given; choose 'cost', a criterion that needs no data "
+                f'({", ".join(WITHOUT_DATA)}), or None')
+        fixed = self.fixed | fixed
+        budget_is_latency = quantity == 'latency'
+        measure_alignment = choice.round_to == 'auto' or (budget_is_latency and choice.round_to is None)
+        device = self.latency(latency_batch_size) if budget_is_latency or measure_alignment else None
+        cost = device.cost if budget_is_latency else self.trace.cost
+        widths = None
+        if choice.widths == 'cost':
+            widths = cost_aware_widths(self.trace.structures, cost, quantity, fixed)
+        return Allocator(
+            self.trace.structures, cost, fixed, self.streams,
+            scope=choice.scope,
+            widths=widths,
+            round_to=None if measure_alignment else choice.round_to,
+            align=device.alignment() if measure_alignment else ALIGN,
+            floor=choice.floor,
+            ratios=choice.ratios,
+        )
+
+    # How a plan is made.
+
+    def _plan_cut(self, budget: Budget, choice: Choice) -> Plan:
+        """The plan that cuts this model to the budget."""
+        allocator = self._allocator_of(budget, choice)
+        scores, measured = self.scores(choice.criterion, choice.seed), {}
+        width_scores = None if choice.widths in (None, 'cost') else self.scores(choice.widths, choice.seed)
+
+        if budget.quantity == 'latency':
+            device = self.latency(budget.latency_batch_size)
+            allocate_to = partial(_allocate, allocator, device.favour_slow_layers(scores), width_scores)
+            match = device.match(budget, lambda share: self._cut(allocate_to(budget.at(share))))
+            allocation, problem = allocate_to(budget.at(match.share)), match.problem
+            measured = {'latency_on': device.place, 'latency_ms': match.milliseconds}
+        else:
+            allocation = _allocate(allocator, scores, width_scores, budget)
+            problem = allocation.problem
+
+        if problem:
+            warn(problem)
+        if self.streams is None and allocator.cuts_streams(allocation):
+            warn(_STREAMS_ARE_CUT)
+        return self._make_plan(allocation, self._recipe(budget, choice, allocator, **measured))
+
+    def _allocator_of(self, budget: Budget, choice: Choice) -> Allocator:
+        check_criterion(choice.criterion)
+        check_unmasked(self.model)
+        if not self.structures:
+            raise PruningError(f'nothing is left to cut: {describe_nothing(self.trace)}')
+        return self.allocator(budget.quantity, choice, budget.latency_batch_size)
+
+    def _recipe(self, budget: Budget, choice: Choice, allocator: Allocator, **measured: Any) -> Dict[str, Any]:
+        rounding = {'round_to': choice.round_to}
+        if allocator.round_to != choice.round_to or allocator.align != ALIGN:  # the alignment was measured
+            rounding = {'align': allocator.align}
+        return make_recipe(
+            method='one-shot', criterion=choice.criterion, scope=choice.scope, widths=choice.widths,
+            floor=choice.floor, **budget.to_dict(), **rounding, exclude=list(self.exclude), only=list(self.only),
+            ratios=dict(choice.ratios), streams=self.streams,
+            kinds=list(self.kinds) if set(self.kinds) != set(DEFAULT_KINDS) else None,
+            seed=choice.seed if choice.criterion == 'random' else None, **measured,
+        )
+
+    def _make_plan(self, allocation: Allocation, recipe: Dict[str, Any]) -> Plan:
+        return make_plan(self.trace, allocation.keep, recipe, *self.base)
+
+    def _cut(self, allocation: Allocation) -> nn.Module:
+        return cut_copy(self.model, self._make_plan(allocation, {}))
+
+
+def _allocate(allocator: Allocator, scores: Scores, width_scores: Optional[Scores], budget: Budget) -> Allocation:
+    """Choose the units that stay: by scores alone, or with widths that another criterion's scores give."""
+    if width_scores is not None:
+        allocator = replace(allocator, widths=allocator.widths_by(width_scores, budget))
+    return allocator(scores, budget)
+
+
+def _to_meta(value: Any) -> Any:
+    return value.to('meta') if isinstance(value, torch.Tensor) else value

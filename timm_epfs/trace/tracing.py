@@ -1,0 +1,213 @@
+"""From a model to its trace: record a forward, propose what can be cut, verify that on a cut copy.
+
+A proposal that isn't as predicted is followed by another with tighter limits. Take a model that views 64 channels as
+(4, 16) by numbers in its code::
+
+    record     a forward of the dense model: labels, ties, operations
+    propose    all that they allow, the 64 channels among it
+    verify     fails at net.py:12: RuntimeError: shape '[1, 4, 16]' is invalid for input of size 31
+    tighten    what this line touches is pinned, wherever it runs
+    propose    all that is left
+    verify     holds
+"""
+from dataclasses import dataclass, replace
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ..core import CostModel, PruningError, Size, Structure
+from .blocks import Block
+from .build import Proposal, build
+from .calls import Call
+from .copies import meta_copy
+from .costs import build_calls
+from .interface import watch_interface
+from .recorder import Recorder
+from .records import Operation
+from .sizes import Sizer
+from .verify import Cut, Mismatch, Verifier
+
+__all__ = ['Skipped', 'Trace', 'trace']
+
+_MAX_ROUNDS = 60
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A place in the model's code around which nothing is cut, and why."""
+    where: str
+    why: str
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """All that is known about a model.
+
+    Attributes:
+        structures: What can be cut, in the order of the model's parameters, residual blocks last.
+        cost: MACs, parameters and activations as functions of the units left.
+        attributes: Integer attributes that follow a cut, by path.
+        skipped: Where cutting was given up, and why.
+        returns: Name of the type that the forward returns, ``'Tensor'`` for logits.
+        calls: The torch functions that the forward calls, in order.
+    """
+    structures: Tuple[Structure, ...]
+    cost: CostModel
+    attributes: Dict[str, Size]
+    skipped: Tuple[Skipped, ...] = ()
+    returns: str = 'Tensor'
+    calls: Tuple[Call, ...] = ()
+
+
+def trace(
+        model: nn.Module,
+        args: Tuple = (),
+        kwargs: Optional[Dict[str, Any]] = None,
+        cut: Optional[Cut] = None,
+        whole_heads: bool = True,
+) -> Trace:
+    """Find what can be cut. The model isn't touched: all work is done on copies without data.
+
+    Args:
+        model: Any module.
+        args: Positional arguments of one forward, batch 1. Only shapes and types of tensors matter.
+        kwargs: Keyword arguments of the forward.
+        cut: ``cut(copy, structures, keep, attributes)`` cuts a copy, to verify what was found. None: don't verify.
+        whole_heads: Cut whole attention heads where possible; otherwise, the same dims of all heads of a layer.
+
+    Raises:
+        PruningError: The forward fails, or nothing that was found could be verified.
+    """
+    args, kwargs = tree_map(lambda x: x.to('meta') if isinstance(x, torch.Tensor) else x, (args, kwargs or {}))
+    rec, returns = _record(model, whole_heads, args, kwargs)
+    skipped = _training_only(rec, args, kwargs)
+    skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
+    verifier = None if cut is None else Verifier(model, cut, rec.operations[:rec.main], args, kwargs)
+    proposal, skipped = _settle(rec, verifier, skipped)
+    calls = build_calls(rec, proposal.sizer, proposal.blocks)
+    return Trace(proposal.structures, proposal.cost, proposal.attributes, tuple(skipped), returns, calls)
+
+
+# -- record ---------------------------------------------------------------------------------------------------------
+
+def _record(model: nn.Module, whole_heads: bool, args: Tuple, kwargs: Dict[str, Any]) -> Tuple[Recorder, str]:
+    """Record the forward. Returns the recorder and the name of the type that the forward returns."""
+    copy = meta_copy(model).eval()
+    rec = Recorder(copy, whole_heads)
+    with watch_interface(copy, rec, args):
+        try:
+            out = rec.run(args, kwargs)
+        except Exception as e:
+            why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
+            raise PruningError(f"the model's forward fails on {_shapes(args, kwargs)}: {why}") from e
+    return rec, type(out).__name__
+
+
+def _training_only(rec: Recorder, args: Tuple, kwargs: Dict[str, Any]) -> List[Skipped]:
+    """Record a forward in training mode, too, if parameters such as an auxiliary head's run there alone."""
+    unseen = [name for name in rec.parameters if name not in rec.params]
+    if not unseen:
+        return []
+    pair = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) else x, (args, kwargs))
+    try:
+        rec.run_training(*pair)
+    except Exception as e:
+        return [Skipped(unseen[0], f'runs neither in eval nor in training mode: {type(e).__name__}')]
+    return []
+
+
+def _shapes(args: Tuple, kwargs: Dict[str, Any]) -> str:
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    return ', '.join(str(tuple(x.shape)) for x in tensors) or 'no input'
+
+
+# -- propose, verify, tighten ---------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class _Limits:
+    """What a proposal must leave alone.
+
+    Attributes:
+        pins: Labels of which nothing is cut.
+        blocks: The residual blocks that may go; no others.
+        skipped: Where the pins come from.
+    """
+    pins: Tuple[np.ndarray, ...]
+    blocks: Tuple[Block, ...]
+    skipped: Tuple[Skipped, ...]
+
+
+def _settle(
+        rec: Recorder,
+        verifier: Optional[Verifier],
+        skipped: Sequence[Skipped],
+) -> Tuple[Proposal, Tuple[Skipped, ...]]:
+    """Propose, verify and tighten the limits until a proposal holds.
+
+    Returns:
+        proposal: The one that holds.
+        skipped: The places given, and those that the limits come from.
+    """
+    limits = _Limits((), rec.blocks, tuple(skipped))
+    for _ in range(_MAX_ROUNDS):
+        proposal = build(rec, rec.labels.solve(limits.pins), limits.blocks)
+        tighter = _tighten(limits, proposal, rec.operations, verifier)
+        if tighter is None:
+            return proposal, limits.skipped
+        limits = tighter
+    last = limits.skipped[-1] if limits.skipped else Skipped('attributes', 'they need two values at once')
+    raise PruningError(
+        f'no cut of this model could be verified in {_MAX_ROUNDS} tries; the last one failed at {last.where}: '
+        f'{last.why}; please report the model')
+
+
+def _tighten(
+        limits: _Limits,
+        proposal: Proposal,
+        operations: Sequence[Operation],
+        verifier: Optional[Verifier],
+) -> Optional[_Limits]:
+    """Verify a proposal. Returns the limits for the next one, or None if this one holds."""
+    if proposal.conflicts:
+        return replace(limits, pins=(*limits.pins, *proposal.conflicts))
+    if verifier is None or not proposal.structures:
+        return None
+    try:
+        copy = verifier.verify(proposal)
+    except Mismatch as e:
+        skipped = Skipped(_place(operations[e.index].site), e.why)
+        pins = _labels_around(operations, e.index, proposal.sizer)
+        return replace(limits, pins=(*limits.pins, *pins), skipped=(*limits.skipped, skipped))
+    if not verifier.runs_without_blocks(copy, proposal):
+        return replace(limits, blocks=_fewer(limits.blocks))
+    return None
+
+
+def _labels_around(operations: Sequence[Operation], index: int, sizer: Sizer) -> List[np.ndarray]:
+    """Labels to pin because of an operation: what its line of code touches, wherever it runs, and what is cut of that.
+
+    If nothing of it is cut, the cause lies nearby: whatever the operation and its neighbours touch.
+    """
+    cut = [label for label in _touched(operations, [operations[index]]) if sizer.is_cut(label)]
+    return cut or _touched(operations, operations[max(index - 3, 0):index + 4])
+
+
+def _touched(operations: Sequence[Operation], some: Sequence[Operation]) -> List[np.ndarray]:
+    """Labels that some operations touch, wherever their lines of code run."""
+    lines = {(op.name, op.site) for op in some}
+    return [label for op in operations if (op.name, op.site) in lines for label in op.labels]
+
+
+def _fewer(blocks: Sequence[Block]) -> Tuple[Block, ...]:
+    """The blocks whose shortcut is the identity; none where all of them are such blocks."""
+    identities = tuple(block for block in blocks if not block.shortcut)
+    return identities if len(identities) < len(blocks) else ()
+
+
+def _place(site: Tuple[str, int]) -> str:
+    """File and line, from the package on."""
+    path = site[0].replace('\\', '/').rpartition('/site-packages/')[2]
+    return f'{path}:{site[1]}'

@@ -1,0 +1,113 @@
+"""The cut of a run: by a method that learns while the model is trained, or in one shot by a criterion."""
+import argparse
+import inspect
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, Callable, Dict, Iterable, Iterator
+
+from torch import nn
+
+from ..core import DEFAULT_KINDS, PruningError, one_line, step
+from ..importance import CRITERIA
+from ..learn import METHODS, Learner
+from ..pruner import Pruner
+from .options import budget, cut_options
+
+__all__ = ['RunCut']
+
+_SCORING_BATCHES = 32  # for a criterion that needs data
+
+
+class RunCut:
+    """The cut of a run, as ``--method`` says.
+
+    Args:
+        args: The options of ``timm-epfs train``.
+        model: The dense model on its device.
+        train_batches: Returns the training batches. It is called when a criterion needs them.
+    """
+
+    def __init__(self, args: argparse.Namespace, model: nn.Module, train_batches: Callable[[], Iterable]):
+        self.args, self.model = args, model
+        self._scoring_batches = _Repeatable(lambda: islice(train_batches(), _SCORING_BATCHES))
+
+    @cached_property
+    def pruner(self) -> Pruner:
+        """The dense model with its trace, which is made once and serves the whole run."""
+        method = METHODS.get(self.args.method)
+        options, _ = cut_options(self.args)
+        options.setdefault('kinds', method.default_kinds if method else DEFAULT_KINDS)
+        with step(f'tracing {self.args.model}'), one_line(f'--method {self.args.method} can\'t be set up'):
+            return Pruner(self.model, data=self._scoring_batches, **options)
+
+    def check(self) -> None:
+        """Raise ``PruningError`` before any training, if the model can't be cut as the options say."""
+        if self.args.method == 'none':
+            self._check_one_shot()
+            return
+        learner = self.learner(steps=1, steps_per_epoch=1)
+        try:
+            self.pruner.composed(learner.plan())
+        finally:
+            learner.remove()
+
+    def learner(self, steps: int, steps_per_epoch: int) -> Learner:
+        """Put the masks of the method on the model.
+
+        Args:
+            steps: Optimizer steps of the sparse phase.
+            steps_per_epoch: Optimizer steps of one epoch.
+
+        Raises:
+            PruningError: The method can't cut this model to this budget.
+        """
+        method = METHODS[self.args.method]
+        _, options = cut_options(self.args)
+        if 'steps_per_epoch' in inspect.signature(method).parameters:
+            options.setdefault('steps_per_epoch', steps_per_epoch)
+        pruner = self.pruner
+        with step(f'setting up {self.args.method}'), one_line(f'--method {self.args.method} can\'t be set up'):
+            return method(pruner, budget(self.args), steps, **options)
+
+    def one_shot(self) -> nn.Module:
+        """A copy of the model, cut by a criterion.
+
+        Raises:
+            PruningError: The model can't be cut to the budget.
+        """
+        with step(f'cutting {self.args.model}'), one_line('--method none can\'t cut'):
+            return self.pruner(budget(self.args), **self._one_shot_options())
+
+    def _one_shot_options(self) -> Dict[str, Any]:
+        _, options = cut_options(self.args)
+        return {'criterion': self.args.criterion or 'l2', 'seed': self.args.seed, **options}
+
+    def _check_one_shot(self) -> None:
+        if self.args.distributed:
+            self._check_processes_agree()
+        with one_line('--method none can\'t cut'):
+            self.pruner.check(budget(self.args), **self._one_shot_options())
+
+    def _check_processes_agree(self) -> None:
+        """Raise ``PruningError`` if each process of a distributed run would find its own one-shot cut."""
+        criterion = CRITERIA.get(self.args.criterion)
+        _, options = cut_options(self.args)
+        if criterion is not None and criterion.needs_data:
+            cause = f'--criterion {self.args.criterion} scores units on data'
+        elif self.args.latency is not None:
+            cause = '--latency with --method none measures time'
+        elif options.get('round_to') == 'auto':
+            cause = '--round-to auto with --method none measures time'
+        else:
+            return
+        raise PruningError(f'{cause}, and each process would get its own result; run it in one process')
+
+
+@dataclass(frozen=True)
+class _Repeatable:
+    """An iterable that can be iterated over more than once: each time, it calls ``draw`` for new batches."""
+    draw: Callable[[], Iterable]
+
+    def __iter__(self) -> Iterator:
+        return iter(self.draw())
