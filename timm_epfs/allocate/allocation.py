@@ -154,7 +154,7 @@ def _nearest_place(
     """
     place = search.repair(search.walk(sets))
     if abs(search.gap(place)) > TOLERANCE:
-        place = search.settle_coarsest(place, sets)
+        place = search.try_coarsest(place, sets)
     while finest is not None and abs(search.gap(place)) > TOLERANCE:
         refined = search.refine(place, finest)
         if refined is None:

@@ -110,10 +110,10 @@ class Search:
             bounds = _Bounds(
                 low=np.maximum(start - reach, self.first), high=np.minimum(start + reach, self.last),
                 steps=np.arange(-longest, longest + 1)[:, None])
-            best = self._nearest([best, self._settle(start, bounds)])
+            best = self._nearest([best, self._close_gap(start, bounds)])
         return best
 
-    def settle_coarsest(self, place: np.ndarray, sets: np.ndarray) -> np.ndarray:
+    def try_coarsest(self, place: np.ndarray, sets: np.ndarray) -> np.ndarray:
         """Try every count of the structure whose steps cost most, each with a walk and a repair of all others.
 
         A repair can get stuck next to a large step. If all layers share their heads, for example, one count of heads
@@ -174,7 +174,7 @@ class Search:
         """The place whose cost is nearest to the target; the first of several such places."""
         return min(places, key=lambda place: abs(self.gap(place)))
 
-    def _settle(self, place: np.ndarray, bounds: '_Bounds') -> np.ndarray:
+    def _close_gap(self, place: np.ndarray, bounds: '_Bounds') -> np.ndarray:
         """Move structures until the cost is near the target, or no move brings it nearer."""
         while abs(self.gap(place)) > NEAR:
             largest_gap = abs(self.gap(place)) - PROGRESS

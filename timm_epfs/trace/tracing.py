@@ -86,7 +86,7 @@ def trace(
     skipped = _training_only(rec, args, kwargs)
     skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
     verifier = None if cut is None else Verifier(model, cut, rec.operations[:rec.main], args, kwargs)
-    proposal, skipped = _settle(rec, verifier, skipped)
+    proposal, skipped = _find_verified(rec, verifier, skipped)
     calls = build_calls(rec, proposal.sizer, proposal.blocks)
     return Trace(proposal.structures, proposal.cost, proposal.attributes, tuple(skipped), returns, calls)
 
@@ -140,7 +140,7 @@ class _Limits:
     skipped: Tuple[Skipped, ...]
 
 
-def _settle(
+def _find_verified(
         rec: Recorder,
         verifier: Optional[Verifier],
         skipped: Sequence[Skipped],
