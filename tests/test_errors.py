@@ -160,7 +160,7 @@ def spoil_cut(**fields):
 
 BAD_PLANS = {
     'newer format': (lambda plan: plan.update(format=FORMAT + 1), f'format {FORMAT + 1}.*upgrade'),
-    'no format': (lambda plan: plan.pop('format'), 'no timm_epfs plan'),
+    'no format': (lambda plan: plan.pop('format'), 'not a timm_epfs plan'),
     'no cuts': (lambda plan: plan.pop('cuts'), "no field 'cuts'"),
     'unknown field': (lambda plan: plan.update(extra=1), "unknown field 'extra'"),
     'index out of range': (spoil_cut(keep='0-2,999'), 'cuts\\[0\\].keep: unit 999 is out of range'),
@@ -172,8 +172,8 @@ BAD_PLANS = {
     'member that is none': (spoil_cut(members=['conv1']), 'cuts\\[0\\].members\\[0\\]'),
     'weights smuggled in': (lambda plan: plan.update(base_args={'checkpoint_path': 'x'}), "'checkpoint_path'"),
     'unknown base': (lambda plan: plan.update(base='resnet5o'), 'nearest: resnet50'),
-    'another base': (lambda plan: plan.update(base='test_vit'), 'a plan for another base'),
-    'another size of base': (lambda plan: plan.update(base='resnet18'), 'a plan for another base'),
+    'another base': (lambda plan: plan.update(base='test_vit'), "this is not the plan's base"),
+    'another size of base': (lambda plan: plan.update(base='resnet18'), "this is not the plan's base"),
 }
 
 

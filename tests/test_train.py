@@ -343,7 +343,7 @@ def test_folder_of_a_run_is_not_lost_by_mistake(tmp_path, capsys):
     (['--macs', '-1'], 'macs=-1.0 was given; give a share between 0 and 1'),
     (['--resume', '--overwrite'], '--resume and --overwrite were both given'),
     (['--pretrained', '--checkpoint', 'a.safetensors'], '--pretrained and --checkpoint were both given'),
-    (['--checkpoint', 'a.pth'], 'checkpoint a.pth is not read, only .safetensors is (no pickle)'),
+    (['--checkpoint', 'a.pth'], 'checkpoint a.pth is not a .safetensors file, the only format that is read (no pickle)'),
     (['--amp', '--amp-dtype', 'float16'], '--amp-dtype float16 has no fast kernels on cpu'),
     (['--device', 'nowhere'], "device 'nowhere' can't be used"),
     (['--opt', 'newton'], "optimizer 'newton' with schedule 'cosine' can't be set up"),

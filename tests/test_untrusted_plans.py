@@ -1,4 +1,4 @@
-"""A plan from anyone: what is meant is applied, everything else is one line, soon and small."""
+"""An untrusted plan: what is meant is applied, everything else is one line, soon and small."""
 import copy
 import math
 

@@ -1,4 +1,4 @@
-"""The time that forwards take and the memory that they need at their peak, measured.
+"""Measures the time and the peak memory of forwards.
 
 Each function is built on the one above it:
 

@@ -129,7 +129,8 @@ class Learner:
     def penalty(self, target: Any = None) -> torch.Tensor:
         """The term to add to the loss, a scalar.
 
-        Here it is only the probe, a zero from whose gradient the scale of the loss is read. Methods add their own terms.
+        Here it is only the probe, a zero from whose gradient the scale of the loss is read. Methods add their own
+        terms.
         """
         return self.masks.probe()
 

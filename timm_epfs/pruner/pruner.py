@@ -25,8 +25,8 @@ from .selection import describe_nothing, left_alone
 __all__ = ['Pruner']
 
 _STREAMS_ARE_CUT = (
-    'the budget needs residual streams to be cut that are normalised over their channels, so the cut model differs '
-    'from the masked one; fine-tune it, or forbid such cuts with streams=False')
+    'to meet the budget, residual streams that are normalised over their channels were cut, which is not exact; '
+    'fine-tune the model, or forbid such cuts with streams=False')
 
 Scores = Dict[str, np.ndarray]
 

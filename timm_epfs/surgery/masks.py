@@ -35,9 +35,9 @@ def _scales(structure: Structure, role: str) -> bool:
 class Masks:
     """The masks of some structures of a model, all ones at first.
 
-    The network runs with ``train_masks`` in training mode and with ``eval_masks`` in evaluation mode. Both have one entry
-    per unit and two more: a constant one for what no structure owns, and a probe. The probe is added to the loss, so
-    that its gradient says how the loss was scaled before the backward pass (by a ``GradScaler``, by accumulation).
+    The network runs with ``train_masks`` in training mode and with ``eval_masks`` in evaluation mode. Both have one
+    entry per unit and two more: a constant one for what no structure owns, and a probe. The probe is added to the loss,
+    so that its gradient says how the loss was scaled before the backward pass (by a ``GradScaler``, by accumulation).
 
     A deep copy of the model (EMA) shares the masks: it has its own averaged weights and the current masks, so that its
     zeros are exact.
