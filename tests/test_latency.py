@@ -316,7 +316,7 @@ def test_widths_are_what_the_clock_likes(fake_clock):
     (dict(latency=0.5, macs=0.5), 'macs= and latency= were given'),
     (dict(latency=0.5, latency_batch_size=0), 'latency_batch_size=0'),
     (dict(latency='1000ms'), 'the dense model takes'),
-    (dict(latency=0.01), 'can reach'),
+    (dict(latency=0.01), 'largest possible cut leaves'),
     (dict(macs=0.5, device='nowhere'), "device 'nowhere'"),
 ])
 def test_what_cannot_be_is_said_in_one_line(fake_clock, given, said):
@@ -539,7 +539,7 @@ def test_training_takes_a_latency(fake_clock, monkeypatch, tmp_path, method):
     (['--latency', '0.5', '--macs', '0.5'], 'argument --macs: not allowed with argument --latency'),
     ([], 'one of the arguments --macs --params --latency is required'),
     (['--latency', 'fast'], "latency='fast' was given; give a share"),
-    (['--latency', '0.01'], 'can reach'),
+    (['--latency', '0.01'], 'largest possible cut leaves'),
 ])
 def test_training_says_what_is_wrong_with_a_latency(fake_clock, tmp_path, capsys, asked, said):
     try:

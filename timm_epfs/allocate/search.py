@@ -47,7 +47,7 @@ class Search:
         descending: Scores of each structure's units, descending, shape (units,).
 
     Attributes:
-        asked: The target: the budget as a share of the dense cost.
+        target: The budget as a share of the dense cost.
         label: Name of the budget's quantity, for messages.
         choices: All grids, concatenated, shape (choices,).
         first, last: Position in ``choices`` of each structure's smallest and largest count, shape (structures,).
@@ -60,7 +60,7 @@ class Search:
     def __init__(self, cost: CostModel, budget: Budget, grids: List[np.ndarray], descending: List[np.ndarray]):
         self.cost, self.budget, self.grids, self.descending = cost, budget, grids, descending
         self.dense = cost(budget.quantity, np.array([len(scores) for scores in descending]))
-        self.asked, self.label = budget.share(self.dense), budget.label
+        self.target, self.label = budget.share(self.dense), budget.label
         self.choices = np.concatenate(grids)
         self.last = np.cumsum([len(grid) for grid in grids]) - 1
         self.first = np.append(0, self.last[:-1] + 1)
@@ -77,7 +77,7 @@ class Search:
 
     def gap(self, place: np.ndarray) -> float:
         """How far the cost is above the target, negative below it."""
-        return self.price(self.choices[place]) - self.asked
+        return self.price(self.choices[place]) - self.target
 
     def walk(self, sets: np.ndarray) -> np.ndarray:
         """Find the place on the path that is nearest to the target. Each step lowers the cost, so bisection finds it.

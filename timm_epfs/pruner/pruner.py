@@ -1,6 +1,7 @@
 """``Pruner``: a model, its trace, its scores and its latencies, for any number of cuts."""
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any, Callable, Dict, FrozenSet, Iterable, Optional, Sequence, Tuple, Union, cast
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..allocate import ALIGN, Allocation, cost_aware_widths
-from ..core import DEFAULT_KINDS, Budget, PruningError, kinds_named, warn
+from ..core import DEFAULT_KINDS, Budget, PruningError, kinds_named, refuse_unknown, warn
 from ..importance import WITHOUT_DATA, check_criterion, score
 from ..latency import DeviceLatency
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
@@ -133,7 +134,7 @@ class Pruner:
         Warns:
             UserWarning: As for ``plan``.
         """
-        plan = self._plan_cut(*make_request(macs, params, **options))
+        plan = self._plan_cut(*_request(macs, params, **options))
         slim = cast(PrunedModel, cut_copy(self.model, plan))
         slim.pruning_plan = self.composed(plan)
         return slim
@@ -160,7 +161,7 @@ class Pruner:
             UserWarning: The budget is missed, by more than 1 % of the dense cost or more than 5 % of a latency; or
                 residual streams had to be cut (``streams``).
         """
-        return self.composed(self._plan_cut(*make_request(macs, params, **options)))
+        return self.composed(self._plan_cut(*_request(macs, params, **options)))
 
     def check(self, macs: Optional[Union[float, Budget]] = None, **options: Any) -> None:
         """Check the arguments of ``plan``, without scores: raise where no scores could make the plan possible.
@@ -170,7 +171,7 @@ class Pruner:
         Raises:
             PruningError: As for ``plan``.
         """
-        budget, choice = make_request(macs, **options)
+        budget, choice = _request(macs, **options)
         allocator = self._allocator_of(budget, choice)
         if not budget.in_milliseconds:
             scores = {s.name: np.ones(s.units) for s in self.structures}
@@ -329,6 +330,21 @@ class Pruner:
 
     def _cut(self, allocation: Allocation) -> nn.Module:
         return cut_copy(self.model, self._make_plan(allocation, {}))
+
+
+def _request(
+        macs: Optional[Union[float, Budget]],
+        params: Optional[float] = None,
+        **options: Any,
+) -> Tuple[Budget, Choice]:
+    """``make_request``, with an error for keywords that it doesn't have or that are a pruner's."""
+    known, of_pruner = signature(make_request).parameters, signature(Pruner).parameters
+    unknown = {name: value for name, value in options.items() if name not in known}
+    for name in unknown:
+        if name in of_pruner:
+            raise PruningError(f'{name}= belongs to Pruner(model, {name}=…), not to a single cut; give it there')
+    refuse_unknown(unknown, make_request, related=[Pruner.__init__])
+    return make_request(macs, params, **options)
 
 
 def _allocate(allocator: Allocator, scores: Scores, width_scores: Optional[Scores], budget: Budget) -> Allocation:

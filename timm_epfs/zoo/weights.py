@@ -99,7 +99,8 @@ def _check_start(path: Path) -> None:
         if start.startswith(magic) and start[8:9] != b'{':  # a header's length may be any bytes; JSON comes after it
             raise PruningError(f'weights not read from {path}: this is {what}, only safetensors are read; convert it')
     if int.from_bytes(start[:8], 'little') > MAX_HEADER:
-        raise PruningError(f'weights not read from {path}: this is not a safetensors file, or its header is far too long')
+        raise PruningError(
+            f'weights not read from {path}: this is not a safetensors file, or its header is far too long')
 
 
 def _described(part: Any) -> Tuple[str, Tuple[int, ...]]:
