@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import timm_epfs
-from timm_epfs.allocate import SCOPES, allocate, allocation, cost_aware_widths, path, search
+from timm_epfs.allocate import SCOPES, allocate, allocation, cost_aware_width_weights, path, search
 from timm_epfs.core import Budget, CostModel, Member, OutOfReach, PruningError, Size, Structure
 
 repeatable = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -203,14 +203,14 @@ def test_cost_aware_widths_keep_units_by_the_root_of_their_cost_and_by_the_layer
     plain = (structure('cheap', 400), 1), (structure('costly', 400), 4), (structure('slim', 200), 4)
     structures, cost = independent(*plain, (coupled, 16), (heads, 4))
     budget = Budget(macs=0.4)
-    widths = cost_aware_widths(structures, cost, 'macs')
-    left = counts(keep(structures, random_scores(structures), cost, budget, widths=widths, round_to=1))
+    weights = cost_aware_width_weights(structures, cost, 'macs')
+    left = counts(keep(structures, random_scores(structures), cost, budget, width_weights=weights, round_to=1))
     # n ∝ units · layers · √channels / √cost: 400 · 1 / 1, 400 · 1 / 2, 200 · 1 / 2, 400 · 2 / 4, 100 · √4 / 2
     shares = [left[name] / left['cheap'] for name in ('costly', 'slim', 'coupled', 'heads')]
     assert np.allclose(shares, [1/2, 1/4, 1/2, 1/4], atol=0.01)
 
     scores = random_scores(structures, seed=1)
-    kept = keep(structures, scores, cost, budget, widths=widths, round_to=1)
+    kept = keep(structures, scores, cost, budget, width_weights=weights, round_to=1)
     assert counts(kept) == left
     for name, units in kept.items():
         assert scores[name][units].min() >= np.delete(scores[name], units).max(initial=0)
@@ -219,15 +219,16 @@ def test_cost_aware_widths_keep_units_by_the_root_of_their_cost_and_by_the_layer
 def test_cost_says_nothing_about_blocks():
     structures, cost = independent((structure('conv', 40), 1), (structure('block', 1, kind='blocks'), 10))
     with pytest.raises(PruningError, match="widths='cost' says how wide layers become, not which blocks stay"):
-        cost_aware_widths(structures, cost, 'macs')
-    assert set(cost_aware_widths(structures, cost, 'macs', fixed=['block'])) == {'conv'}
+        cost_aware_width_weights(structures, cost, 'macs')
+    assert set(cost_aware_width_weights(structures, cost, 'macs', fixed=['block'])) == {'conv'}
 
 
 def test_widths_keep_proportions_and_what_has_none_is_ranked():
     structures, cost = independent(*((structure(name, 60), 1) for name in ('narrow', 'wide', 'ranked')))
     scores = random_scores(structures)
     scores['ranked'] = np.r_[np.full(20, 9.0), np.zeros(40)]
-    kept = keep(structures, scores, cost, Budget(macs=80 / 180), widths={'narrow': 20.0, 'wide': 40.0}, round_to=1)
+    weights = {'narrow': 20.0, 'wide': 40.0}
+    kept = keep(structures, scores, cost, Budget(macs=80 / 180), width_weights=weights, round_to=1)
     assert counts(kept) == {'narrow': 20, 'wide': 40, 'ranked': 20} and kept['ranked'].tolist() == list(range(20))
 
 

@@ -30,7 +30,7 @@ from timm_epfs.trace import Calls, meta_copy, tensors_in
 from timm_epfs.training import run as run_room
 
 ROWS = {row.name: row for row in MODELS}
-# A plain chain, groups, depthwise convolutions with gates, splits and concatenations, LayerNorm, attention.
+# A plain chain, groups, depthwise convolutions with enclosing_blocks, splits and concatenations, LayerNorm, attention.
 FAMILIES = (
     'vgg16_bn_cifar', 'regnetx_002', 'mobilenetv3_small_050', 'torchvision/shufflenet_v2_x0_5', 'test_convnext',
     'test_vit',
@@ -257,7 +257,8 @@ def test_a_block_that_goes_takes_its_calls_with_it():
     found = kernels(model, traced, (example,), {})
     latency = LatencyModel(traced.cost, traced.structures, found, lambda kernel, left: 1.0)
     dense = latency.counts({s.name: s.units for s in traced.structures})
-    inside = [sum(bool(size.coefs[0][0] == name) for k in found for size in k.gates) for name in latency.names]
+    blocks = [size.coefs[0][0] for kernel in found for size in kernel.enclosing_blocks]
+    inside = [blocks.count(name) for name in latency.names]
     assert latency('latency', dense) == len(found)
     assert latency.gradient('latency', dense).tolist() == inside
     block = next(i for i, s in enumerate(latency.names) if inside[i])

@@ -49,7 +49,7 @@ def allocate(
         budget: Budget,
         *,
         scope: str = 'global',
-        widths: Optional[Mapping[str, float]] = None,
+        width_weights: Optional[Mapping[str, float]] = None,
         round_to: Optional[int] = None,
         align: int = ALIGN,
         floor: float = 0.05,
@@ -77,8 +77,8 @@ def allocate(
         scope: ``'global'`` ranks all units together. ``'local'`` cuts the same share of every structure.
             ``'isomorphic'`` ranks structures of the same shape together, and cuts the same share of every such set
             (Fang et al., Isomorphic Pruning for Vision Models, ECCV 2024).
-        widths: Weights by structure name. These structures keep units in proportion to their weights, and their scores
-            only decide which. Structures without a weight are ranked by their scores.
+        width_weights: Weights by structure name. These structures keep units in proportion to their weights, and their
+            scores only decide which. Structures without a weight are ranked by their scores.
         round_to: Channel structures that are cut keep widths that are multiples of this. None: multiples of ``align``
             where there are at least 4 · ``align`` units; elsewhere multiples of the largest power of two that is at
             most an eighth of the units. Where the budget can't be met so, as few structures as possible keep other
@@ -107,9 +107,9 @@ def allocate(
 
     grids = [grid(s, rounding_step(s, round_to, align), floor, shares.get(s.name)) for s in ordered]
     finest = [g if s.name in shares else grid(s, 1, floor) for s, g in zip(ordered, grids)]
-    widths = widths or {}
+    width_weights = width_weights or {}
     descending = [
-        in_proportion(widths[s.name], s.units) if s.name in widths else np.sort(values[s.name])[::-1]
+        in_proportion(width_weights[s.name], s.units) if s.name in width_weights else np.sort(values[s.name])[::-1]
         for s in ordered
     ]
 

@@ -124,7 +124,7 @@ class DeviceLatency:
         return self.cost('latency', self.cost.counts(self.units))
 
     @property
-    def place(self) -> str:
+    def conditions(self) -> str:
         """The device, threads and batch size at which latencies are measured, as a plan's recipe notes them."""
         machine = self._table.machine
         return f'{machine["device"]}, threads: {machine["threads"]}, batch {self.batch_size}'

@@ -104,7 +104,7 @@ class LatencyModel:
     >>> from timm_epfs.latency.kernels import Array
     >>> one, a, b, c = Size(1), *(Size(0, ((name, 1),)) for name in 'abc')
     >>> image, weight = Array((one, a), (0, 1), torch.float32), Array((b, a), (0, 1), torch.float32)
-    >>> linear = Kernel('linear', torch.nn.functional.linear, (image, weight), {}, gates=(c,))
+    >>> linear = Kernel('linear', torch.nn.functional.linear, (image, weight), {}, enclosing_blocks=(c,))
     >>> units = {'a': 8, 'b': 16, 'c': 1}
     >>> [[(left['a'], left['b']) for left in row] for row in points(linear, units)]  # doctest: +NORMALIZE_WHITESPACE
     [[(2, 4), (2, 8), (2, 12), (2, 16)],
@@ -149,8 +149,8 @@ class LatencyModel:
                     self._rows[i, j, position[name]] += coef
 
         # Which blocks each call is inside of, shape (calls, blocks), and the blocks' positions in the counts.
-        self._blocks = [position[name] for name in sorted(set().union(*(grid.gates for grid in grids)))]
-        inside = [[self.names[i] in grid.gates for i in self._blocks] for grid in grids]
+        self._blocks = [position[name] for name in sorted(set().union(*(grid.enclosing_blocks for grid in grids)))]
+        inside = [[self.names[i] in grid.enclosing_blocks for i in self._blocks] for grid in grids]
         self._inside = np.array(inside, dtype=bool).reshape(len(grids), len(self._blocks))
 
     @property

@@ -73,13 +73,13 @@ class Kernel:
         args: Its arguments, with an ``Array`` for each tensor, and a function of the units left for each integer that
             a cut changes.
         kwargs: Its keyword arguments, likewise.
-        gates: Units left of the residual blocks around it: it runs where none of them is zero.
+        enclosing_blocks: Units left of the residual blocks around it: it runs where none of them is zero.
     """
     name: str
     function: Callable
     args: Tuple[Any, ...]
     kwargs: Dict[str, Any]
-    gates: Tuple[Size, ...] = ()
+    enclosing_blocks: Tuple[Size, ...] = ()
 
     @property
     def arrays(self) -> List[Array]:
@@ -189,13 +189,13 @@ def _kernel(call: Call, args: Any, kwargs: Any, dense: Mapping[str, int]) -> Ker
     name = resolve_name(call.function) or getattr(call.function, '__name__', 'unknown')
     short = name.rpartition('.')[2]
     if short in _COPIES:
-        return Kernel('torch.Tensor.clone', _copy, (args[0],), {}, call.gates)
+        return Kernel('torch.Tensor.clone', _copy, (args[0],), {}, call.enclosing_blocks)
     if re.fullmatch('conv(_transpose)?[123]d', short):
         args, kwargs = _replace(args, kwargs, _GROUPS, 'groups', lambda groups: _groups(args, groups, dense))
     elif short == 'layer_norm':
         args, kwargs = _replace(
             args, kwargs, _NORMALIZED_SHAPE, 'normalized_shape', lambda shape: args[0].sizes[-len(shape):])
-    return Kernel(name, call.function, args, kwargs, call.gates)
+    return Kernel(name, call.function, args, kwargs, call.enclosing_blocks)
 
 
 def _replace(

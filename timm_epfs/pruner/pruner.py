@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..allocate import ALIGN, Allocation, cost_aware_widths
+from ..allocate import ALIGN, Allocation, cost_aware_width_weights
 from ..core import DEFAULT_KINDS, Budget, PruningError, kinds_named, refuse_unknown, warn
 from ..importance import WITHOUT_DATA, check_criterion, score
 from ..latency import DeviceLatency
@@ -253,7 +253,7 @@ class Pruner:
         Args:
             quantity: Quantity of the budget: ``'macs'``, ``'params'`` or ``'latency'``.
             choice: How units are chosen. Where ``widths`` is a criterion, the widths depend on the size of the budget,
-                so they are left to the caller (``Allocator.widths_by``).
+                so they are left to the caller (``Allocator.width_weights_by``).
             latency_batch_size: Number of images in a batch when latency is measured.
             fixed: Names of further structures to leave uncut.
 
@@ -269,13 +269,13 @@ class Pruner:
         measure_alignment = choice.round_to == 'auto' or (budget_is_latency and choice.round_to is None)
         device = self.latency(latency_batch_size) if budget_is_latency or measure_alignment else None
         cost = device.cost if budget_is_latency else self.trace.cost
-        widths = None
+        width_weights = None
         if choice.widths == 'cost':
-            widths = cost_aware_widths(self.trace.structures, cost, quantity, fixed)
+            width_weights = cost_aware_width_weights(self.trace.structures, cost, quantity, fixed)
         return Allocator(
             self.trace.structures, cost, fixed, self.streams,
             scope=choice.scope,
-            widths=widths,
+            width_weights=width_weights,
             round_to=None if measure_alignment else choice.round_to,
             align=device.alignment() if measure_alignment else ALIGN,
             floor=choice.floor,
@@ -295,7 +295,7 @@ class Pruner:
             allocate_to = partial(_allocate, allocator, device.favour_slow_layers(scores), width_scores)
             match = device.match(budget, lambda share: self._cut(allocate_to(budget.at(share))))
             allocation, problem = allocate_to(budget.at(match.share)), match.problem
-            measured = {'latency_on': device.place, 'latency_ms': match.milliseconds}
+            measured = {'latency_on': device.conditions, 'latency_ms': match.milliseconds}
         else:
             allocation = _allocate(allocator, scores, width_scores, budget)
             problem = allocation.problem
@@ -350,7 +350,7 @@ def _request(
 def _allocate(allocator: Allocator, scores: Scores, width_scores: Optional[Scores], budget: Budget) -> Allocation:
     """Choose the units that stay: by scores alone, or with widths that another criterion's scores give."""
     if width_scores is not None:
-        allocator = replace(allocator, widths=allocator.widths_by(width_scores, budget))
+        allocator = replace(allocator, width_weights=allocator.width_weights_by(width_scores, budget))
     return allocator(scores, budget)
 
 
