@@ -32,7 +32,7 @@ from timm_epfs.training.data import Digits
 from timm_epfs.training.options import check_options
 from timm_epfs.training.phase import Phase
 
-# Small enough for five updates an epoch in half a second.
+# Small enough for five updates per epoch in half a second.
 DIGITS = ['train', 'resnet20_cifar', '--dataset', 'digits', '--img-size', '8', '-b', '64', '--macs', '0.5']
 ONE_SHOT = [*DIGITS, '--method', 'none', '--epochs', '2', '--dense-epochs', '1']
 

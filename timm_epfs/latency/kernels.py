@@ -141,7 +141,7 @@ def kernels(model: nn.Module, traced: Trace, args: Tuple, kwargs: Dict[str, Any]
         traced: Its trace.
         args: Positional arguments of the forward that was traced, batch 1.
         kwargs: Keyword arguments of that forward.
-        batch_size: Images a batch.
+        batch_size: Images per batch.
 
     Raises:
         PruningError: At this batch size the forward makes other calls than the traced one.
@@ -157,7 +157,7 @@ def kernels(model: nn.Module, traced: Trace, args: Tuple, kwargs: Dict[str, Any]
         copy(*args, **kwargs)
     if [call.function for call in traced.calls] != [function for function, _, _ in found]:
         raise PruningError(
-            f'latency: with {batch_size} images a batch the model\'s forward runs other operations than with one; '
+            f'latency: with {batch_size} images per batch the model\'s forward runs other operations than with one; '
             f'give another batch size')
     dense = {s.name: s.units for s in traced.structures}
     return [_kernel(call, args, kwargs, dense) for call, (_, args, kwargs) in zip(traced.calls, found)]
@@ -232,7 +232,7 @@ def inputs_of(model: nn.Module, example: Any, batch_size: int, device: torch.dev
     Args:
         model: What takes them.
         example: Arguments for a single image, taken for their shapes and types only.
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         device: Where they are made.
     """
     weights = [p for p in model.parameters() if p.is_floating_point()]
