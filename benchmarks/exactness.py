@@ -2,7 +2,7 @@
 
 Weights are random, and no norm parameter, statistic, bias or constant stays at a value that could hide a mistake.
 Masking zeroes, in the dense model, the entries by which consumers read the removed units, and for a residual block what
-its branches end with. One row a name in results/exactness.csv, resumable.
+its branches end with. One row per name in results/exactness.csv, resumable.
 """
 import argparse
 import copy

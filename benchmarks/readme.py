@@ -69,7 +69,9 @@ def headlines() -> List[str]:
     ours, rivals = (
         sorted(row['dense']['least_ms'] / row[by]['least_ms'] for row in clock['rows'].values() if by in row)
         for by in ('macs', 'torch-pruning'))
-    models = {row.partition('@')[0] for row in clock['rows']}
+    models, theirs = (
+        {name.partition('@')[0] for name, row in clock['rows'].items() if by in row}
+        for by in ('macs', 'torch-pruning'))
     seconds = {name: row['ours_whole'] for name, row in speed['models'].items()}
     fastest, slowest = (pick(seconds, key=seconds.get) for pick in (min, max))
     steps = [100 * (row['time'] - 1) for row in added['models'].values()]
@@ -80,8 +82,9 @@ def headlines() -> List[str]:
         f'Masking units and cutting them give the same outputs in {exact["ok"]} of {exact["names"]} models: median '
         f'error {exact["median_error"]:.1e}, worst {max(exact["worst"].values()):.1e}, '
         f'{len(exact["float64_needed"])} of them compared in float64.',
-        f'Models cut to half their MACs run {ours[0]:.1f} to {ours[-1]:.1f} times faster on {clock["threads"]} thread, '
-        f'{rivals[0]:.1f} to {rivals[-1]:.1f} times where torch-pruning cuts them ({len(models)} models).',
+        f'On {clock["threads"]} thread, {len(models)} models cut to half their MACs run {ours[0]:.1f} to '
+        f'{ours[-1]:.1f} times as fast as before; cut by torch-pruning, {len(theirs)} of them run {rivals[0]:.1f} to '
+        f'{rivals[-1]:.1f} times as fast.',
         f'Pruning takes {seconds[fastest]:.1f} s (`{fastest}`) to {seconds[slowest]:.1f} s (`{slowest}`) on '
         f'{speed["threads"]} threads. EPFS makes a training step {min(steps):.0f} to {max(steps):.0f} % longer.',
     )

@@ -1,4 +1,4 @@
-"""Every model of timm and torchvision: traced, cut to half its MACs, checked. One row a name, resumable.
+"""Every model of timm and torchvision: traced, cut to half its MACs, checked. One row per name, resumable.
 
 All on the meta device, one thread a process. ``python benchmarks/zoo.py --jobs 2`` writes results/zoo.csv and
 results/zoo.json, ``--markdown`` results/zoo.md; ``--baseline torch-pruning`` does the same with torch-pruning alone.

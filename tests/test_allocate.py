@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import timm_epfs
-from timm_epfs.allocate import SCOPES, allocate, allocation, cost_aware_widths, path, search
+from timm_epfs.allocate import SCOPES, allocate, allocation, cost_aware_width_weights, path, search
 from timm_epfs.core import Budget, CostModel, Member, OutOfReach, PruningError, Size, Structure
 
 repeatable = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -90,7 +90,7 @@ def test_budget_is_met_wherever_an_exhaustive_search_meets_it(problem, scope, ma
     off = abs(share_left(structures, cost, found.keep) - macs)
     assert off <= 0.01 or nearest > 0.01
     assert bool(found.problem) == (off > 0.01)
-    assert found.asked == macs and abs(found.got - macs) == pytest.approx(off)
+    assert found.target == macs and abs(found.achieved - macs) == pytest.approx(off)
 
 
 @repeatable
@@ -203,14 +203,14 @@ def test_cost_aware_widths_keep_units_by_the_root_of_their_cost_and_by_the_layer
     plain = (structure('cheap', 400), 1), (structure('costly', 400), 4), (structure('slim', 200), 4)
     structures, cost = independent(*plain, (coupled, 16), (heads, 4))
     budget = Budget(macs=0.4)
-    widths = cost_aware_widths(structures, cost, 'macs')
-    left = counts(keep(structures, random_scores(structures), cost, budget, widths=widths, round_to=1))
+    weights = cost_aware_width_weights(structures, cost, 'macs')
+    left = counts(keep(structures, random_scores(structures), cost, budget, width_weights=weights, round_to=1))
     # n ∝ units · layers · √channels / √cost: 400 · 1 / 1, 400 · 1 / 2, 200 · 1 / 2, 400 · 2 / 4, 100 · √4 / 2
     shares = [left[name] / left['cheap'] for name in ('costly', 'slim', 'coupled', 'heads')]
     assert np.allclose(shares, [1/2, 1/4, 1/2, 1/4], atol=0.01)
 
     scores = random_scores(structures, seed=1)
-    kept = keep(structures, scores, cost, budget, widths=widths, round_to=1)
+    kept = keep(structures, scores, cost, budget, width_weights=weights, round_to=1)
     assert counts(kept) == left
     for name, units in kept.items():
         assert scores[name][units].min() >= np.delete(scores[name], units).max(initial=0)
@@ -219,15 +219,16 @@ def test_cost_aware_widths_keep_units_by_the_root_of_their_cost_and_by_the_layer
 def test_cost_says_nothing_about_blocks():
     structures, cost = independent((structure('conv', 40), 1), (structure('block', 1, kind='blocks'), 10))
     with pytest.raises(PruningError, match="widths='cost' says how wide layers become, not which blocks stay"):
-        cost_aware_widths(structures, cost, 'macs')
-    assert set(cost_aware_widths(structures, cost, 'macs', fixed=['block'])) == {'conv'}
+        cost_aware_width_weights(structures, cost, 'macs')
+    assert set(cost_aware_width_weights(structures, cost, 'macs', fixed=['block'])) == {'conv'}
 
 
 def test_widths_keep_proportions_and_what_has_none_is_ranked():
     structures, cost = independent(*((structure(name, 60), 1) for name in ('narrow', 'wide', 'ranked')))
     scores = random_scores(structures)
     scores['ranked'] = np.r_[np.full(20, 9.0), np.zeros(40)]
-    kept = keep(structures, scores, cost, Budget(macs=80 / 180), widths={'narrow': 20.0, 'wide': 40.0}, round_to=1)
+    weights = {'narrow': 20.0, 'wide': 40.0}
+    kept = keep(structures, scores, cost, Budget(macs=80 / 180), width_weights=weights, round_to=1)
     assert counts(kept) == {'narrow': 20, 'wide': 40, 'ranked': 20} and kept['ranked'].tolist() == list(range(20))
 
 
@@ -278,7 +279,7 @@ def test_explicit_rounding_that_cannot_meet_the_budget_warns():
     structures, cost = conv_chain([64, 64])
     budget = Budget(macs=0.4)
     found = allocate(structures, random_scores(structures), cost, budget, round_to=32)
-    assert re.match(r'round_to=32 leaves \d+\.\d % of the MACs where 40\.0 % were asked', found.problem)
+    assert re.match(r'.* leaves \d+\.\d % of the MACs, 40\.0 % were asked for, because .* round_to=32;', found.problem)
     dense = cost('macs', np.array([64, 64]))
     reachable = [cost('macs', np.array(left)) / dense for left in itertools.product((32, 64), repeat=2)]
     achieved = share_left(structures, cost, found.keep)
@@ -319,8 +320,10 @@ def test_default_rounding_gives_way_where_another_structure_closes_the_gap():
 def test_whole_units_too_coarse_for_the_budget_warn():
     structures, cost = independent((structure('attn', 2, 'heads'), 1))
     found = allocate(structures, random_scores(structures), cost, Budget(macs=0.6))
-    assert found.problem.startswith('cutting whole units leaves 50.0 % of the MACs where 60.0 % were asked for')
-    assert counts(found.keep) == {'attn': 1} and (found.asked, found.got) == (0.6, 0.5)
+    assert found.problem == (
+        'the nearest cut found leaves 50.0 % of the MACs, 60.0 % were asked for, because only whole units can be cut; '
+        'allow more to be cut with kinds=, exclude= or only=')
+    assert counts(found.keep) == {'attn': 1} and (found.target, found.achieved) == (0.6, 0.5)
 
 
 def test_ratios_are_set_first_and_the_rest_meets_the_budget():
@@ -354,7 +357,8 @@ def test_ratios_that_cut_below_the_budget_warn():
     structures, cost = independent((structure('a', 100), 1), (structure('b', 100), 1))
     found = allocate(
         structures, random_scores(structures), cost, Budget(macs=0.8), ratios={'a': 0.8}, round_to=1)
-    assert found.problem.startswith('ratios= leaves 60.0 % of the MACs where 80.0 % were asked for')
+    assert found.problem.startswith(
+        'the nearest cut found leaves 60.0 % of the MACs, 80.0 % were asked for, because ratios= alone removes')
     assert counts(found.keep) == {'a': 20, 'b': 100}
 
 
@@ -459,8 +463,9 @@ def test_a_whole_budget_beside_another():
     *(({'round_to': value}, 'round_to=') for value in (0, -8, 8.0, True)),
     *(({'floor': value}, 'floor=') for value in (1, -0.1, float('nan'), None)),
     ({'fixed': ['conv9']}, "fixed= names 'conv9'"),
-    ({'ratios': {'conv9*': 0.5}}, "'conv9\\*'"),
-    ({'ratios': {'conv1': 0.5}, 'fixed': ['conv1']}, "'conv1'"),
+    ({'ratios': {'conv9*': 0.5}}, "ratios: nothing that can be cut is named 'conv9\\*'; did you mean 'conv"),
+    ({'ratios': {'nowhere': 0.5}}, "'nowhere'; timm_epfs.inspect lists the names, such as conv0, conv1"),
+    ({'ratios': {'conv1': 0.5}, 'fixed': ['conv1']}, "'conv1'; did you mean 'conv0'"),
     *(({'ratios': {'conv1': value}}, 'share from 0 to 0.9') for value in (0.95, -0.1, float('nan'), True, 'half')),
 ])
 def test_bad_options(options, message):
@@ -488,10 +493,10 @@ def test_bad_scores_name_the_structure(scores, message):
 def test_out_of_reach_says_how_far_it_goes():
     structures, cost = independent((structure('a', 100), 1), (structure('b', 100), 1))
     scores = random_scores(structures)
-    message = r'asked for 5\.0 % of the MACs.*floor of 10\.0 % of the units the model can reach 10\.0 %.*floor='
+    message = r'asked for 5\.0 % of the MACs, the largest possible cut leaves 10\.0 % \(floor=10\.0 % of the units\)'
     with pytest.raises(PruningError, match=message):
         keep(structures, scores, cost, Budget(macs=10))
-    with pytest.raises(PruningError, match=r'can reach 55\.0 %'):
+    with pytest.raises(PruningError, match=r'cut leaves 55\.0 %'):
         keep(structures, scores, cost, Budget(macs=100), fixed=['a'])
     with pytest.raises(PruningError, match='the dense model has 200'):
         keep(structures, scores, cost, Budget(macs=200))

@@ -32,7 +32,7 @@ def test_forwards_take_turns_and_the_slower_takes_longer():
         time.sleep(seconds)
 
     forwards = [partial(forward, 'fast', 0), partial(forward, 'slow', 0.005)]
-    fast, slow = clock.in_turns(forwards, torch.device('cpu'), seconds=0, least=4)
+    fast, slow = clock.time_interleaved(forwards, torch.device('cpu'), seconds=0, least=4)
     assert len(fast.times) == len(slow.times) == 4 and fast.median < slow.median >= 0.005
     turns = [name for name, before in zip(order, [None, *order]) if name != before]
     assert turns == 4 * ['fast', 'slow']
@@ -69,7 +69,7 @@ def test_what_is_printed_is_what_is_written(saved, tmp_path, capsys):
     dense, slim = rows[2:4]
     assert slim['peak_bytes'] < dense['peak_bytes'] and slim['weight_bytes'] < dense['weight_bytes']
     assert slim['speedup'] == pytest.approx(dense['median_ms'] / slim['median_ms'])
-    assert slim['kept'] == pytest.approx(slim['speedup'] / slim['promised'])
+    assert slim['realised_share'] == pytest.approx(slim['speedup'] / slim['theoretical_speedup'])
     assert data['conditions']['threads'] == torch.get_num_threads()
 
 

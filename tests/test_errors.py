@@ -77,8 +77,8 @@ BAD_CALLS = {
     'target above the model': call(r'params=1000000000000.0 was given, the dense model has', params=1e12),
     'target not a number': call('macs=nan was given', macs=float('nan')),
     'target as text': call("macs='0.5' was given", macs='0.5'),
-    'target out of reach': call(r'asked for 0\.0 % of the MACs.* can reach \d+\.\d %', macs=1e-4),
-    'target out of reach under a floor': call(r'can reach \d\d\.\d %', params=0.3, floor=0.9),
+    'target out of reach': call(r'asked for 0\.0 % of the MACs.* cut leaves \d+\.\d %', macs=1e-4),
+    'target out of reach under a floor': call(r'cut leaves \d\d\.\d %', params=0.3, floor=0.9),
     'two budgets': call('macs= and params= were given; a cut has one budget', macs=0.5, params=0.5),
     'no budget': call('no budget was given; give one of macs='),
     'unknown criterion': call("unknown criterion 'l3'", macs=0.5, criterion='l3'),
@@ -86,10 +86,11 @@ BAD_CALLS = {
     'criterion with empty data': call('found no batch', macs=0.5, criterion='obdc', data=[]),
     'criterion with images alone': call(r'needs batches of \(images, ta', macs=0.5, criterion='taylor', data=[IMAGE]),
     'exclude of nothing': call("exclude: nothing that can be cut is named 'nowhere'", macs=0.5, exclude=['nowhere']),
+    'exclude of a misspelt name': call("'layr1'; did you mean 'layer1'", macs=0.5, exclude=['layr1']),
     'only of nothing': call("only: nothing that can be cut is named 'nowhere\\*'", macs=0.5, only=['nowhere*']),
     'exclude as text': call("exclude=\\['conv1'\\]", macs=0.5, exclude='conv1'),
     'exclude of everything': call('nothing is left to cut', macs=0.5, exclude=['*']),
-    'ratios of nothing': call("'nowhere'", macs=0.5, ratios={'nowhere': 0.5}),
+    'ratios of nothing': call("ratios: nothing that can be cut is named 'nowhere'", macs=0.5, ratios={'nowhere': 0.5}),
     'unknown scope': call("scope='cosmic'", macs=0.5, scope='cosmic'),
     'rounding to 0': call('round_to=0', macs=0.5, round_to=0),
     'unknown kind': call("'colours'", macs=0.5, kinds=['colours']),
@@ -137,7 +138,7 @@ def test_bad_calls(case):
 def test_how_far_it_can_go_is_how_far_it_goes():
     with pytest.raises(PruningError) as e:
         prune('test_resnet', macs=1e-4, round_to=1)
-    reach = float(line(e).split('can reach ')[1].split(' %')[0]) / 100
+    reach = float(line(e).split('cut leaves ')[1].split(' %')[0]) / 100
     plan = prune('test_resnet', macs=reach + 0.001, round_to=1).pruning_plan
     assert plan.cost['macs'][1] / plan.cost['macs'][0] == pytest.approx(reach, abs=0.002)
 
@@ -160,7 +161,7 @@ def spoil_cut(**fields):
 
 BAD_PLANS = {
     'newer format': (lambda plan: plan.update(format=FORMAT + 1), f'format {FORMAT + 1}.*upgrade'),
-    'no format': (lambda plan: plan.pop('format'), 'no timm_epfs plan'),
+    'no format': (lambda plan: plan.pop('format'), 'not a timm_epfs plan'),
     'no cuts': (lambda plan: plan.pop('cuts'), "no field 'cuts'"),
     'unknown field': (lambda plan: plan.update(extra=1), "unknown field 'extra'"),
     'index out of range': (spoil_cut(keep='0-2,999'), 'cuts\\[0\\].keep: unit 999 is out of range'),
@@ -172,8 +173,8 @@ BAD_PLANS = {
     'member that is none': (spoil_cut(members=['conv1']), 'cuts\\[0\\].members\\[0\\]'),
     'weights smuggled in': (lambda plan: plan.update(base_args={'checkpoint_path': 'x'}), "'checkpoint_path'"),
     'unknown base': (lambda plan: plan.update(base='resnet5o'), 'nearest: resnet50'),
-    'another base': (lambda plan: plan.update(base='test_vit'), 'a plan for another base'),
-    'another size of base': (lambda plan: plan.update(base='resnet18'), 'a plan for another base'),
+    'another base': (lambda plan: plan.update(base='test_vit'), "this is not the plan's base"),
+    'another size of base': (lambda plan: plan.update(base='resnet18'), "this is not the plan's base"),
 }
 
 
@@ -200,7 +201,7 @@ def test_what_is_no_json_is_no_plan(text):
 def test_a_plan_for_another_model_leaves_it_as_it_was(slim):
     model = timm.create_model('test_resnet', num_classes=7, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(PruningError, match='another base') as e:
+    with pytest.raises(PruningError, match="not the plan's base") as e:
         apply_plan(model, slim.pruning_plan)
     line(e)
     after = model.state_dict()
@@ -264,6 +265,7 @@ def test_a_model_without_a_plan_or_a_base_is_not_saved(dense, tmp_path):
 SHELL_ERRORS = {
     'no command': ('', 'required: COMMAND'),
     'unknown command': ('prone test_resnet', "'prone'"),
+    'unknown option': ('prune test_resnet --macs 0.5 -o OUT --exlude conv1', 'mean --exclude\\? .*prune --help'),
     'unknown name': ('inspect resnet5o', 'nearest: resnet50'),
     'unknown name to prune': ('prune resnet5o --macs 0.5 -o OUT', 'nearest: resnet50'),
     'no budget': ('prune test_resnet -o OUT', '--macs --params --latency is required'),
@@ -271,7 +273,7 @@ SHELL_ERRORS = {
     'no output': ('prune test_resnet --macs 0.5', '-o/--output'),
     'target 0': ('prune test_resnet --macs 0 -o OUT', 'macs=0'),
     'target below 0': ('prune test_resnet --macs -0.5 -o OUT', 'macs=-0.5'),
-    'target out of reach': ('prune test_resnet --macs 0.0001 -o OUT', 'can reach'),
+    'target out of reach': ('prune test_resnet --macs 0.0001 -o OUT', 'the largest possible cut leaves'),
     'target as text': ('prune test_resnet --macs half -o OUT', "'half'"),
     'unknown criterion': ('prune test_resnet --macs 0.5 --criterion l3 -o OUT', "nearest is 'l"),
     'criterion without its data': ('prune test_resnet --macs 0.5 --criterion taylor -o OUT', 'give --data-dir'),

@@ -49,7 +49,7 @@ def test_help_ends_with_the_default_or_says_that_the_option_is_required(name):
     elif of_a_group:
         assert re.search(r'\(required: one of --.+\)$', text)
     else:
-        assert re.search(r'\((default|required): [^()]+\)$', text), text
+        assert re.search(r'\((default:|required[:,]) [^()]+\)$', text), text
 
 
 @pytest.mark.parametrize('name', [

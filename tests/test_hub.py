@@ -169,7 +169,7 @@ def test_a_file_of_pruned_weights_loads(saved):
 
 
 @pytest.mark.parametrize('file, message', [
-    ('weights.pth', 'only safetensors are'),
+    ('weights.pth', 'not safetensors, the only format that is read'),
     ('none.safetensors', 'weights not read from'),
     ('torn.safetensors', 'weights not read from'),
 ])

@@ -20,7 +20,7 @@ from timm_epfs.trace import meta_copy
 
 # A correct cut gives 1e-7, the order of float32 sums; a wrong one gives 1e-2 and more.
 TOLERANCE = 1e-4
-pytestmark = pytest.mark.filterwarnings('ignore:the budget needs residual streams')
+pytestmark = pytest.mark.filterwarnings('ignore:to meet the budget, residual streams')
 BY_NAME = {row.name: row for row in MODELS}
 # Models that have no block that can be removed.
 WITHOUT_BLOCKS = {

@@ -30,7 +30,7 @@ from timm_epfs.trace import Calls, meta_copy, tensors_in
 from timm_epfs.training import run as run_room
 
 ROWS = {row.name: row for row in MODELS}
-# A plain chain, groups, depthwise convolutions with gates, splits and concatenations, LayerNorm, attention.
+# A plain chain, groups, depthwise convolutions with enclosing_blocks, splits and concatenations, LayerNorm, attention.
 FAMILIES = (
     'vgg16_bn_cifar', 'regnetx_002', 'mobilenetv3_small_050', 'torchvision/shufflenet_v2_x0_5', 'test_convnext',
     'test_vit',
@@ -257,7 +257,8 @@ def test_a_block_that_goes_takes_its_calls_with_it():
     found = kernels(model, traced, (example,), {})
     latency = LatencyModel(traced.cost, traced.structures, found, lambda kernel, left: 1.0)
     dense = latency.counts({s.name: s.units for s in traced.structures})
-    inside = [sum(bool(size.coefs[0][0] == name) for k in found for size in k.gates) for name in latency.names]
+    blocks = [size.coefs[0][0] for kernel in found for size in kernel.enclosing_blocks]
+    inside = [blocks.count(name) for name in latency.names]
     assert latency('latency', dense) == len(found)
     assert latency.gradient('latency', dense).tolist() == inside
     block = next(i for i, s in enumerate(latency.names) if inside[i])
@@ -316,7 +317,7 @@ def test_widths_are_what_the_clock_likes(fake_clock):
     (dict(latency=0.5, macs=0.5), 'macs= and latency= were given'),
     (dict(latency=0.5, latency_batch_size=0), 'latency_batch_size=0'),
     (dict(latency='1000ms'), 'the dense model takes'),
-    (dict(latency=0.01), 'can reach'),
+    (dict(latency=0.01), 'largest possible cut leaves'),
     (dict(macs=0.5, device='nowhere'), "device 'nowhere'"),
 ])
 def test_what_cannot_be_is_said_in_one_line(fake_clock, given, said):
@@ -539,7 +540,7 @@ def test_training_takes_a_latency(fake_clock, monkeypatch, tmp_path, method):
     (['--latency', '0.5', '--macs', '0.5'], 'argument --macs: not allowed with argument --latency'),
     ([], 'one of the arguments --macs --params --latency is required'),
     (['--latency', 'fast'], "latency='fast' was given; give a share"),
-    (['--latency', '0.01'], 'can reach'),
+    (['--latency', '0.01'], 'largest possible cut leaves'),
 ])
 def test_training_says_what_is_wrong_with_a_latency(fake_clock, tmp_path, capsys, asked, said):
     try:

@@ -57,10 +57,10 @@ def test_masks_are_neither_decayed_nor_stepped_nor_cleared_by_the_optimizer():
         nn.utils.clip_grad_norm_(model.parameters(), 1e-12)
         optimizer.step()
         model.zero_grad()
-        grad = learner.masks.running.grad
+        grad = learner.masks.train_masks.grad
         assert grad is not None and grad[:learner.masks.units].abs().max() > 1e-6
         learner.step()
-        assert learner.masks.running.grad is None
+        assert learner.masks.train_masks.grad is None
     assert all((values == 1).all() for values in learner.values().values())
 
 
@@ -76,7 +76,7 @@ def test_the_gradient_of_a_mask_is_that_of_its_channel():
     handle.remove()
     learner = timm_epfs.SSS(model, gamma=0.1, steps=5, example_input=torch.empty(1, 3, 16, 16))
     (F.cross_entropy(model(images), target) + learner.penalty(target)).backward()
-    torch.testing.assert_close(learner.masks.running.grad[learner.masks.slices['0']], scale.grad)
+    torch.testing.assert_close(learner.masks.train_masks.grad[learner.masks.slices['0']], scale.grad)
 
 
 def test_parts_of_a_batch_are_one_batch():
@@ -132,7 +132,7 @@ def test_evaluation_sees_zeros_and_training_sees_the_extrapolated_point():
     model = build().train()
     learner = timm_epfs.EPFS(model, macs=0.5, steps=20)
     train(model, learner, sgd(model), 8)
-    x, y = learner.masks.selected[:-2], learner.masks.running[:-2]
+    x, y = learner.masks.eval_masks[:-2], learner.masks.train_masks[:-2]
     assert not torch.equal(x, y)
     assert np.array_equal(np.concatenate(list(learner.values().values())), learner.solver.x.numpy())
     folded = learner.masks.fold(copy.deepcopy(model))

@@ -21,10 +21,12 @@ class Pair(nn.Module):
 
 @pytest.mark.parametrize('make, word', [
     (lambda: timm_epfs.EPFS(Pair(), macs=0.5, steps=5, example_input=EXAMPLE), 'returns a tuple'),
-    (lambda: timm_epfs.EPFS(build(), macs=0.001, steps=5), 'can reach'),
-    (lambda: timm_epfs.SSS(build('resnet18'), macs=0.05, steps=5, kinds=('blocks',)), 'can reach'),
+    (lambda: timm_epfs.EPFS(build(), macs=0.001, steps=5), 'largest possible cut leaves'),
+    (lambda: timm_epfs.SSS(build('resnet18'), macs=0.05, steps=5, kinds=('blocks',)), 'largest possible cut leaves'),
     (lambda: timm_epfs.EPFS(build(), macs=0.5), 'steps='),
-    (lambda: timm_epfs.EPFS(build(), steps=5), 'l1='),
+    (lambda: timm_epfs.EPFS(build(), steps=5), r'latency=\) nor l1= was given'),
+    (lambda: timm_epfs.SSS(build(), steps=5), r'latency=\) nor gamma= was given'),
+    (lambda: timm_epfs.SSS(build(), steps=5, gamma=-1), 'gamma=-1 was given'),
     (lambda: timm_epfs.EPFS(build(), macs=0.5, steps=5, l2='l3'), 'elastic'),
     (lambda: timm_epfs.EPFS(build(), macs=0.5, steps=5, kinds=('filter',)), 'filters'),
     (lambda: timm_epfs.EPFS(build(), macs=0.5, steps=5, kinds=('heads',)), 'heads'),

@@ -171,7 +171,7 @@ def test_learners_keep_to_a_budget_of_parameters():
 
 def test_a_miss_is_said_once_where_it_was_asked_for():
     pruner = timm_epfs.Pruner('test_vit', kinds=['heads'])
-    with pytest.warns(UserWarning, match='were asked for, the nearest that was found') as said:
+    with pytest.warns(UserWarning, match='the nearest cut found leaves .* were asked for') as said:
         pruner(macs=0.87)
     assert [warning.filename for warning in said] == [__file__]
 
@@ -180,7 +180,10 @@ def test_a_miss_is_said_once_where_it_was_asked_for():
     (lambda: timm_epfs.prune('test_resnet', macs=0.5, exlude=['x']), 'unknown keyword exlude=; did you mean exclude='),
     (lambda: timm_epfs.prune(timm.create_model('test_resnet'), macs=0.5, exlude=['x']), 'did you mean exclude='),
     (lambda: timm_epfs.Pruner('test_resnet')(macs=0.5, criterium='l1'), 'did you mean criterion='),
-    (lambda: timm_epfs.Pruner('test_resnet').plan(macs=0.5, data=[]), 'unknown keyword data=; known are criterion'),
+    (lambda: timm_epfs.Pruner('test_resnet').plan(macs=0.5, depth=1), 'unknown keyword depth=; known are criterion'),
+    (lambda: timm_epfs.Pruner('test_resnet').plan(macs=0.5, data=[]), r'data= belongs to Pruner\(model, data=…\), not'),
+    (lambda: timm_epfs.Pruner('test_resnet')(macs=0.5, exclude=['x']), r'exclude= belongs to Pruner\(model, exclude='),
+    (lambda: timm_epfs.Pruner('test_resnet').check(macs=0.5, exlude=['x']), 'exlude=; did you mean exclude='),
     (lambda: timm_epfs.EPFS(timm.create_model('test_resnet'), macs=0.5, exlude=['x']), 'did you mean exclude='),
     (lambda: timm_epfs.SSS(timm.create_model('test_resnet'), macs=0.5, steps=5, gama=1), 'did you mean gamma='),
     (lambda: timm_epfs.prune('test_resnet', macs=0.5, depths=[1]), "can't be built with"),
@@ -236,7 +239,7 @@ def test_a_run_times_its_layers_once_and_searches_no_more_than_it_needs(monkeypa
         def match(self, budget, cut, dense=None):
             matched.append(1)
             cut(0.8)
-            return device_latency.Match(share=0.8, wanted=0.8, dense=1.0, pruned=0.8)
+            return device_latency.Match(share=0.8, target=0.8, dense=1.0, pruned=0.8)
 
         def alignment(self):
             return 4
@@ -267,8 +270,7 @@ def test_signatures_say_the_same():
     parameters = inspect.signature(timm_epfs.prune).parameters
     parts = {**inspect.signature(timm_epfs.Pruner).parameters, **inspect.signature(pruner_file.make_request).parameters}
     own = {name: p.default for name, p in parameters.items() if name not in ('model', 'model_args')}
-    assert own == {
-        name: p.default for name, p in parts.items() if name not in ('model', 'model_args', 'unknown')}
+    assert own == {name: p.default for name, p in parts.items() if name not in ('model', 'model_args')}
 
 
 def test_nothing_is_warned_of_where_all_is_well():

@@ -178,7 +178,7 @@ def test_errors_are_those_of_the_builder():
     with pytest.raises(PruningError, match='nearest: ') as error:
         timm_epfs.rebuild(Plan('resnet81', {}, ()))
     assert error.value.__context__ is None
-    with pytest.raises(PruningError, match='another base'):
+    with pytest.raises(PruningError, match="not the plan's base"):
         Skeleton(scaled_plan(), partial(nn.Linear, 2, 2))
 
 

@@ -248,7 +248,7 @@ def test_a_plan_for_another_base_changes_nothing():
     cuts = plan.cuts + layer_plan('a', {'layer1.0.conv9.weight': 0, 'fc.weight': 1, 'fc.bias': 1}, 600, [0]).cuts
     bad = Plan('resnet18', {}, cuts, {'num_features': 9999})
     before = dict(model.named_parameters())
-    with pytest.raises(PruningError, match=r'another base \(base resnet18\): layer1.0.conv9.weight is missing; '
+    with pytest.raises(PruningError, match=r'not the plan.s base \(base resnet18\): layer1.0.conv9.weight is missing; '
                                            r'fc.weight has shape \(5, 512\) where dim 1 should have 600; '
                                            r'fc.bias has shape .* and 1 more'):
         apply_plan(model, bad)

@@ -32,7 +32,7 @@ from timm_epfs.training.data import Digits
 from timm_epfs.training.options import check_options
 from timm_epfs.training.phase import Phase
 
-# Small enough for five updates an epoch in half a second.
+# Small enough for five updates per epoch in half a second.
 DIGITS = ['train', 'resnet20_cifar', '--dataset', 'digits', '--img-size', '8', '-b', '64', '--macs', '0.5']
 ONE_SHOT = [*DIGITS, '--method', 'none', '--epochs', '2', '--dense-epochs', '1']
 
@@ -331,19 +331,20 @@ def test_folder_of_a_run_is_not_lost_by_mistake(tmp_path, capsys):
     (['--dataset', ''], 'train needs images, no --data-dir was given; give it, or --dataset digits for a first try'),
     (['--sparse-epochs', '1'], '--method none has no sparse phase, --sparse-epochs 1 was given; drop it'),
     (['--method-kwargs', 'l1=1'], 'unknown keyword l1=; known are criterion, floor'),
+    (['--method-kwargs', 'exlude=conv1'], 'unknown keyword exlude=; did you mean exclude=?'),
     (['--method-kwargs', 'macs=0.3'], "--method none can't cut"),
     (['--method-kwargs', 'scope=magic'], "'magic'"),
     (['--method', 'epfs', '--criterion', 'l1'], '--criterion needs --method none, --method is epfs'),
     (['--method', 'epfs', '--sparse-epochs', '0'], '--method epfs learns in the sparse phase, which has 0 epochs'),
     (['--dense-epochs', '3'], '3 dense and 0 sparse epochs were asked for, --epochs is 2 for all phases'),
     (['--method', 'epfs', '--sparse-epochs', '1', '--method-kwargs', 'centre=1'], 'did you mean center=?'),
-    (['--macs', '0.0001'], '% of the units the model can reach'),
-    (['--method', 'epfs', '--sparse-epochs', '1', '--macs', '0.0001'], '% of the units the model can reach'),
+    (['--macs', '0.0001'], 'the largest possible cut leaves'),
+    (['--method', 'epfs', '--sparse-epochs', '1', '--macs', '0.0001'], 'the largest possible cut leaves'),
     (['--criterion', 'magic'], 'magic'),
     (['--macs', '-1'], 'macs=-1.0 was given; give a share between 0 and 1'),
     (['--resume', '--overwrite'], '--resume and --overwrite were both given'),
     (['--pretrained', '--checkpoint', 'a.safetensors'], '--pretrained and --checkpoint were both given'),
-    (['--checkpoint', 'a.pth'], 'checkpoint a.pth is not read, only .safetensors is (no pickle)'),
+    (['--checkpoint', 'a.pth'], 'checkpoint a.pth is not a .safetensors file, the only format that is read'),
     (['--amp', '--amp-dtype', 'float16'], '--amp-dtype float16 has no fast kernels on cpu'),
     (['--device', 'nowhere'], "device 'nowhere' can't be used"),
     (['--opt', 'newton'], "optimizer 'newton' with schedule 'cosine' can't be set up"),

@@ -1,4 +1,4 @@
-"""A config.json from anyone: it decides what is meant for it to decide, and opens no file before that is checked."""
+"""An untrusted config.json: it decides what is meant for it to decide, and opens no file before that is checked."""
 import json
 import pickle
 

@@ -1,4 +1,4 @@
-"""A plan from anyone: what is meant is applied, everything else is one line, soon and small."""
+"""An untrusted plan: what is meant is applied, everything else is one line, soon and small."""
 import copy
 import math
 
@@ -139,8 +139,8 @@ def cut(keep, name='a', member='conv1.weight dim 0 out', units=16, kind='channel
     ([cut('0', member='a\u2028b dim 0 out')], 'printable'),
     ([cut('0', member=f'{"a" * 10_000} dim 0 out')], 'printable'),
     ([cut('0', name='a\nb')], 'printable'),
-    ([cut('٠')], 'no range'),
-    ([cut('0,' * 100_000)], 'no range'),
+    ([cut('٠')], 'not a range'),
+    ([cut('0,' * 100_000)], 'not a range'),
     ([cut('0', units=2 ** 18 + 1)], 'expected 1 to'),
     ([cut('0')] * 2, 'names are unique'),
     ([cut('0', f'a{i}') for i in range(20_000)], 'more than'),

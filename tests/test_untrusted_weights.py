@@ -1,4 +1,4 @@
-"""Weights from anyone: a file is checked by its header, and whatever isn't the model's is refused in one line."""
+"""Untrusted weights: a file is checked by its header, and whatever isn't the model's is refused in one line."""
 import json
 import pickle
 import struct

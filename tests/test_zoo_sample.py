@@ -126,7 +126,7 @@ def shapes_and_macs(model, args, kwargs):
     return [tuple(x.shape) for x in tree_leaves(outs) if isinstance(x, torch.Tensor)], macs
 
 
-@pytest.mark.filterwarnings('ignore:the budget needs residual streams')
+@pytest.mark.filterwarnings('ignore:to meet the budget, residual streams')
 @pytest.mark.parametrize('module', SAMPLE)
 def test_half_of_the_macs_are_cut(module):
     name, model_args = SAMPLE[module]

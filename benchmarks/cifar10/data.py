@@ -87,7 +87,7 @@ class Images:
         pixels: Shape (images, 3, height, width), uint8.
         targets: Shape (images,), int64.
         config: Mean and std, of pixel values between 0 and 1, and the input size, which images are resized to.
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         device: Where the images are kept.
         training: In a new order each time, cropped at random after padding and flipped; the last ones are left out
             where they make no whole batch.

@@ -45,7 +45,7 @@ def _draw(results: Path, stem: str, images: str, dense: float, experiments: Mapp
 
 
 def _ranks(images: str, dense: float, experiments: Mapping[str, Runs]) -> Callable[[Any], None]:
-    """One line an experiment, of one budget after the other, the best of each first."""
+    """One line per experiment, of one budget after the other, the best of each first."""
     names = ranked(experiments)
 
     def paint(figure: Any) -> None:

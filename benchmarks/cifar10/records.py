@@ -34,7 +34,7 @@ def plan_record(plan: Plan) -> Dict[str, Any]:
 
 
 def plan_of(record: Mapping[str, Any]) -> Plan:
-    """The whole plan of what ``plan_record`` returned. The base is traced on the meta device, once a process.
+    """The whole plan of what ``plan_record`` returned. The base is traced on the meta device, once per process.
 
     Raises:
         PruningError: The base has no structure of a name that the record holds.

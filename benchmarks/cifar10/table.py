@@ -47,7 +47,7 @@ def by_images(runs: Sequence[Dict[str, Any]]) -> Dict[str, Runs]:
 
 
 def by_experiment(runs: Sequence[Dict[str, Any]]) -> Tuple[float, Dict[str, Runs]]:
-    """Top-1 of the dense baseline in percent, and the other results by experiment: one a seed."""
+    """Top-1 of the dense baseline in percent, and the other results by experiment: one per seed."""
     groups = defaultdict(list)
     for run in runs:
         groups[run['name'].partition('/')[2].rpartition('-')[0]].append(run)

@@ -14,7 +14,7 @@ from typing import Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..core import Budget, CostModel, OutOfReach, PruningError, Structure, is_number, percent
+from ..core import Budget, CostModel, OutOfReach, PruningError, Structure, check_patterns, is_number, percent
 from .grids import ALIGN, grid, rounding_step
 from .search import TOLERANCE, Search
 from .widths import in_proportion
@@ -22,6 +22,7 @@ from .widths import in_proportion
 __all__ = ['Allocation', 'SCOPES', 'allocate', 'top']
 
 SCOPES = ('global', 'local', 'isomorphic')
+_ALLOW_MORE = 'allow more to be cut with kinds=, exclude= or only='
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,14 @@ class Allocation:
 
     Attributes:
         keep: Units that stay by structure name, ascending, int64.
-        asked: The budget, as a share of the dense model's cost.
-        got: The cost of the units that stay, as a share of the dense model's cost.
-        problem: Why ``got`` differs from ``asked`` by more than 1 % of the dense cost, and what to do, in a line. Empty
-            where it doesn't.
+        target: The budget, as a share of the dense model's cost.
+        achieved: The cost of the units that stay, as a share of the dense model's cost.
+        problem: Why ``achieved`` differs from ``target`` by more than 1 % of the dense cost, and what to do, in a line.
+            Empty where it doesn't.
     """
     keep: Dict[str, np.ndarray]
-    asked: float
-    got: float
+    target: float
+    achieved: float
     problem: str = ''
 
 
@@ -48,7 +49,7 @@ def allocate(
         budget: Budget,
         *,
         scope: str = 'global',
-        widths: Optional[Mapping[str, float]] = None,
+        width_weights: Optional[Mapping[str, float]] = None,
         round_to: Optional[int] = None,
         align: int = ALIGN,
         floor: float = 0.05,
@@ -76,8 +77,8 @@ def allocate(
         scope: ``'global'`` ranks all units together. ``'local'`` cuts the same share of every structure.
             ``'isomorphic'`` ranks structures of the same shape together, and cuts the same share of every such set
             (Fang et al., Isomorphic Pruning for Vision Models, ECCV 2024).
-        widths: Weights by structure name. These structures keep units in proportion to their weights, and their scores
-            only decide which. Structures without a weight are ranked by their scores.
+        width_weights: Weights by structure name. These structures keep units in proportion to their weights, and their
+            scores only decide which. Structures without a weight are ranked by their scores.
         round_to: Channel structures that are cut keep widths that are multiples of this. None: multiples of ``align``
             where there are at least 4 · ``align`` units; elsewhere multiples of the largest power of two that is at
             most an eighth of the units. Where the budget can't be met so, as few structures as possible keep other
@@ -106,9 +107,9 @@ def allocate(
 
     grids = [grid(s, rounding_step(s, round_to, align), floor, shares.get(s.name)) for s in ordered]
     finest = [g if s.name in shares else grid(s, 1, floor) for s, g in zip(ordered, grids)]
-    widths = widths or {}
+    width_weights = width_weights or {}
     descending = [
-        in_proportion(widths[s.name], s.units) if s.name in widths else np.sort(values[s.name])[::-1]
+        in_proportion(width_weights[s.name], s.units) if s.name in width_weights else np.sort(values[s.name])[::-1]
         for s in ordered
     ]
 
@@ -119,8 +120,8 @@ def allocate(
     gap = search.gap(place)
     return Allocation(
         keep={name: top(values[name], left[name]) for name in by_name},
-        asked=search.asked,
-        got=search.asked + gap,
+        target=search.target,
+        achieved=search.target + gap,
         problem=_problem(search, place, round_to, finest) if abs(gap) > TOLERANCE else '',
     )
 
@@ -154,7 +155,7 @@ def _nearest_place(
     """
     place = search.repair(search.walk(sets))
     if abs(search.gap(place)) > TOLERANCE:
-        place = search.settle_coarsest(place, sets)
+        place = search.try_coarsest(place, sets)
     while finest is not None and abs(search.gap(place)) > TOLERANCE:
         refined = search.refine(place, finest)
         if refined is None:
@@ -185,17 +186,16 @@ def _shares(
     unknown = sorted(set(fixed) - {s.name for s in structures})
     if unknown:
         raise PruningError(f'fixed= names {unknown[0]!r}, but there is no such structure; give names of structures')
+    check_patterns('ratios', ratios, [s for s in structures if s.name not in fixed])
     shares = dict.fromkeys(fixed, 0.0)
     for pattern in sorted(ratios, key=lambda pattern: (-len(pattern), pattern)):
         share = ratios[pattern]
         if not is_number(share) or not 0 <= share <= 1 - floor + 1e-9:
             raise PruningError(
                 f'ratios= has {share!r} for {pattern!r}; give a share from 0 to {1 - floor:g} (1 - floor)')
-        matches = [s.name for s in structures if s.matches(pattern)]
-        if not set(matches) - set(fixed):
-            raise PruningError(f'ratios= names {pattern!r}, but no structure that may be cut matches; check the name')
-        for name in matches:
-            shares.setdefault(name, float(share))
+        for s in structures:
+            if s.matches(pattern):
+                shares.setdefault(s.name, float(share))
     return shares
 
 
@@ -225,22 +225,20 @@ def _check_options(scope: str, round_to: Optional[int], floor: float) -> None:
 
 def _check_reach(search: Search, finest: List[np.ndarray], floor: float) -> None:
     lowest = search.price(np.array([counts[0] for counts in finest]))
-    if search.asked < lowest - 1e-9:
+    if search.target < lowest - 1e-9:
         raise OutOfReach(
-            f'asked for {percent(search.asked)} of the {search.label}: with these structures and a floor of '
-            f'{percent(floor)} of the units the model can reach {percent(lowest)}; lower floor=, or allow more '
-            f'structures')
+            f'asked for {percent(search.target)} of the {search.label}, the largest possible cut leaves '
+            f'{percent(lowest)} (floor={percent(floor)} of the units); lower floor=, or {_ALLOW_MORE}')
 
 
 def _problem(search: Search, place: np.ndarray, round_to: Optional[int], finest: List[np.ndarray]) -> str:
     """Why the budget is missed, and what to do."""
-    if search.price(np.array([counts[-1] for counts in finest])) < search.asked:
-        binds, remedy = 'ratios=', 'remove less there'
-    elif any(len(counts) < len(fine) for counts, fine in zip(search.grids, finest)):
-        binds, remedy = f'round_to={round_to}', 'give a smaller number, or None'
+    if search.price(np.array([counts[-1] for counts in finest])) < search.target:
+        cause, remedy = 'ratios= alone removes that much', 'give smaller shares there'
+    elif round_to is not None and any(len(counts) < len(fine) for counts, fine in zip(search.grids, finest)):
+        cause, remedy = f'widths are rounded by round_to={round_to}', 'give a smaller number, or None'
     else:
-        binds, remedy = 'cutting whole units', 'allow more structures'
-    got = percent(search.asked + search.gap(place))
+        cause, remedy = 'only whole units can be cut', _ALLOW_MORE
     return (
-        f'{binds} leaves {got} of the {search.label} where {percent(search.asked)} were asked for, the nearest that '
-        f'was found; {remedy}')
+        f'the nearest cut found leaves {percent(search.target + search.gap(place))} of the {search.label}, '
+        f'{percent(search.target)} were asked for, because {cause}; {remedy}')

@@ -47,7 +47,7 @@ class Search:
         descending: Scores of each structure's units, descending, shape (units,).
 
     Attributes:
-        asked: The target: the budget as a share of the dense cost.
+        target: The budget as a share of the dense cost.
         label: Name of the budget's quantity, for messages.
         choices: All grids, concatenated, shape (choices,).
         first, last: Position in ``choices`` of each structure's smallest and largest count, shape (structures,).
@@ -60,7 +60,7 @@ class Search:
     def __init__(self, cost: CostModel, budget: Budget, grids: List[np.ndarray], descending: List[np.ndarray]):
         self.cost, self.budget, self.grids, self.descending = cost, budget, grids, descending
         self.dense = cost(budget.quantity, np.array([len(scores) for scores in descending]))
-        self.asked, self.label = budget.share(self.dense), budget.label
+        self.target, self.label = budget.share(self.dense), budget.label
         self.choices = np.concatenate(grids)
         self.last = np.cumsum([len(grid) for grid in grids]) - 1
         self.first = np.append(0, self.last[:-1] + 1)
@@ -77,7 +77,7 @@ class Search:
 
     def gap(self, place: np.ndarray) -> float:
         """How far the cost is above the target, negative below it."""
-        return self.price(self.choices[place]) - self.asked
+        return self.price(self.choices[place]) - self.target
 
     def walk(self, sets: np.ndarray) -> np.ndarray:
         """Find the place on the path that is nearest to the target. Each step lowers the cost, so bisection finds it.
@@ -110,10 +110,10 @@ class Search:
             bounds = _Bounds(
                 low=np.maximum(start - reach, self.first), high=np.minimum(start + reach, self.last),
                 steps=np.arange(-longest, longest + 1)[:, None])
-            best = self._nearest([best, self._settle(start, bounds)])
+            best = self._nearest([best, self._close_gap(start, bounds)])
         return best
 
-    def settle_coarsest(self, place: np.ndarray, sets: np.ndarray) -> np.ndarray:
+    def try_coarsest(self, place: np.ndarray, sets: np.ndarray) -> np.ndarray:
         """Try every count of the structure whose steps cost most, each with a walk and a repair of all others.
 
         A repair can get stuck next to a large step. If all layers share their heads, for example, one count of heads
@@ -174,7 +174,7 @@ class Search:
         """The place whose cost is nearest to the target; the first of several such places."""
         return min(places, key=lambda place: abs(self.gap(place)))
 
-    def _settle(self, place: np.ndarray, bounds: '_Bounds') -> np.ndarray:
+    def _close_gap(self, place: np.ndarray, bounds: '_Bounds') -> np.ndarray:
         """Move structures until the cost is near the target, or no move brings it nearer."""
         while abs(self.gap(place)) > NEAR:
             largest_gap = abs(self.gap(place)) - PROGRESS

@@ -5,16 +5,16 @@ import numpy as np
 
 from ..core import CostModel, PruningError, Structure
 
-__all__ = ['cost_aware_widths', 'in_proportion']
+__all__ = ['cost_aware_width_weights', 'in_proportion']
 
 
-def cost_aware_widths(
+def cost_aware_width_weights(
         structures: Sequence[Structure],
         cost: CostModel,
         quantity: str,
         fixed: Collection[str] = (),
 ) -> Dict[str, float]:
-    """Widths that are inversely proportional to the square root of what a unit costs, by structure name.
+    """Weights of widths, inversely proportional to the square root of what a unit costs, by structure name.
 
     This is Neyman's optimum allocation of a sample to strata (Cochran, Sampling Techniques, 5.5): ``n ∝ N·S/√c``. Here
     a structure is a stratum of N units, n of them stay, and c is the cost of one unit in the dense model. S stands for

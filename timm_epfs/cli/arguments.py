@@ -18,6 +18,7 @@ __all__ = [
 ]
 
 _ONE_BUDGET = 'required: one of --macs, --params, --latency'
+_PATTERNS = "names, modules (layer1) or wildcards ('*.conv3')"
 
 
 class KeyValues(ParseKwargs):
@@ -105,12 +106,14 @@ def add_choice_arguments(group: argparse._ArgumentGroup) -> None:
         '--floor', type=float, metavar='SHARE',
         help='smallest share of its units that a layer may keep (default: 0.05)')
     group.add_argument(
-        '--exclude', nargs='+', metavar='PATTERN', help='do not cut the outputs of these layers (default: none)')
+        '--exclude', nargs='+', metavar='PATTERN',
+        help=f'do not cut the outputs of these layers: {_PATTERNS} (default: none)')
     group.add_argument(
-        '--only', nargs='+', metavar='PATTERN', help='cut the outputs of these layers only (default: all)')
+        '--only', nargs='+', metavar='PATTERN',
+        help=f'cut the outputs of these layers only: {_PATTERNS} (default: all)')
     group.add_argument(
         '--kinds', nargs='+', metavar='KIND',
-        help=f'kinds of units to cut: {", ".join(KINDS)} '
+        help=f'kinds of units to cut: channels (or filters, neurons), {", ".join(KINDS[1:])} '
              f'(default: {", ".join(DEFAULT_KINDS)}; train --method sss: all)')
     group.add_argument(
         '--streams', action=argparse.BooleanOptionalAction,

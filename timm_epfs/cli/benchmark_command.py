@@ -99,14 +99,15 @@ def _check(args: argparse.Namespace) -> None:
 def _table(rows: Sequence[Timed]) -> str:
     head = (
         'model', 'batch', 'latency, ms', 'p10-p90', 'images/s', 'peak, MB', 'weights, MB', 'MACs', 'speed-up',
-        'by MACs', 'ratio',
+        'theoretical', 'realised',
     )
     return aligned_table([head, *map(_cells, rows)])
 
 
 def _cells(row: Timed) -> Tuple[str, ...]:
     peak = '-' if row.peak_bytes is None else f'{row.peak_bytes / 1e6:.1f}'
-    compared = ['-'] * 3 if row.dense is None else [f'{x:.2f}' for x in (row.speedup, row.promised, row.kept)]
+    compared = ['-'] * 3 if row.dense is None else [
+        f'{x:.2f}' for x in (row.speedup, row.theoretical_speedup, row.realised_share)]
     return (
         row.model, f'{row.batch_size}', f'{row.median_ms:.2f}', f'{row.p10_ms:.2f}-{row.p90_ms:.2f}',
         f'{row.images_per_second:.1f}', peak, f'{row.weight_bytes / 1e6:.1f}', format_count(row.macs), *compared,
@@ -139,7 +140,7 @@ def _paint(figure: Any, rows: Sequence[Timed]) -> None:
     latency.set(xlabel='latency, ms: median, p10 to p90')
     pruned = [row for row in rows if row.dense is not None]
     at = _label_rows(speedup, pruned)
-    speedup.barh(at - 0.2, [row.promised for row in pruned], 0.4, color=_GREY, label='by MACs')
+    speedup.barh(at - 0.2, [row.theoretical_speedup for row in pruned], 0.4, color=_GREY, label='theoretical')
     speedup.barh(at + 0.2, [row.speedup for row in pruned], 0.4, color=_BLUE, label='measured')
     speedup.set(xlabel='speed-up')
     figure.legend(loc='outside lower right', ncols=2, fontsize='small')

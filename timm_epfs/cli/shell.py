@@ -8,11 +8,11 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
-from typing import Iterator, NoReturn, Optional, Sequence
+from typing import Any, Iterator, List, NoReturn, Optional, Sequence, Tuple
 
 import torch
 
-from ..core import PruningError, step
+from ..core import PruningError, nearest, step
 from ..pruner import inspect
 from ..report import random_images
 from ..version import __version__
@@ -60,6 +60,15 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Tuple[argparse.Namespace, List[str]]:
+        """Refuse unknown options here, where those of the command are known, so that the nearest can be named."""
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = nearest(unknown[0].partition('=')[0], self._option_string_actions)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            self.error(f'unrecognized arguments: {" ".join(unknown)}{hint}')
+        return namespace, unknown
+
     def error(self, message: str) -> NoReturn:
         """Print one line; argparse would print the usage before it."""
         self.exit(2, f'timm-epfs: error: {message} (see {self.prog} --help)\n')

@@ -3,6 +3,7 @@ import argparse
 from pathlib import Path
 
 from ..core import aligned_table
+from ..importance import CRITERIA
 from ..learn import METHODS
 from ..report import table
 from .arguments import (
@@ -37,7 +38,8 @@ def _add_method_arguments(group: argparse._ArgumentGroup) -> None:
     add_budget_arguments(group)
     add_choice_arguments(group)
     group.add_argument(
-        '--criterion', metavar='NAME', help='criterion that ranks the units for --method none (default: l2)')
+        '--criterion', metavar='NAME',
+        help=f'criterion that ranks the units for --method none: {", ".join(CRITERIA)} (default: l2)')
     group.add_argument(
         '--method-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='further arguments of the method, or of timm_epfs.prune for --method none (default: none)')
@@ -71,7 +73,7 @@ def _add_phase_arguments(group: argparse._ArgumentGroup) -> None:
 def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         '--data-dir', type=Path, metavar='DIR',
-        help='folder of the images, as in timm (required: except for --dataset digits)')
+        help='folder of the images, as in timm (required, except with --dataset digits)')
     group.add_argument(
         '--dataset', default='', metavar='NAME',
         help='dataset type, as in timm; digits: 1,797 handwritten digits that need no folder '

@@ -1,6 +1,6 @@
 """Errors for unknown keywords, which name the nearest known one."""
 from inspect import Parameter, signature
-from typing import Any, Callable, List, Mapping, Optional
+from typing import Any, Callable, List, Mapping, Optional, Sequence
 
 from .errors import PruningError
 from .text import nearest
@@ -13,7 +13,7 @@ def nearest_keyword(name: str, *functions: Callable) -> Optional[str]:
     return next(iter(nearest(name, _parameters(*functions), cutoff=0.75)), None)
 
 
-def refuse_unknown(given: Mapping[str, Any], *functions: Callable) -> None:
+def refuse_unknown(given: Mapping[str, Any], *functions: Callable, related: Sequence[Callable] = ()) -> None:
     """Raise ``PruningError`` if there are keywords that no parameter of the functions took.
 
     >>> def cut(model, exclude=(), **unknown):
@@ -26,12 +26,13 @@ def refuse_unknown(given: Mapping[str, Any], *functions: Callable) -> None:
     Args:
         given: The keywords that were left over, with their values.
         *functions: Functions whose parameters are known keywords.
+        related: Functions whose parameters may also have been meant, though they are given elsewhere.
 
     Raises:
-        PruningError: ``given`` is not empty. The message names the nearest known keyword, or all of them.
+        PruningError: ``given`` is not empty. The message names the nearest keyword, or all that are known.
     """
     for name in given:
-        near = nearest_keyword(name, *functions)
+        near = nearest_keyword(name, *functions, *related)
         hint = f'did you mean {near}=?' if near else f'known are {", ".join(_parameters(*functions))}'
         raise PruningError(f'unknown keyword {name}=; {hint}')
 

@@ -7,13 +7,14 @@ other copy, on any device, in any process.
 """
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Mapping, Optional, Sequence, Tuple
+from typing import Iterable, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
 from .errors import PruningError
+from .text import nearest
 
-__all__ = ['DEFAULT_KINDS', 'KINDS', 'Member', 'Size', 'Structure', 'kinds_named']
+__all__ = ['DEFAULT_KINDS', 'KINDS', 'Member', 'Size', 'Structure', 'check_patterns', 'kinds_named']
 
 KINDS = ('channels', 'heads', 'head_dims', 'groups', 'blocks')
 DEFAULT_KINDS = ('channels', 'heads', 'head_dims', 'groups')  # whole blocks are cut only on request
@@ -79,6 +80,32 @@ class Structure:
             names.add(self.name.partition('#')[0])
             names.update(m.tensor.rpartition('.')[0] for m in self.members if m.role == 'out')
         return any(name == pattern or name.startswith(f'{pattern}.') or fnmatchcase(name, pattern) for name in names)
+
+
+def check_patterns(option: str, patterns: Iterable[str], structures: Sequence[Structure]) -> None:
+    """Raise ``PruningError`` where an option is not a list of patterns, or a pattern matches no structure.
+
+    >>> check_patterns('exclude', ['layr1'], [Structure('layer1.0.conv1', 'channels', 16, ())])
+    Traceback (most recent call last):
+        ...
+    timm_epfs.core.errors.PruningError: exclude: nothing that can be cut is named 'layr1'; did you mean 'layer1'? \
+timm_epfs.inspect lists the names
+
+    Args:
+        option: Name of the option, for the message.
+        patterns: Patterns as ``Structure.matches`` reads them.
+        structures: What can be cut.
+    """
+    if isinstance(patterns, str):
+        raise PruningError(f'{option}={patterns!r} was given; give a list of patterns: {option}=[{patterns!r}]')
+    for pattern in patterns:
+        if not any(s.matches(pattern) for s in structures):
+            prefixes = {s.name.rsplit('.', i)[0] for s in structures for i in range(s.name.count('.') + 1)}
+            near = nearest(pattern, sorted(prefixes))
+            raise PruningError(
+                f'{option}: nothing that can be cut is named {pattern!r}; '
+                + (f'did you mean {near[0]!r}? timm_epfs.inspect lists the names' if near else
+                   f'timm_epfs.inspect lists the names, such as {", ".join(s.name for s in structures[:3])}'))
 
 
 def kinds_named(names: Sequence[str]) -> Tuple[str, ...]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import one_line
-from ..latency import Forward, in_turns, peak_memory
+from ..latency import Forward, peak_memory, time_interleaved
 from ..report import count_macs, random_images, size_on_disk
 from ..surgery import build_base
 from ..zoo import model_args
@@ -49,8 +49,8 @@ class Timed:
 
     Attributes:
         model: The model's name or folder.
-        dense: Name of the dense base, which was timed in turns with this model. None for a base, and for a model that
-            was timed alone.
+        dense: Name of the dense base, which took turns with this model. None for a base, and for a model that was timed
+            alone.
         batch_size: Images per forward.
         forwards: Number of forwards that were timed.
         median_ms, p10_ms, p90_ms: Median, 10th and 90th percentile of a forward's milliseconds.
@@ -60,8 +60,8 @@ class Timed:
         weight_bytes: Size of the weights.
         macs: Multiply-accumulates of one image.
         speedup: The base's median latency divided by this model's.
-        promised: The base's MACs divided by this model's: the speed-up if latency were proportional to MACs.
-        kept: ``speedup / promised``: the share of that speed-up which was measured.
+        theoretical_speedup: The base's MACs divided by this model's: the speed-up if latency were proportional to MACs.
+        realised_share: ``speedup / theoretical_speedup``.
     """
     model: str
     dense: Optional[str]
@@ -75,8 +75,8 @@ class Timed:
     weight_bytes: int
     macs: float
     speedup: Optional[float] = None
-    promised: Optional[float] = None
-    kept: Optional[float] = None
+    theoretical_speedup: Optional[float] = None
+    realised_share: Optional[float] = None
 
 
 def with_base(name: str, model: nn.Module, conditions: Conditions) -> Dict[str, nn.Module]:
@@ -109,7 +109,7 @@ def with_base(name: str, model: nn.Module, conditions: Conditions) -> Dict[str, 
 
 
 def time_together(models: Dict[str, nn.Module], batch_size: int, conditions: Conditions) -> List[Timed]:
-    """Time models in turns.
+    """Time models that take turns.
 
     Args:
         models: The models that ``with_base`` returned.
@@ -133,7 +133,7 @@ def time_together(models: Dict[str, nn.Module], batch_size: int, conditions: Con
         for name, forward in zip(models, forwards):  # run once before timing: this compiles and selects kernels
             with one_line(f'{name} can\'t be run on images of {tuple(images.shape)}'):
                 forward()
-        measured = in_turns(forwards, images.device, conditions.seconds, LEAST)
+        measured = time_interleaved(forwards, images.device, conditions.seconds, LEAST)
         peaks = [None if conditions.onnx else peak_memory(forward, images.device) for forward in forwards]
 
     rows = [
@@ -176,5 +176,7 @@ def _forward(model: nn.Module, images: Tensor, conditions: Conditions) -> Forwar
 
 
 def _compared(dense: Timed, pruned: Timed) -> Timed:
-    speedup, promised = dense.median_ms / pruned.median_ms, dense.macs / pruned.macs
-    return replace(pruned, dense=dense.model, speedup=speedup, promised=promised, kept=speedup / promised)
+    speedup, theoretical = dense.median_ms / pruned.median_ms, dense.macs / pruned.macs
+    return replace(
+        pruned, dense=dense.model, speedup=speedup, theoretical_speedup=theoretical,
+        realised_share=speedup / theoretical)

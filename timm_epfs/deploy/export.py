@@ -127,7 +127,8 @@ def _compare(model: nn.Module, run: Run, images: Tensor) -> Tuple[float, float]:
     largest = max(expected.abs().max().item() for expected, _ in pairs)
     if not difference <= TOLERANCE * largest:  # written so that NaN fails, too
         raise PruningError(
-            f'export: outputs are up to {difference:.2g} off, the largest is {largest:.2g}; nothing was written')
+            f'export: outputs are up to {difference:.2g} off, the largest is {largest:.2g}; nothing was written; try '
+            'the other --format')
     return difference, largest
 
 

@@ -29,8 +29,8 @@ class Criterion:
         help: What it measures, and its source.
         importance: Name of torch-pruning's class. Empty where the score doesn't depend on the weights.
         options: Arguments of that class.
-        kinds: Members that count: ``'out'`` and ``'in'`` dims of convolutions and linear layers; ``'bn'`` and ``'ln'``
-            scales. As in torch-pruning, biases and depthwise convolutions don't count.
+        members: Types of members that count: ``'out'`` and ``'in'`` dims of convolutions and linear layers; ``'bn'``
+            and ``'ln'`` scales. As in torch-pruning, biases and depthwise convolutions don't count.
         normalizer: Name of torch-pruning's normalisation over the units of a structure, which makes the scores of
             different structures comparable.
         needs_data: Whether the score needs gradients, and so data.
@@ -38,7 +38,7 @@ class Criterion:
     help: str
     importance: str = ''
     options: Mapping[str, Any] = field(default_factory=dict)
-    kinds: Tuple[str, ...] = ('out', 'in', 'bn', 'ln')
+    members: Tuple[str, ...] = ('out', 'in', 'bn', 'ln')
     normalizer: str = 'mean'
     needs_data: bool = False
 
@@ -53,27 +53,27 @@ CRITERIA: Dict[str, Criterion] = {
     'fpgm': Criterion(
         'Sum of distances to the other units, whole unit to whole unit, on squared weights (He et al., Filter Pruning '
         'via Geometric Median, CVPR 2019).',
-        'FPGMImportance', kinds=('out', 'in')),
+        'FPGMImportance', members=('out', 'in')),
     # torch-pruning's BNScaleImportance is this class with p=1 on BatchNorm layers. The stand-ins hold only these.
     'bn_scale': Criterion(
         'Absolute BatchNorm scale (Liu et al., Network Slimming, ICCV 2017). '
         'Structures without BatchNorm are scored by l2.',
-        'GroupMagnitudeImportance', {'p': 1}, kinds=('bn',)),
+        'GroupMagnitudeImportance', {'p': 1}, members=('bn',)),
     'lamp': Criterion(
         'Squared weights, divided by the sum of those of all units whose weights are at least as large (Lee et al., '
         'Layer-adaptive Sparsity for the Magnitude-based Pruning, ICLR 2021).',
         'LAMPImportance', {'p': 2}, normalizer='lamp'),
-    'random': Criterion('Uniform in [0, 1), as a control experiment. Needs no weights.', kinds=()),
+    'random': Criterion('Uniform in [0, 1), as a control experiment. Needs no weights.', members=()),
     'uniform': Criterion(
         'One for every unit: every layer loses the same share, and its first units stay. Needs no weights.'),
     # Without 'bn': torch-pruning's Taylor looks for GroupNorm's pruning function there, and never scores BatchNorm.
     'taylor': Criterion(
         'Absolute weight times gradient of the loss (Molchanov et al., Importance Estimation, CVPR 2019). Needs data.',
-        'GroupTaylorImportance', kinds=('out', 'in', 'ln'), needs_data=True),
+        'GroupTaylorImportance', members=('out', 'in', 'ln'), needs_data=True),
     'obdc': Criterion(
         'Squared weight times diagonal Fisher information (Wang et al., EigenDamage, ICML 2019, its OBD-C baseline). '
         'Needs data, and one backward per image.',
-        'OBDCImportance', {'num_classes': None}, kinds=('out',), needs_data=True),
+        'OBDCImportance', {'num_classes': None}, members=('out',), needs_data=True),
 }
 
 WITHOUT_DATA = tuple(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
@@ -166,7 +166,7 @@ def _rule(model: nn.Module, structure: Structure, criterion: str) -> Tuple[Crite
     """The criterion that scores a structure, and the members that it looks at."""
     names = (criterion, 'l2') if criterion == 'bn_scale' else (criterion,)
     for name in names:
-        members = [m for m in structure.members if _kind(model, m) in CRITERIA[name].kinds]
+        members = [m for m in structure.members if _member_type(model, m) in CRITERIA[name].members]
         if members:
             return CRITERIA[name], members
     members = [m for m in structure.members if isinstance(_tensor(model, m), nn.Parameter)]
@@ -177,8 +177,8 @@ def _rule(model: nn.Module, structure: Structure, criterion: str) -> Tuple[Crite
     return CRITERIA[names[-1]], members
 
 
-def _kind(model: nn.Module, member: Member) -> str:
-    """The member's kind, as in ``Criterion.kinds``. Empty where torch-pruning doesn't score such members."""
+def _member_type(model: nn.Module, member: Member) -> str:
+    """The member's type, as in ``Criterion.members``. Empty where torch-pruning doesn't score such members."""
     owner, _, attribute = member.tensor.rpartition('.')
     _tensor(model, member)  # raises if there is no such tensor
     module = model.get_submodule(owner)

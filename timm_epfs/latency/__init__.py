@@ -3,13 +3,13 @@
 In: a model on its device, and its trace. Out: the seconds of any cut, predicted from a table of measured layers; and
 the measured seconds and memory of whole models.
 """
-from .clock import Forward, in_turns, latencies, latency_note, peak_memory, time_models
+from .clock import Forward, latencies, latency_note, peak_memory, time_interleaved, time_models
 from .device_latency import DeviceLatency, Match, least_seconds
 from .interpolation import LatencyModel
 from .kernels import kernels
 from .timings import Table
 
 __all__ = [
-    'DeviceLatency', 'Forward', 'LatencyModel', 'Match', 'Table', 'in_turns', 'kernels', 'latencies', 'latency_note',
-    'least_seconds', 'peak_memory', 'time_models',
+    'DeviceLatency', 'Forward', 'LatencyModel', 'Match', 'Table', 'kernels', 'latencies', 'latency_note',
+    'least_seconds', 'peak_memory', 'time_interleaved', 'time_models',
 ]

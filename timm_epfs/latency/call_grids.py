@@ -38,11 +38,11 @@ class CallGrid:
     Attributes:
         axes: Two axes. One along which nothing changes has a single point.
         seconds: What was measured, shape (points of the first axis, points of the second).
-        gates: Names of the residual blocks around the call: it runs where none of them is gone.
+        enclosing_blocks: Names of the residual blocks around the call: it runs where none of them is gone.
     """
     axes: Tuple[Axis, Axis]
     seconds: np.ndarray
-    gates: Set[str]
+    enclosing_blocks: Set[str]
 
     @classmethod
     def measure(
@@ -59,8 +59,8 @@ class CallGrid:
         measured = np.array([[seconds(kernel, left) for left in row] for row in points(kernel, units)])
         for axis in (0, 1):
             measured = np.flip(np.minimum.accumulate(np.flip(measured, axis), axis), axis)
-        gates = {name for gate in kernel.gates for name, _ in gate.coefs}
-        return cls(grid_axes(kernel, units), measured, gates)
+        enclosing_blocks = {name for block in kernel.enclosing_blocks for name, _ in block.coefs}
+        return cls(grid_axes(kernel, units), measured, enclosing_blocks)
 
 
 def points(kernel: Kernel, units: Mapping[str, int]) -> List[List[Dict[str, int]]]:

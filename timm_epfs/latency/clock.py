@@ -1,11 +1,11 @@
-"""The time that forwards take and the memory that they need at their peak, measured.
+"""Measures the time and the peak memory of forwards.
 
 Each function is built on the one above it:
 
 - ``timer``: torch's ``Timer`` of one call.
 - ``time_call``: seconds of one short call by itself, the least of several repetitions, for a table of latencies.
-- ``in_turns``: several calls that take turns, so that they can be compared; one ``Measurement`` each.
-- ``time_models``: the forwards of several models, in turns.
+- ``time_interleaved``: several calls that take turns, so that they can be compared; one ``Measurement`` each.
+- ``time_models``: the forwards of several models that take turns.
 - ``latencies``: the medians of those in milliseconds, to show to people; ``latency_note`` says how they were measured.
 
 ``peak_memory`` stands by itself.
@@ -26,7 +26,9 @@ from ..core import device_of, eval_mode
 if TYPE_CHECKING:
     from torch.utils.benchmark import Measurement, Timer
 
-__all__ = ['Forward', 'in_turns', 'latencies', 'latency_note', 'peak_memory', 'time_call', 'time_models', 'timer']
+__all__ = [
+    'Forward', 'latencies', 'latency_note', 'peak_memory', 'time_call', 'time_interleaved', 'time_models', 'timer',
+]
 
 _SHORTEST = 0.004   # seconds for which ``time_call`` repeats a call, at least
 _REPEATS = 2        # and how often, at least
@@ -49,7 +51,7 @@ def time_call(call: Forward, device: torch.device) -> float:
     return min(clock.blocked_autorange(min_run_time=max(_SHORTEST, _REPEATS * once)).times)
 
 
-def in_turns(
+def time_interleaved(
         forwards: Sequence[Forward],
         device: torch.device,
         seconds: float,
@@ -99,7 +101,8 @@ def time_models(
     with ExitStack() as modes, torch.inference_mode():
         for model in models:
             modes.enter_context(eval_mode(model))
-        return in_turns([partial(model, *args, **kwargs) for model in models], device_of(models[0]), seconds, least)
+        forwards = [partial(model, *args, **kwargs) for model in models]
+        return time_interleaved(forwards, device_of(models[0]), seconds, least)
 
 
 def latencies(models: Sequence[nn.Module], images: Tensor, seconds: float = 1.5) -> List[float]:

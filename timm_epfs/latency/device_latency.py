@@ -40,35 +40,35 @@ class Match:
     Here a cut to half of the predicted latency was measured at 0.6 of the dense latency, so it saved 0.8 times as much
     as predicted. To save half, the prediction must be cut by 0.5 / 0.8:
 
-    >>> Match(share=0.5, wanted=0.5, dense=1.0, pruned=0.6).next_share
+    >>> Match(share=0.5, target=0.5, dense=1.0, pruned=0.6).next_share
     0.375
 
     Attributes:
         share: Share of the predicted dense latency to which the model was cut.
-        wanted: Share of the dense model's latency that the budget allows.
+        target: Share of the dense model's latency that the budget allows.
         dense: Measured seconds of the dense model.
         pruned: Measured seconds of the cut model.
     """
     share: float
-    wanted: float
+    target: float
     dense: float
     pruned: float
 
     @property
-    def got(self) -> float:
+    def achieved(self) -> float:
         """Measured share of the dense model's latency."""
         return self.pruned / self.dense
 
     @property
     def miss(self) -> float:
-        """Relative distance of ``got`` from ``wanted``."""
-        return abs(self.got / self.wanted - 1)
+        """Relative distance of ``achieved`` from ``target``."""
+        return abs(self.achieved / self.target - 1)
 
     @property
     def next_share(self) -> float:
         """The share to try next, by linear extrapolation from the dense model through this cut."""
-        saved = (1 - self.got) / (1 - self.share)  # measured savings for one unit of predicted savings
-        return float(np.clip(1 - (1 - self.wanted) / max(saved, _MIN_SAVED), 0.5 * self.share, 0.99))
+        saved = (1 - self.achieved) / (1 - self.share)  # measured savings for one unit of predicted savings
+        return float(np.clip(1 - (1 - self.target) / max(saved, _MIN_SAVED), 0.5 * self.share, 0.99))
 
     @property
     def milliseconds(self) -> List[float]:
@@ -81,8 +81,8 @@ class Match:
         if self.miss <= _PROBLEM:
             return ''
         return (
-            f'latency: the nearest cut has {percent(self.got)} of the dense latency where {percent(self.wanted)} were '
-            f'asked for; a smaller round_to= or floor=, or a machine that runs nothing else, may come nearer')
+            f'latency: the nearest cut has {percent(self.achieved)} of the dense latency where {percent(self.target)} '
+            f'were asked for; a smaller round_to= or floor=, or a machine that runs nothing else, may come nearer')
 
 
 class DeviceLatency:
@@ -124,7 +124,7 @@ class DeviceLatency:
         return self.cost('latency', self.cost.counts(self.units))
 
     @property
-    def place(self) -> str:
+    def conditions(self) -> str:
         """The device, threads and batch size at which latencies are measured, as a plan's recipe notes them."""
         machine = self._table.machine
         return f'{machine["device"]}, threads: {machine["threads"]}, batch {self.batch_size}'

@@ -1,7 +1,8 @@
 """A model's latency as a function of how many units each structure keeps.
 
-A model takes as long as its calls together. Each call is measured at a few sizes beforehand, the points of a grid, and
-what it takes at sizes in between is interpolated, so that a search prices thousands of candidates without running any:
+A model's latency is the sum of the latencies of its calls. Each call is measured at a few sizes beforehand, the points
+of a grid, and what it takes at sizes in between is interpolated. So a search prices thousands of candidates without
+running any:
 
 1. A call's axes (``call_grids.grid_axes``): its lengths that a cut changes, at most two that change independently.
 2. Its grid (``call_grids.CallGrid``): seconds at every pair of points of its two axes.
@@ -32,8 +33,9 @@ class _Grids:
     Attributes:
         ticks: Lengths at the points of both axes, shape (calls, 2, points). Where an axis has fewer points, it goes on
             in steps of one.
-        inner: The same without the first and the last point of each axis, infinite from there on: how many of these a
-            length has reached is the number of its cell, shape (calls, 2, points - 2).
+        inner: The points between the first and the last of each axis, padded with infinity, shape (calls, 2,
+            points - 2). The number of them that a length has reached is its cell: with points 2, 4, 6, 8 and length 5,
+            ``inner`` is 4, 6, and 5 is in cell 1, from 4 to 6.
         seconds: What was measured, shape (calls, points, points). Where an axis has fewer points, its last seconds are
             repeated.
     """
@@ -90,9 +92,9 @@ class _Grids:
 
 
 class LatencyModel:
-    """Prices counts as a ``CostModel`` does, with one quantity more: ``'latency'``, in seconds a batch. Immutable.
+    """Prices counts as a ``CostModel`` does, and one more quantity: ``'latency'``, in seconds per batch. Immutable.
 
-    A linear layer from ``a`` (8 units) to ``b`` (16) inside the residual block ``c``, on a device that takes 1 ms a
+    A linear layer from ``a`` (8 units) to ``b`` (16) inside the residual block ``c``, on a device that takes 1 ms per
     weight. It is measured at quarters of both widths; between them, at (3, 10), its time is interpolated, and it takes
     none where the block is gone:
 
@@ -102,7 +104,7 @@ class LatencyModel:
     >>> from timm_epfs.latency.kernels import Array
     >>> one, a, b, c = Size(1), *(Size(0, ((name, 1),)) for name in 'abc')
     >>> image, weight = Array((one, a), (0, 1), torch.float32), Array((b, a), (0, 1), torch.float32)
-    >>> linear = Kernel('linear', torch.nn.functional.linear, (image, weight), {}, gates=(c,))
+    >>> linear = Kernel('linear', torch.nn.functional.linear, (image, weight), {}, enclosing_blocks=(c,))
     >>> units = {'a': 8, 'b': 16, 'c': 1}
     >>> [[(left['a'], left['b']) for left in row] for row in points(linear, units)]  # doctest: +NORMALIZE_WHITESPACE
     [[(2, 4), (2, 8), (2, 12), (2, 16)],
@@ -147,8 +149,8 @@ class LatencyModel:
                     self._rows[i, j, position[name]] += coef
 
         # Which blocks each call is inside of, shape (calls, blocks), and the blocks' positions in the counts.
-        self._blocks = [position[name] for name in sorted(set().union(*(grid.gates for grid in grids)))]
-        inside = [[self.names[i] in grid.gates for i in self._blocks] for grid in grids]
+        self._blocks = [position[name] for name in sorted(set().union(*(grid.enclosing_blocks for grid in grids)))]
+        inside = [[self.names[i] in grid.enclosing_blocks for i in self._blocks] for grid in grids]
         self._inside = np.array(inside, dtype=bool).reshape(len(grids), len(self._blocks))
 
     @property
@@ -190,7 +192,7 @@ class LatencyModel:
             return self._cost.gradient(quantity, counts)
         seconds, slopes = self._grids.at(self._lengths(counts))
         out = (self._runs(counts)[:, None] * slopes).ravel() @ self._rows.reshape(-1, len(self.names))
-        # A block brings the calls inside it, but for those that another block around them keeps from running.
+        # Putting a block back adds the calls inside it, except those inside another block that is gone.
         gone = self._inside * (1 - counts[self._blocks])
         no_other = gone.sum(1, keepdims=True) - gone == 0
         out[self._blocks] += seconds @ (self._inside & no_other)

@@ -73,13 +73,13 @@ class Kernel:
         args: Its arguments, with an ``Array`` for each tensor, and a function of the units left for each integer that
             a cut changes.
         kwargs: Its keyword arguments, likewise.
-        gates: Units left of the residual blocks around it: it runs where none of them is zero.
+        enclosing_blocks: Units left of the residual blocks around it: it runs where none of them is zero.
     """
     name: str
     function: Callable
     args: Tuple[Any, ...]
     kwargs: Dict[str, Any]
-    gates: Tuple[Size, ...] = ()
+    enclosing_blocks: Tuple[Size, ...] = ()
 
     @property
     def arrays(self) -> List[Array]:
@@ -141,7 +141,7 @@ def kernels(model: nn.Module, traced: Trace, args: Tuple, kwargs: Dict[str, Any]
         traced: Its trace.
         args: Positional arguments of the forward that was traced, batch 1.
         kwargs: Keyword arguments of that forward.
-        batch_size: Images a batch.
+        batch_size: Images per batch.
 
     Raises:
         PruningError: At this batch size the forward makes other calls than the traced one.
@@ -157,7 +157,7 @@ def kernels(model: nn.Module, traced: Trace, args: Tuple, kwargs: Dict[str, Any]
         copy(*args, **kwargs)
     if [call.function for call in traced.calls] != [function for function, _, _ in found]:
         raise PruningError(
-            f'latency: with {batch_size} images a batch the model\'s forward runs other operations than with one; '
+            f'latency: with {batch_size} images per batch the model\'s forward runs other operations than with one; '
             f'give another batch size')
     dense = {s.name: s.units for s in traced.structures}
     return [_kernel(call, args, kwargs, dense) for call, (_, args, kwargs) in zip(traced.calls, found)]
@@ -189,13 +189,13 @@ def _kernel(call: Call, args: Any, kwargs: Any, dense: Mapping[str, int]) -> Ker
     name = resolve_name(call.function) or getattr(call.function, '__name__', 'unknown')
     short = name.rpartition('.')[2]
     if short in _COPIES:
-        return Kernel('torch.Tensor.clone', _copy, (args[0],), {}, call.gates)
+        return Kernel('torch.Tensor.clone', _copy, (args[0],), {}, call.enclosing_blocks)
     if re.fullmatch('conv(_transpose)?[123]d', short):
         args, kwargs = _replace(args, kwargs, _GROUPS, 'groups', lambda groups: _groups(args, groups, dense))
     elif short == 'layer_norm':
         args, kwargs = _replace(
             args, kwargs, _NORMALIZED_SHAPE, 'normalized_shape', lambda shape: args[0].sizes[-len(shape):])
-    return Kernel(name, call.function, args, kwargs, call.gates)
+    return Kernel(name, call.function, args, kwargs, call.enclosing_blocks)
 
 
 def _replace(
@@ -232,7 +232,7 @@ def inputs_of(model: nn.Module, example: Any, batch_size: int, device: torch.dev
     Args:
         model: What takes them.
         example: Arguments for a single image, taken for their shapes and types only.
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         device: Where they are made.
     """
     weights = [p for p in model.parameters() if p.is_floating_point()]

@@ -81,7 +81,7 @@ class Controller:
         return min(max(1.0, _LOOKAHEAD * self.steps), self.steps - step)
 
     def extrapolate(self, masks: torch.Tensor, step: int) -> torch.Tensor:
-        """The masks ``lookahead`` steps later, if they keep moving at their average speed. Called once an update.
+        """The masks ``lookahead`` steps later, if they keep moving at their average speed. Called once per update.
 
         Args:
             masks: The masks now, shape (units,).

@@ -123,7 +123,7 @@ class EPFS(ProximalLearner):
         self._last_center = center.detach()
         return loss + self.center * center
 
-    def _stepped(self) -> None:
+    def _after_step(self) -> None:
         if self._center_loss is not None:
             self._center_loss.update()
 

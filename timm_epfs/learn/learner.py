@@ -36,11 +36,12 @@ class Learner:
 
     What happens, in order:
 
-    1. The constructor puts masks on the model's weights, one entry a unit, all ones.
+    1. The constructor puts masks on the model's weights, one entry per unit, all ones.
     2. ``penalty()`` adds the method's terms to the loss. The backward then gives the masks a gradient.
     3. ``step()`` moves the masks by that gradient. Optimizers, gradient clipping and DDP don't see the masks.
-    4. When ``steps`` steps are done, ``step()`` makes the *selection*: it ranks the units, keeps those that meet the
-       budget, and sets the masks of all others to zero. The selection is final.
+    4. After ``steps`` steps (EPFS and SSS: after 85 % of them, unless ``refit=False``), ``step()`` makes the
+       *selection*: it ranks the units, keeps those that meet the budget, and sets the masks of all others to zero. The
+       selection is final.
     5. ``export()`` cuts the units that were not selected out of a copy of the model.
 
     In training mode the model runs with the masks as they are learned, in evaluation mode with exact zeros.
@@ -126,11 +127,15 @@ class Learner:
     # The calls in a training loop.
 
     def penalty(self, target: Any = None) -> torch.Tensor:
-        """The term to add to the loss, a scalar. What the proximal steps take care of is not part of it."""
+        """The term to add to the loss, a scalar.
+
+        Here it is only the probe, a zero from whose gradient the scale of the loss is read. Methods add their own
+        terms.
+        """
         return self.masks.probe()
 
     def step(self) -> None:
-        """Move the masks by the gradient of the last backward; after the last step, make the selection.
+        """Move the masks by the gradient of the last backward, and make the selection when it is due.
 
         Call it once for each optimizer step, before or after it.
 
@@ -142,11 +147,11 @@ class Learner:
         """
         gradient = self._gradient.read(self.masks, self._steps_done + 1)
         if gradient is not None and not self.finished:
-            self._advance(gradient)
+            self._update(gradient)
         self._steps_done += 1
         if self._steps_done == self._selection_step:
             self._make_selection()
-        self._stepped()
+        self._after_step()
 
     def export(self, model: Optional[nn.Module] = None) -> PrunedModel:
         """Cut a copy of the model, with the masks multiplied into its weights. The model itself is unchanged.
@@ -202,7 +207,7 @@ class Learner:
     @property
     def alive(self) -> float:
         """Share of the dense model's cost that units with a non-zero mask have now; MACs, or the budget's quantity."""
-        return self._cost_share(self._selected().numpy() > 0)
+        return self._cost_share(self._eval_masks().numpy() > 0)
 
     def log(self) -> Dict[str, float]:
         """Numbers to log: the share that is alive, and how many steps were skipped for gradients that overflowed."""
@@ -210,7 +215,7 @@ class Learner:
 
     def values(self) -> Dict[str, np.ndarray]:
         """The masks of evaluation mode by structure name, shape (units,)."""
-        return self.masks.split(self._selected().numpy().copy())
+        return self.masks.split(self._eval_masks().numpy().copy())
 
     def plan(self) -> Plan:
         """The plan that ``export`` cuts by."""
@@ -225,7 +230,7 @@ class Learner:
 
     # What a method implements.
 
-    def _advance(self, grad: torch.Tensor) -> None:
+    def _update(self, grad: torch.Tensor) -> None:
         """Move the masks.
 
         Args:
@@ -233,15 +238,15 @@ class Learner:
         """
         raise NotImplementedError
 
-    def _selected(self) -> torch.Tensor:
+    def _eval_masks(self) -> torch.Tensor:
         """Masks of evaluation mode, shape (units,), float64, on the CPU."""
         raise NotImplementedError
 
-    def _settle(self, selected: torch.Tensor) -> None:
+    def _finalise(self, masks: torch.Tensor) -> None:
         """Set the masks to their final values. Called once, when the selection is made.
 
         Args:
-            selected: Masks of evaluation mode, zero for every unit that was not selected, shape (units,).
+            masks: Masks of evaluation mode, zero for every unit that was not selected, shape (units,).
         """
         raise NotImplementedError
 
@@ -253,8 +258,8 @@ class Learner:
         """Resume where ``_state`` was called."""
         raise NotImplementedError
 
-    def _stepped(self) -> None:
-        """Called at the end of every step."""
+    def _after_step(self) -> None:
+        """Runs at the end of every step; for anything else to update."""
 
     def _scores(self) -> Dict[str, np.ndarray]:
         """Scores that the selection ranks units by, by structure name, shape (units,), higher = keep."""
@@ -277,7 +282,7 @@ class Learner:
             latency_problem = self.selector.match_latency(self._scores(), self._fold_masks())
         keep, problem = self._choose()
         self._kept = self._as_vector(keep)
-        self._settle(self._selected() * self._kept)
+        self._finalise(self._eval_masks() * self._kept)
         if latency_problem or problem:
             warn(latency_problem or problem)
 

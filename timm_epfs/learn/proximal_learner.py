@@ -24,7 +24,7 @@ _GROWTH = 2             # factor by which gradients are expected to grow once ma
 class ProximalLearner(Learner):
     """Masks that are moved by proximal steps.
 
-    Each ``step()`` runs through ``_advance``:
+    Each ``step()`` runs through ``_update``:
 
     1. Average the size of the gradients, which sets the step size and the units' weights.
     2. Let the controller update λ, unless λ is fixed.
@@ -59,6 +59,7 @@ class ProximalLearner(Learner):
             invalid.
     """
 
+    l1_name = 'l1'  # the method's name of the argument l1
     solver: Union[Fista, Apg]
 
     def __init__(
@@ -71,7 +72,7 @@ class ProximalLearner(Learner):
             follow_schedule: bool = True,
             refit: bool = True,
     ):
-        _check(setup, l1, lr, weigh)
+        _check(setup, self.l1_name, l1, lr, weigh)
         super().__init__(setup)
         self.l1, self.lr, self.weigh, self.follow_schedule, self.refit = l1, lr, weigh, follow_schedule, refit
         if refit and setup.steps is not None:
@@ -122,7 +123,7 @@ class ProximalLearner(Learner):
 
     def log(self) -> Dict[str, float]:
         """λ, the weighted ℓ1 penalty on the masks, the share of the units whose mask isn't zero, and η."""
-        masks = self._selected()
+        masks = self._eval_masks()
         return {
             **super().log(), 'lambda': float(self.strength), 'l1': float(self.strength * (self.weights * masks).sum()),
             'units': float((masks > 0).double().mean()), 'lr': float(self.step_size),
@@ -130,7 +131,7 @@ class ProximalLearner(Learner):
 
     # One step.
 
-    def _advance(self, grad: torch.Tensor) -> None:
+    def _update(self, grad: torch.Tensor) -> None:
         step = self._steps_done + 1
         self._measure(grad, step)
         if self.controller is not None:
@@ -198,15 +199,16 @@ class ProximalLearner(Learner):
             held[at.start + largest] = True
         if held.any():
             self._warn_of_the_floor(too_few)
-            self.solver.hold(torch.from_numpy(held & ~alive), before)
+            self.solver.reset(torch.from_numpy(held & ~alive), before)
 
     def _warn_of_the_floor(self, at_floor: List[int]) -> None:
         """Warn, once in a run, that λ is too large for some structure."""
         if not self._at_floor:
             structure, minimum = self.structures[at_floor[0]], self._min_units[at_floor[0]]
+            remedy = f'a smaller {self.l1_name}=' if self.controller is None else 'a larger budget'
             warn(
-                f'λ would remove all but {minimum} of the {structure.units} units of {structure.name}, and the floor '
-                f'holds these; to change that, use a smaller λ or another floor=')
+                f'{structure.name}: ℓ1 would leave fewer than {minimum} of {structure.units} units, the floor keeps '
+                f'{minimum}; change floor=, or give {remedy}')
         self._at_floor.update(at_floor)
 
     def _restore_early_zeros(self, before: torch.Tensor, wanted: float) -> None:
@@ -224,7 +226,7 @@ class ProximalLearner(Learner):
                 break
             restored[unit] = True
         if restored.any():
-            self.solver.hold(torch.from_numpy(restored), before)
+            self.solver.reset(torch.from_numpy(restored), before)
 
     def _zero_smallest(self, wanted: float) -> None:
         """Where more is alive than the schedule wants, set the smallest masks to zero, as the selection would.
@@ -239,21 +241,21 @@ class ProximalLearner(Learner):
         if self._cost_share((self.solver.x > 0).numpy()) <= wanted:
             return
         keep = self.selector.allocate(self._scores(), wanted, round_to=1).keep
-        self.solver.hold(~self._as_vector(keep), torch.zeros_like(self.solver.x))
+        self.solver.reset(~self._as_vector(keep), torch.zeros_like(self.solver.x))
 
     # The selection and the state.
 
-    def _selected(self) -> torch.Tensor:
+    def _eval_masks(self) -> torch.Tensor:
         return self.solver.x
 
-    def _settle(self, selected: torch.Tensor) -> None:
+    def _finalise(self, masks: torch.Tensor) -> None:
         if self.refit:
             for structure in self.structures:
                 if structure.kind != 'blocks':
                     at = self.masks.slices[structure.name]
-                    selected[at] = self._kept[at].to(selected)
-        self.solver.hold(torch.ones_like(selected, dtype=torch.bool), selected)
-        self.masks.set(selected, selected)
+                    masks[at] = self._kept[at].to(masks)
+        self.solver.reset(torch.ones_like(masks, dtype=torch.bool), masks)
+        self.masks.set(masks, masks)
 
     def _state(self) -> Dict[str, Any]:
         parts = {'solver': self.solver.state_dict()}
@@ -287,12 +289,12 @@ def _cost_per_gradient(costs: torch.Tensor, mean_squares: torch.Tensor) -> torch
     return weights / weights.mean()
 
 
-def _check(setup: Setup, l1: Optional[float], lr: Optional[float], weigh: Optional[str]) -> None:
+def _check(setup: Setup, l1_name: str, l1: Optional[float], lr: Optional[float], weigh: Optional[str]) -> None:
     if setup.budget is None and l1 is None:
-        raise PruningError('neither a budget (macs=, params=, latency=) nor l1= was given; give one of them')
+        raise PruningError(f'neither a budget (macs=, params=, latency=) nor {l1_name}= was given; give one of them')
     if l1 is None and setup.steps is None:
         raise PruningError('a budget was given without steps=; give the number of optimizer steps in which to reach it')
-    for name, value in (('l1', l1), ('lr', lr)):
+    for name, value in ((l1_name, l1), ('lr', lr)):
         if value is not None and not value >= 0:
             raise PruningError(f'{name}={value!r} was given; give a number that is 0 or more')
     if weigh not in _WEIGHINGS:

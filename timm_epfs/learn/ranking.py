@@ -29,15 +29,15 @@ class RankingLearner(Learner):
         super().__init__(setup)
         self._mask = torch.ones(self.masks.units, dtype=torch.float64)
 
-    def _advance(self, grad: torch.Tensor) -> None:
+    def _update(self, grad: torch.Tensor) -> None:
         """The masks don't move."""
 
-    def _selected(self) -> torch.Tensor:
+    def _eval_masks(self) -> torch.Tensor:
         return self._mask
 
-    def _settle(self, selected: torch.Tensor) -> None:
-        self._mask = selected
-        self.masks.set(selected, selected)
+    def _finalise(self, masks: torch.Tensor) -> None:
+        self._mask = masks
+        self.masks.set(masks, masks)
 
     def _state(self) -> Dict[str, Any]:
         return {'mask': self._mask.clone()}

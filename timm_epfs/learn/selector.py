@@ -52,19 +52,19 @@ class Selector:
         elif setup.budget is not None:
             self.budget = setup.budget.at(setup.budget.share(self.allocator.dense(self.quantity)))
             self.allocate({s.name: np.ones(s.units) for s in structures})  # raises where the budget can't be met
-        self._widths: Dict[str, float] = dict(self.allocator.widths or {})
+        self._width_weights: Dict[str, float] = dict(self.allocator.width_weights or {})
         if self.budget is not None and setup.choice.widths not in (None, 'cost'):
             scores = score(setup.pruner.model, structures, setup.choice.widths)
-            self._set_widths(self.allocator.widths_by(scores, self.budget))
+            self._set_width_weights(self.allocator.width_weights_by(scores, self.budget))
 
     def _share_timings(self) -> None:
         """Take over what the first process measured."""
-        cost, widths, device = self.allocator.cost, self.allocator.widths or {}, self._device.device
-        shared_widths = from_first(np.array([*widths.values()]), device).tolist()
+        cost, weights, device = self.allocator.cost, self.allocator.width_weights or {}, self._device.device
+        shared_weights = from_first(np.array([*weights.values()]), device).tolist()
         self.allocator = replace(
             self.allocator,
             cost=cost.with_seconds(from_first(cost.seconds, device)),
-            widths=dict(zip(widths, shared_widths)) or None,
+            width_weights=dict(zip(weights, shared_weights)) or None,
             align=int(from_first(np.array(self.allocator.align), device)),
         )
 
@@ -72,9 +72,9 @@ class Selector:
         """Set the budget to the share of the table's latency that the first process found."""
         self.budget = self._asked.at(float(from_first(np.array(share), self._device.device)))
 
-    def _set_widths(self, widths: Dict[str, float]) -> None:
-        self._widths = widths
-        self.allocator = replace(self.allocator, widths=widths or None)
+    def _set_width_weights(self, width_weights: Dict[str, float]) -> None:
+        self._width_weights = width_weights
+        self.allocator = replace(self.allocator, width_weights=width_weights or None)
 
     def allocate(
             self,
@@ -133,12 +133,12 @@ class Selector:
         """The entries of a plan's recipe that concern the budget and, for a latency, where it was measured."""
         recipe = {} if self._asked is None else self._asked.to_dict()
         if self.quantity == 'latency':
-            recipe.update(latency_on=self._device.place, align=self.allocator.align)
+            recipe.update(latency_on=self._device.conditions, align=self.allocator.align)
         return recipe
 
     def state_dict(self) -> Dict[str, Any]:
         """What may come out differently when the learner is made again: widths and measurements."""
-        state: Dict[str, Any] = {f'widths.{name}': width for name, width in self._widths.items()}
+        state: Dict[str, Any] = {f'widths.{name}': weight for name, weight in self._width_weights.items()}
         if self.quantity == 'latency':
             state.update({
                 'latency.seconds': torch.from_numpy(self.allocator.cost.seconds.copy()),
@@ -152,4 +152,4 @@ class Selector:
             cost = self.allocator.cost.with_seconds(state['latency.seconds'].numpy().copy())
             self.allocator = replace(self.allocator, cost=cost, align=int(state['latency.align']))
             self.budget = self._asked.at(float(state['latency.share']))
-        self._set_widths({name: float(state[f'widths.{name}']) for name in self._widths})
+        self._set_width_weights({name: float(state[f'widths.{name}']) for name in self._width_weights})

@@ -69,7 +69,8 @@ def _pruner(model: Union[nn.Module, Pruner], options: Dict[str, Any]) -> Pruner:
                 f'{next(iter(given))}= was given with a Pruner, which has its own; give it to the Pruner instead')
         return model
     if not isinstance(model, nn.Module):
-        raise PruningError(f'the model is no module: {type(model).__name__} was given; give an nn.Module or a Pruner')
+        raise PruningError(
+            f'the model is not a module: {type(model).__name__} was given; give an nn.Module or a Pruner')
     if is_masked(unwrap_model(model)):
         raise PruningError('the model already has a learner; call remove() on that one first')
     return Pruner(model, **{'streams': False, **given})

@@ -73,7 +73,7 @@ class SFP(RankingLearner):
         """As for every learner. Before the selection: the share in filters that were not set to zero last time."""
         return super().alive if self.finished else self._soft_alive
 
-    def _advance(self, grad: torch.Tensor) -> None:
+    def _update(self, grad: torch.Tensor) -> None:
         if (self._steps_done + 1) % self.steps_per_epoch == 0:
             keep, _ = self._choose()
             for s in self.structures:

@@ -120,7 +120,7 @@ class Fista:
         self.y = x + min((self.t - 1) / t, self.momentum) * (x - self.x)
         self.x, self.t = x, t
 
-    def hold(self, entries: Tensor, value: Tensor) -> None:
+    def reset(self, entries: Tensor, value: Tensor) -> None:
         """Set some entries, and drop their momentum.
 
         Args:
@@ -175,7 +175,7 @@ class Apg:
         self.v = z - self.x + self.momentum * self.v
         self.x = (z + self.momentum * self.v).clamp(min=0)
 
-    def hold(self, entries: Tensor, value: Tensor) -> None:
+    def reset(self, entries: Tensor, value: Tensor) -> None:
         """Set some entries, and drop their momentum.
 
         Args:

@@ -42,6 +42,7 @@ class SSS(ProximalLearner):
 
     method = 'sss'
     default_kinds = KINDS
+    l1_name = 'gamma'
     solver: Apg
 
     def __init__(

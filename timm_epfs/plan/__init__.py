@@ -1,6 +1,6 @@
 """A cut as data.
 
-In: structures and the units that stay, or JSON from anyone. Out: a validated ``Plan``, and its JSON.
+In: structures and the units that stay, or untrusted JSON. Out: a validated ``Plan``, and its JSON.
 """
 from .cuts import Cut
 from .limits import MAX_ELEMENTS, MAX_PARTS, RESERVED_ARGS, TooLarge, check_arguments, check_size, is_usual, limited

@@ -1,4 +1,4 @@
-"""How much data from anyone may ask for. A plan or a config is measured before anything is built from it."""
+"""Limits on untrusted plans and configs, checked before anything is built from them."""
 import re
 from contextlib import contextmanager
 from threading import get_ident

@@ -1,6 +1,6 @@
 """Index arrays as short text: ranges such as ``0-5,8,10-63`` and strided maps such as ``0 + 64u + 3x384 + 64x1``.
 
-Text is read in two steps, because it may come from anyone: parsing gives the number of entries and the largest one
+Text is read in two steps, because it is untrusted: parsing gives the number of entries and the largest one
 without allocating them, and only then, once the caller has accepted both, ``array()`` does.
 """
 import re
@@ -12,7 +12,7 @@ import numpy as np
 
 __all__ = ['Ranges', 'Strided']
 
-# What no text of ranges has. To look for it takes less memory than to match millions of ranges.
+# What a list of ranges can't contain. Searching for it takes less memory than matching millions of ranges.
 _NO_RANGE = r"""
     ^$ | [^0-9,-]                    # nothing, or another character
     | [0-9]{10}                      # a number too large
@@ -54,8 +54,8 @@ class Ranges:
         """
         wrong = re.search(_NO_RANGE, text, re.VERBOSE)
         if wrong:
-            start = text.rfind(',', 0, wrong.start() + 1) + 1 if wrong.start() else 0
-            raise ValueError(f'{text[start:start + 40].partition(",")[0]!r} is no range; write 0-5,8,10-63')
+            start = text.rfind(',', 0, wrong.start() + 1) + 1 if wrong.start() else 0  # quote from the last comma on
+            raise ValueError(f'{text[start:start + 40].partition(",")[0]!r} is not a range; write 0-5,8,10-63')
         # '0-5,8,10-63' has the numbers 0 5 8 10 63 with '-' ',' ',' '-' between them: a number after '-' ends a run.
         numbers = np.fromstring(text.replace('-', ','), dtype=np.int64, sep=',')
         between = text.encode().translate(None, b'0123456789')
@@ -140,16 +140,16 @@ class Strided:
         """Read ``'0 + 64u + 3x384 + 64x1'``.
 
         Raises:
-            ValueError: The text is no such layout, or its entries don't ascend.
+            ValueError: The text is not such a layout, or its entries don't ascend.
         """
         match = re.fullmatch(_STRIDED, text, re.ASCII)
         if not match:
-            raise ValueError(f'{text[:40]!r} is no index map; write 0 + 64u + 3x384')
+            raise ValueError(f'{text[:40]!r} is not an index map; write 0 + 64u + 3x384')
         inner = tuple(tuple(map(int, pair.split('x'))) for pair in match[3].split(' + ')[1:])
         span = 0
         for count, step in reversed(inner):
             if count < 2 or step <= span:
-                raise ValueError(f'{text[:40]!r} does not ascend')
+                raise ValueError(f'{text[:40]!r} does not ascend; list steps from large to small, as in 3x384 + 64x1')
             span += (count - 1) * step
         stride = int(match[2] or 0)
         if units > 1 and not stride:
@@ -179,7 +179,7 @@ class Strided:
 
 
 def _factor(row: np.ndarray) -> Optional[Tuple[Tuple[int, int], ...]]:
-    """Write an ascending row that starts at 0 as sums of steps, the largest step first; None where it is none.
+    """Write an ascending row that starts at 0 as sums of steps, the largest step first; None where it isn't one.
 
     >>> _factor(np.array([0, 1, 2, 8, 9, 10]))  # 2x8 + 3x1
     ((2, 8), (3, 1))

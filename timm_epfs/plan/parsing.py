@@ -1,4 +1,4 @@
-"""A plan's JSON values from anyone, read with no trust in any of them.
+"""A plan's JSON values, untrusted: each is checked as it is read.
 
 Text is checked before an array is allocated for it: a plan that asks for gigabytes costs nothing.
 """
@@ -62,7 +62,7 @@ def parse_plan(data: Any) -> Dict[str, Any]:
     """The fields of a plan, from its JSON values.
 
     Raises:
-        PruningError: The values are no plan; the message names the field.
+        PruningError: The values are not a plan; the message names the field.
     """
     _check_format(data)
     check_size(dict(data), 'plan')
@@ -115,7 +115,7 @@ class _ParsedCut:
 
 def _check_format(data: Any) -> None:
     if not isinstance(data, Mapping) or 'format' not in data:
-        raise PruningError('plan: this is no timm_epfs plan (no field "format")')
+        raise PruningError('plan: not a timm_epfs plan, it has no field "format"; give what Plan.save wrote')
     version = check(data['format'], INTEGER, 'plan.format')
     if version > FORMAT:
         raise PruningError(f'plan: format {version}, this timm_epfs reads up to {FORMAT}: upgrade')

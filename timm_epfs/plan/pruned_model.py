@@ -1,4 +1,4 @@
-"""What type checkers are told of pruned models."""
+"""The type of pruned models, for type checkers."""
 from torch import nn
 
 from .pruning_plan import Plan

@@ -129,7 +129,7 @@ class Plan:
         """Read a plan from JSON values, trusting none of them.
 
         Raises:
-            PruningError: The values are no plan; the message names the field.
+            PruningError: The values are not a plan; the message names the field.
         """
         return cls(**parse_plan(data))
 

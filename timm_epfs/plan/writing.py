@@ -41,7 +41,7 @@ def _cut(cut: Cut) -> Dict[str, Any]:
 
 
 def _member(member: Member) -> str:
-    """``'layer1.0.conv1.weight dim 0 out'``, with the index map where it isn't one entry a unit, in order.
+    """``'layer1.0.conv1.weight dim 0 out'``, with the index map where it isn't one entry per unit, in order.
 
     ``at`` precedes a regular map, ``rows`` the entries of the units, one after the other.
     """

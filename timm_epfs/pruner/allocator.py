@@ -22,7 +22,7 @@ class Allocator:
         streams: Whether residual streams that are normalised over their channels may be cut. None: only if the budget
             can't be met otherwise.
         scope: As in ``allocate``.
-        widths: As in ``allocate``.
+        width_weights: As in ``allocate``.
         round_to: As in ``allocate``.
         align: As in ``allocate``.
         floor: As in ``allocate``.
@@ -33,7 +33,7 @@ class Allocator:
     fixed: FrozenSet[str] = frozenset()
     streams: Optional[bool] = None
     scope: str = 'global'
-    widths: Optional[Mapping[str, float]] = None
+    width_weights: Optional[Mapping[str, float]] = None
     round_to: Optional[int] = None
     align: int = ALIGN
     floor: float = 0.05
@@ -66,8 +66,8 @@ class Allocator:
         """Whether an allocation cuts any residual stream that is normalised over its channels."""
         return any(s.stream and len(allocation.keep[s.name]) < s.units for s in self.structures)
 
-    def widths_by(self, scores: Mapping[str, np.ndarray], budget: Budget) -> Dict[str, float]:
-        """How many units each structure keeps when these scores decide: ``widths`` for use with other scores.
+    def width_weights_by(self, scores: Mapping[str, np.ndarray], budget: Budget) -> Dict[str, float]:
+        """How many units each structure keeps when these scores decide: ``width_weights`` for use with other scores.
 
         Args:
             scores: Scores by structure name, shape (units,), higher = keep.
@@ -82,7 +82,7 @@ class Allocator:
         highest = max(float(values.max()) for values in scores.values())
         free = [s for s in self.structures if s.name not in self.fixed]
         blocks = {s.name: np.full(1, highest + 1) for s in free if s.kind == 'blocks'}  # so all other units go first
-        keep = replace(self, widths=None)({**scores, **blocks}, budget).keep
+        keep = replace(self, width_weights=None)({**scores, **blocks}, budget).keep
         return {s.name: float(len(keep[s.name])) for s in free if s.name not in blocks}
 
     def price(self, quantity: str, left: Mapping[str, int]) -> float:
@@ -95,6 +95,6 @@ class Allocator:
 
     def _allocate(self, scores: Mapping[str, np.ndarray], budget: Budget, fixed: FrozenSet[str]) -> Allocation:
         return allocate(
-            self.structures, scores, self.cost, budget, fixed=fixed, scope=self.scope, widths=self.widths,
+            self.structures, scores, self.cost, budget, fixed=fixed, scope=self.scope, width_weights=self.width_weights,
             round_to=self.round_to, align=self.align, floor=self.floor, ratios=self.ratios,
         )

@@ -81,7 +81,9 @@ class Report:
             if len(self.groups) < len(self.structures):
                 lines += ['', f'{len(self.structures)} structures, those of one shape in one row']
         else:
-            lines.append('nothing can be cut: every width is held by the input, the output or a mixing of channels')
+            lines.append(
+                'nothing can be cut: every width is fixed by the input, by the output, or by an operation that mixes '
+                'channels or has no rule')
         if self.skipped:
             lines += ['', 'nothing is cut around:']
             lines += [shorten(f'  {where}: {why}', _WIDTH) for where, why in self.skipped]

@@ -1,6 +1,7 @@
 """``Pruner``: a model, its trace, its scores and its latencies, for any number of cuts."""
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any, Callable, Dict, FrozenSet, Iterable, Optional, Sequence, Tuple, Union, cast
 
 import numpy as np
@@ -8,8 +9,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ..allocate import ALIGN, Allocation, cost_aware_widths
-from ..core import DEFAULT_KINDS, Budget, PruningError, kinds_named, warn
+from ..allocate import ALIGN, Allocation, cost_aware_width_weights
+from ..core import DEFAULT_KINDS, Budget, PruningError, kinds_named, refuse_unknown, warn
 from ..importance import WITHOUT_DATA, check_criterion, score
 from ..latency import DeviceLatency
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
@@ -25,8 +26,8 @@ from .selection import describe_nothing, left_alone
 __all__ = ['Pruner']
 
 _STREAMS_ARE_CUT = (
-    'the budget needs residual streams to be cut that are normalised over their channels, so the cut model differs '
-    'from the masked one; fine-tune it, or forbid such cuts with streams=False')
+    'to meet the budget, residual streams that are normalised over their channels were cut, which is not exact; '
+    'fine-tune the model, or forbid such cuts with streams=False')
 
 Scores = Dict[str, np.ndarray]
 
@@ -133,7 +134,7 @@ class Pruner:
         Warns:
             UserWarning: As for ``plan``.
         """
-        plan = self._plan_cut(*make_request(macs, params, **options))
+        plan = self._plan_cut(*_request(macs, params, **options))
         slim = cast(PrunedModel, cut_copy(self.model, plan))
         slim.pruning_plan = self.composed(plan)
         return slim
@@ -160,7 +161,7 @@ class Pruner:
             UserWarning: The budget is missed, by more than 1 % of the dense cost or more than 5 % of a latency; or
                 residual streams had to be cut (``streams``).
         """
-        return self.composed(self._plan_cut(*make_request(macs, params, **options)))
+        return self.composed(self._plan_cut(*_request(macs, params, **options)))
 
     def check(self, macs: Optional[Union[float, Budget]] = None, **options: Any) -> None:
         """Check the arguments of ``plan``, without scores: raise where no scores could make the plan possible.
@@ -170,7 +171,7 @@ class Pruner:
         Raises:
             PruningError: As for ``plan``.
         """
-        budget, choice = make_request(macs, **options)
+        budget, choice = _request(macs, **options)
         allocator = self._allocator_of(budget, choice)
         if not budget.in_milliseconds:
             scores = {s.name: np.ones(s.units) for s in self.structures}
@@ -252,7 +253,7 @@ class Pruner:
         Args:
             quantity: Quantity of the budget: ``'macs'``, ``'params'`` or ``'latency'``.
             choice: How units are chosen. Where ``widths`` is a criterion, the widths depend on the size of the budget,
-                so they are left to the caller (``Allocator.widths_by``).
+                so they are left to the caller (``Allocator.width_weights_by``).
             latency_batch_size: Number of images in a batch when latency is measured.
             fixed: Names of further structures to leave uncut.
 
@@ -268,13 +269,13 @@ class Pruner:
         measure_alignment = choice.round_to == 'auto' or (budget_is_latency and choice.round_to is None)
         device = self.latency(latency_batch_size) if budget_is_latency or measure_alignment else None
         cost = device.cost if budget_is_latency else self.trace.cost
-        widths = None
+        width_weights = None
         if choice.widths == 'cost':
-            widths = cost_aware_widths(self.trace.structures, cost, quantity, fixed)
+            width_weights = cost_aware_width_weights(self.trace.structures, cost, quantity, fixed)
         return Allocator(
             self.trace.structures, cost, fixed, self.streams,
             scope=choice.scope,
-            widths=widths,
+            width_weights=width_weights,
             round_to=None if measure_alignment else choice.round_to,
             align=device.alignment() if measure_alignment else ALIGN,
             floor=choice.floor,
@@ -294,7 +295,7 @@ class Pruner:
             allocate_to = partial(_allocate, allocator, device.favour_slow_layers(scores), width_scores)
             match = device.match(budget, lambda share: self._cut(allocate_to(budget.at(share))))
             allocation, problem = allocate_to(budget.at(match.share)), match.problem
-            measured = {'latency_on': device.place, 'latency_ms': match.milliseconds}
+            measured = {'latency_on': device.conditions, 'latency_ms': match.milliseconds}
         else:
             allocation = _allocate(allocator, scores, width_scores, budget)
             problem = allocation.problem
@@ -331,10 +332,25 @@ class Pruner:
         return cut_copy(self.model, self._make_plan(allocation, {}))
 
 
+def _request(
+        macs: Optional[Union[float, Budget]],
+        params: Optional[float] = None,
+        **options: Any,
+) -> Tuple[Budget, Choice]:
+    """``make_request``, with an error for keywords that it doesn't have or that are a pruner's."""
+    known, of_pruner = signature(make_request).parameters, signature(Pruner).parameters
+    unknown = {name: value for name, value in options.items() if name not in known}
+    for name in unknown:
+        if name in of_pruner:
+            raise PruningError(f'{name}= belongs to Pruner(model, {name}=…), not to a single cut; give it there')
+    refuse_unknown(unknown, make_request, related=[Pruner.__init__])
+    return make_request(macs, params, **options)
+
+
 def _allocate(allocator: Allocator, scores: Scores, width_scores: Optional[Scores], budget: Budget) -> Allocation:
     """Choose the units that stay: by scores alone, or with widths that another criterion's scores give."""
     if width_scores is not None:
-        allocator = replace(allocator, widths=allocator.widths_by(width_scores, budget))
+        allocator = replace(allocator, width_weights=allocator.width_weights_by(width_scores, budget))
     return allocator(scores, budget)
 
 

@@ -1,8 +1,8 @@
 """The arguments of one cut, checked: a budget, and how the units that stay are chosen."""
 from dataclasses import dataclass, field
-from typing import Any, Mapping, Optional, Tuple, Union
+from typing import Mapping, Optional, Tuple, Union
 
-from ..core import Budget, refuse_unknown
+from ..core import Budget
 
 __all__ = ['Choice', 'make_request']
 
@@ -32,13 +32,11 @@ def make_request(
         floor: float = 0.05,
         ratios: Optional[Mapping[str, float]] = None,
         seed: int = 0,
-        **unknown: Any,
 ) -> Tuple[Budget, Choice]:
     """The arguments of a cut, which ``prune`` describes, as two objects.
 
     Raises:
-        PruningError: There is no such argument, no budget is given, or more than one.
+        PruningError: No budget is given, or more than one.
     """
-    refuse_unknown(unknown, make_request)
     budget = Budget.given(macs, params, latency, latency_batch_size) or Budget()  # which raises: none was given
     return budget, Choice(criterion, scope, widths, round_to, floor, dict(ratios or {}), seed)

@@ -1,10 +1,10 @@
 """``exclude=``, ``only=`` and ``kinds=``: the structures that a user allows to be cut."""
 from typing import Collection, Sequence, Set
 
-from ..core import PruningError, Structure
+from ..core import Structure, check_patterns
 from ..trace import Trace
 
-__all__ = ['check_patterns', 'describe_nothing', 'left_alone']
+__all__ = ['describe_nothing', 'left_alone']
 
 
 def left_alone(
@@ -32,17 +32,6 @@ def left_alone(
         or any(s.matches(pattern) for pattern in exclude)
         or (only and not any(s.matches(pattern) for pattern in only))
     }
-
-
-def check_patterns(option: str, patterns: Sequence[str], structures: Sequence[Structure]) -> None:
-    """Raise ``PruningError`` where an option is not a list of patterns, or a pattern matches no structure."""
-    if isinstance(patterns, str):
-        raise PruningError(f'{option}={patterns!r} was given; give a list of patterns: {option}=[{patterns!r}]')
-    for pattern in patterns:
-        if not any(s.matches(pattern) for s in structures):
-            raise PruningError(
-                f'{option}: nothing that can be cut is named {pattern!r}; timm_epfs.inspect lists the names, such as '
-                f'{", ".join(s.name for s in structures[:3])}')
 
 
 def describe_nothing(traced: Trace) -> str:

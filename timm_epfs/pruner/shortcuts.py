@@ -63,8 +63,8 @@ def prune(
         criterion: How units are scored, one of ``timm_epfs.CRITERIA``.
         scope: Which units are ranked together: ``'global'``, ``'local'`` or ``'isomorphic'``, as in docs/budget.md.
         widths: What decides how many units each structure keeps; the scores then only decide which. None: the scores
-            decide both. ``'cost'``: the cost of a unit (``timm_epfs.allocate.cost_aware_widths``). Or another criterion
-            that needs no data.
+            decide both. ``'cost'``: the cost of a unit (``timm_epfs.allocate.cost_aware_width_weights``). Or another
+            criterion that needs no data.
         round_to: Structures that are cut keep widths that are multiples of this. None: 16 for wide layers, less for
             narrow ones. ``'auto'``: as None, but in place of 16 the multiple at which wide layers are measured to be
             fastest on the device. Under ``latency``, None means ``'auto'``.

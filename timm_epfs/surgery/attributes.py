@@ -95,7 +95,7 @@ def _with_entry(owner: Any, path: Sequence[str], value: int) -> Any:
 
 
 def refresh_shapes(module: nn.Module) -> None:
-    """Have a layer say of itself what its tensors are."""
+    """Set a layer's size attributes from the shapes of its tensors."""
     for kind, read in _SHAPES:
         if isinstance(module, kind):
             for name, value in read(module).items():

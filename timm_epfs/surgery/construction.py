@@ -44,8 +44,10 @@ class SkipInit(TorchFunctionMode):
 
         Args:
             tensor: The tensor.
-            last: Number of the initialiser, among those that overwrite all of the tensor, that isn't skipped any more,
-                nor anything after it.
+            last: Which overwrite of the whole tensor is the first to run, from 1. Those before it are skipped; it runs,
+                and so does everything after it. ``inf``: skip all. For example, ``Conv2d`` runs ``kaiming_uniform_``,
+                then timm's ``init_weights`` runs ``kaiming_normal_``: two overwrites, so with ``last=2`` only the
+                second runs.
         """
         address = tensor.data_ptr()
         self._tensors[address], self._overwrites[address], self._last[address] = tensor, 0, last

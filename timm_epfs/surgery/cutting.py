@@ -1,4 +1,4 @@
-"""Cut a model to a plan: the only room that changes the shapes of a model's tensors."""
+"""Cut a model to a plan: the only module that changes the shapes of a model's tensors."""
 from collections import OrderedDict
 from typing import Dict, List, Mapping, Sequence, Set
 

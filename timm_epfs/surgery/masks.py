@@ -35,9 +35,9 @@ def _scales(structure: Structure, role: str) -> bool:
 class Masks:
     """The masks of some structures of a model, all ones at first.
 
-    The network runs with ``running`` in training mode and with ``selected`` in evaluation mode. Both have one entry
-    per unit and two more: a constant one for what no structure owns, and a probe. The probe is added to the loss, so
-    that its gradient says how the loss was scaled before the backward pass (by a ``GradScaler``, by accumulation).
+    The network runs with ``train_masks`` in training mode and with ``eval_masks`` in evaluation mode. Both have one
+    entry per unit and two more: a constant one for what no structure owns, and a probe. The probe is added to the loss,
+    so that its gradient says how the loss was scaled before the backward pass (by a ``GradScaler``, by accumulation).
 
     A deep copy of the model (EMA) shares the masks: it has its own averaged weights and the current masks, so that its
     zeros are exact.
@@ -65,8 +65,8 @@ class Masks:
         shapes = {name: named[0][1].shape for name, named in tensors.items()}
         places = _places(structures, self.slices, self.units, shapes)
         self._anchor = tensors[next(iter(places))][0][1]
-        self.running = torch.ones(self.units + 2, device=self._anchor.device, requires_grad=True)
-        self.selected = torch.ones(self.units + 2, device=self._anchor.device)
+        self.train_masks = torch.ones(self.units + 2, device=self._anchor.device, requires_grad=True)
+        self.eval_masks = torch.ones(self.units + 2, device=self._anchor.device)
         for name, found in places.items():
             for path, tensor in tensors[name]:
                 owner, _, leaf = path.rpartition('.')
@@ -81,12 +81,12 @@ class Masks:
     def values(self, training: bool) -> torch.Tensor:
         """What the network runs with in this mode, shape (units + 2,)."""
         if not training:
-            return self.selected
-        return self.running if self._learn else self.running.detach()
+            return self.eval_masks
+        return self.train_masks if self._learn else self.train_masks.detach()
 
     def probe(self) -> torch.Tensor:
         """A zero to add to the loss."""
-        entry = self.running[-1]
+        entry = self.train_masks[-1]
         return entry - entry.detach()
 
     def take_gradient(self) -> torch.Tensor:
@@ -95,22 +95,22 @@ class Masks:
         Raises:
             PruningError: There was no backward, or its loss lacked the probe.
         """
-        grad, self.running.grad = self.running.grad, None
+        grad, self.train_masks.grad = self.train_masks.grad, None
         if grad is None:
             raise PruningError(
                 'step() was called before any backward; first call loss.backward() on a loss with '
                 'learner.penalty(target) in it')
         device = self._anchor.device
         if grad.device != device:  # the model was moved
-            self.running = self.running.detach().to(device).requires_grad_()
-            self.selected = self.selected.to(device)
+            self.train_masks = self.train_masks.detach().to(device).requires_grad_()
+            self.eval_masks = self.eval_masks.to(device)
         return torch.cat([grad[:self.units], grad[-1:]]).to(device)
 
     @torch.no_grad()
-    def set(self, running: torch.Tensor, selected: torch.Tensor) -> None:
+    def set(self, train_masks: torch.Tensor, eval_masks: torch.Tensor) -> None:
         """Write new masks, shape (units,) each, in place, so that nothing is compiled again."""
-        self.running[:self.units].copy_(running)
-        self.selected[:self.units].copy_(selected)
+        self.train_masks[:self.units].copy_(train_masks)
+        self.eval_masks[:self.units].copy_(eval_masks)
 
     def split(self, flat: np.ndarray) -> Dict[str, np.ndarray]:
         """One value per unit, by structure name."""

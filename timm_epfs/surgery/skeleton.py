@@ -42,8 +42,8 @@ class _Made:
     Attributes:
         module: The module that is given it.
         name: Its name in the model; None where it doesn't stay there.
-        overwrites: How many initialisers overwrite all of it later. Only the last one matters, and what comes after it;
-            with none, the values that it is made with do.
+        overwrites: How many initialisers overwrite the whole parameter after it is made. Only the last of them has to
+            run, with what follows it. 0: the values it is made with count.
     """
     module: nn.Module
     name: Optional[str]
@@ -128,7 +128,7 @@ class Skeleton:
                     cut_parameter = _cut_to(place, parameter, None if made.overwrites else removed.get(made.name, {}))
                     if made.overwrites:
                         skipped.add(cut_parameter, last=made.overwrites)
-                    for size in _SIZES:
+                    for size in _SIZES:  # the cut sizes, from the first build: initialisers compute fan-in from them
                         if hasattr(made.module, size):
                             setattr(module, size, getattr(made.module, size))
                     fresh[id(place)] = cut_parameter
@@ -161,7 +161,7 @@ def _parameters(model: nn.Module) -> Dict[str, nn.Parameter]:
 
 
 def _replace(model: nn.Module, parameters: Mapping[int, nn.Parameter]) -> None:
-    """Put parameters in place of those of this ``id``."""
+    """Replace each parameter by the one that is listed under its ``id``."""
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:

@@ -56,4 +56,4 @@ def tensor_misfits(plan: Plan, tensors: Mapping[str, Tensor], may_lack: Callable
 def wrong_base(plan: Plan, problems: Sequence[str], remedy: str) -> PruningError:
     """The error for tensors or attributes that aren't those of the plan's base."""
     base = f' (base {plan.base})' if plan.base else ''
-    return PruningError(f'a plan for another base{base}: {first_few(problems)}; {remedy}')
+    return PruningError(f'this is not the plan\'s base{base}: {first_few(problems)}; {remedy}')

@@ -12,7 +12,8 @@ Blocks are found by following sums. Take the block that begins a stage of a ResN
 
 1. Is x a term of what is returned? No: the shortcut isn't the identity.
 2. Did a child make it of a sum? ``act`` did. Is x a term of that sum? No: the shortcut isn't ``act`` alone.
-3. Did a chain of children make one of its terms of x? ``downsample`` made 5. (4 was not: the ReLU is no child.)
+3. Did a chain of children make one of its terms of x? ``downsample`` made 5. (4 isn't: the ReLU between conv1 and conv2
+   is not a module.)
 
 So the shortcut is ``downsample``, then ``act``. The branch is 4, which is zero where conv2's parameters are zero.
 
@@ -124,19 +125,19 @@ class BlockFinder:
         self._found[run.path] = block
 
     def _candidates(self, run: _Run) -> Iterator[Block]:
-        """What blocks a module can be, the simplest first."""
+        """What blocks a module can be, the simplest first. The numbers are those of the questions at the top."""
         total = self._sums.terms(run.result[1])
         under_relu = any(total.values())
-        if not under_relu or self._sums.is_nonnegative(run.source[1]):  # there, a ReLU is the identity
-            yield from self._identity(run, total, ())
+        if not under_relu or self._sums.is_nonnegative(run.source[1]):  # a ReLU leaves a non-negative input as it is
+            yield from self._identity(run, total, ())  # 1.
         for child in run.children:
             if child.result == run.result and child.source != run.source:
                 before = self._sums.terms(child.source[1])
                 if not any(before.values()):
-                    yield from self._identity(run, before, (child.name,))
-                    yield from self._projection(run, before, (child.name,))
+                    yield from self._identity(run, before, (child.name,))  # 2.
+                    yield from self._projection(run, before, (child.name,))  # 3., with an activation after the sum
         if not under_relu:
-            yield from self._projection(run, total, ())
+            yield from self._projection(run, total, ())  # 3., without one
 
     def _identity(self, run: _Run, total: Mapping[int, bool], after: Tuple[str, ...]) -> Iterator[Block]:
         """The block whose shortcut is its input and the children ``after`` the sum, if it is one."""
@@ -145,11 +146,11 @@ class BlockFinder:
             yield Block(run.path, last, after)
 
     def _projection(self, run: _Run, total: Mapping[int, bool], after: Tuple[str, ...]) -> Iterator[Block]:
-        """The block whose shortcut is a chain of children, the one with the fewest parameters, if it is one."""
+        """The block whose shortcut is a chain of children, the one with the fewest parameter tensors, if it is one."""
         chains = {term: chain for term in total if (chain := _chain(run, term))}
         if len(total) < 2 or not chains:
             return
-        sizes = {term: self._parameters_of(run, chain) for term, chain in chains.items()}
+        sizes = {term: self._parameter_tensors(run, chain) for term, chain in chains.items()}
         term = min(sizes, key=sizes.__getitem__)
         if list(sizes.values()).count(sizes[term]) > 1:
             return  # branches that are alike: none of them is the shortcut
@@ -158,7 +159,7 @@ class BlockFinder:
         if last and len(set(shortcut)) == len(shortcut):
             yield Block(run.path, last, shortcut, projects=True)
 
-    def _parameters_of(self, run: _Run, children: Sequence[str]) -> int:
+    def _parameter_tensors(self, run: _Run, children: Sequence[str]) -> int:
         module = self._model.get_submodule(run.path)
         return sum(len([*module.get_submodule(child).parameters()]) for child in children)
 

@@ -21,11 +21,11 @@ class Call:
     Attributes:
         function: The function.
         sizes: Sizes of the dims of each tensor among its arguments.
-        gates: Numbers of units left of the blocks that it is in: it runs where none is zero.
+        enclosing_blocks: Numbers of units left of the blocks that it is in: it runs where none is zero.
     """
     function: Callable
     sizes: Tuple[Tuple[Size, ...], ...]
-    gates: Tuple[Size, ...] = ()
+    enclosing_blocks: Tuple[Size, ...] = ()
 
 
 class Calls(TorchFunctionMode):

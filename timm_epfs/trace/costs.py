@@ -11,7 +11,7 @@ from .sizes import Sizer
 __all__ = ['build_calls', 'build_cost']
 
 
-class _Gates:
+class _EnclosingBlocks:
     """Residual blocks as factors of what is inside: 1 while the block stays, 0 once only its shortcut is left.
 
     Args:
@@ -19,22 +19,22 @@ class _Gates:
     """
 
     def __init__(self, blocks: Sequence[Block]):
-        self._gates = {block.module: Size(0, ((block.module, 1),)) for block in blocks}
+        self._factors = {block.module: Size(0, ((block.module, 1),)) for block in blocks}
         self._shortcuts = {
             block.module: frozenset(f'{block.module}.{child}' for child in block.shortcut) for block in blocks
         }
 
-    def running(self, modules: Sequence[str]) -> Tuple[Size, ...]:
-        """The gates of something that runs in these modules, the outermost first."""
+    def of_modules(self, modules: Sequence[str]) -> Tuple[Size, ...]:
+        """The factors of something that runs in these modules, the outermost first."""
         return tuple(
-            self._gates[module] for module in modules
-            if module in self._gates and self._shortcuts[module].isdisjoint(modules)
+            self._factors[module] for module in modules
+            if module in self._factors and self._shortcuts[module].isdisjoint(modules)
         )
 
-    def holding(self, name: str) -> Tuple[Size, ...]:
-        """The gates of a parameter."""
+    def of_parameter(self, name: str) -> Tuple[Size, ...]:
+        """The factors of a parameter."""
         return tuple(
-            gate for module, gate in self._gates.items()
+            factor for module, factor in self._factors.items()
             if name.startswith(f'{module}.')
             and not name.startswith(tuple(f'{child}.' for child in self._shortcuts[module]))
         )
@@ -49,27 +49,27 @@ def build_cost(rec: Recorder, structures: Sequence[Structure], sizer: Sizer, blo
         sizer: Sizes of labels.
         blocks: Those of the structures that are residual blocks.
     """
-    gates = _Gates(blocks)
+    enclosing = _EnclosingBlocks(blocks)
     terms: List[Tuple[str, float, Tuple[Size, ...]]] = []
     for product in rec.products:
-        gate = gates.running(product.modules)
-        terms.append(('macs', 1.0, (*(sizer(n, label) for n, label in product.dims), *gate)))
-        terms.append(('activations', 1.0, (*(sizer(n, label) for n, label in product.written), *gate)))
+        factors = enclosing.of_modules(product.modules)
+        terms.append(('macs', 1.0, (*(sizer(n, label) for n, label in product.dims), *factors)))
+        terms.append(('activations', 1.0, (*(sizer(n, label) for n, label in product.written), *factors)))
     for name, tensor in rec.parameters.items():
         labels: List[Label] = rec.params[name][1] if name in rec.params else [None] * tensor.ndim
         sizes = (sizer(n, label) for n, label in zip(tensor.shape, labels))
-        terms.append(('params', 1.0, (*sizes, *gates.holding(name))))
+        terms.append(('params', 1.0, (*sizes, *enclosing.of_parameter(name))))
     return CostModel([s.name for s in structures], terms)
 
 
 def build_calls(rec: Recorder, sizer: Sizer, blocks: Sequence[Block]) -> Tuple[Call, ...]:
     """The calls of the counted forward. Arguments are those of ``build_cost``."""
-    gates = _Gates(blocks)
+    enclosing = _EnclosingBlocks(blocks)
     return tuple(
         Call(
             call.function,
             tuple(tuple(sizer(n, label) for n, label in zip(shape, labels)) for shape, labels in call.tensors),
-            gates.running(call.modules),
+            enclosing.of_modules(call.modules),
         )
         for call in rec.calls
     )

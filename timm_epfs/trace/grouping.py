@@ -7,7 +7,7 @@ __all__ = ['group_units']
 
 
 def group_units(dims: Sequence[np.ndarray], others: Iterable[np.ndarray], size: int) -> List[np.ndarray]:
-    """Group the units that own as many entries of each dim.
+    """Group units that own the same number of entries in every dim.
 
     This is partition refinement: all units start in one class, and each dim in turn splits the classes by the number of
     entries that their units own of it. The order of the dims makes no difference to the result.

@@ -1,4 +1,4 @@
-"""What is written down of a forward: its operations, its products and its calls."""
+"""Records of a forward: its operations, products and calls."""
 from dataclasses import dataclass
 from typing import Callable, List, NamedTuple, Tuple
 

@@ -86,7 +86,7 @@ def trace(
     skipped = _training_only(rec, args, kwargs)
     skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
     verifier = None if cut is None else Verifier(model, cut, rec.operations[:rec.main], args, kwargs)
-    proposal, skipped = _settle(rec, verifier, skipped)
+    proposal, skipped = _find_verified(rec, verifier, skipped)
     calls = build_calls(rec, proposal.sizer, proposal.blocks)
     return Trace(proposal.structures, proposal.cost, proposal.attributes, tuple(skipped), returns, calls)
 
@@ -102,7 +102,9 @@ def _record(model: nn.Module, whole_heads: bool, args: Tuple, kwargs: Dict[str, 
             out = rec.run(args, kwargs)
         except Exception as e:
             why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
-            raise PruningError(f"the model's forward fails on {_shapes(args, kwargs)}: {why}") from e
+            raise PruningError(
+                f"the model's forward fails on {_shapes(args, kwargs)}: {why}; give an example_input= that the model "
+                f'accepts') from e
     return rec, type(out).__name__
 
 
@@ -140,7 +142,7 @@ class _Limits:
     skipped: Tuple[Skipped, ...]
 
 
-def _settle(
+def _find_verified(
         rec: Recorder,
         verifier: Optional[Verifier],
         skipped: Sequence[Skipped],
@@ -202,7 +204,7 @@ def _touched(operations: Sequence[Operation], some: Sequence[Operation]) -> List
 
 
 def _fewer(blocks: Sequence[Block]) -> Tuple[Block, ...]:
-    """The blocks whose shortcut is the identity; none where all of them are such blocks."""
+    """Fewer blocks to try next: those whose shortcut is the identity; none if all of them are such blocks."""
     identities = tuple(block for block in blocks if not block.shortcut)
     return identities if len(identities) < len(blocks) else ()
 

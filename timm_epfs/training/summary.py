@@ -39,7 +39,7 @@ def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
         present = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith('.'))
         others = [name for name in present if name not in _OWN_FILES]
         if others:
-            raise PruningError(f'train: {folder} holds {others[0]!r}, which is not of a run; name another folder')
+            raise PruningError(f'train: {folder} holds {others[0]!r}, which is not part of a run; name another folder')
         if present and not (resume or overwrite):
             raise PruningError(
                 f'train: {folder} holds a run; continue it with --resume, replace it with --overwrite, or name another '

@@ -1,4 +1,4 @@
-"""Have timm know our names in every program of an environment, with no line changed: on, off, status.
+"""Registers timm_epfs's models in every program that imports timm, without changing the program: on, off, status.
 
 Python executes the lines that start with ``import`` of each ``.pth`` file in its site-packages at start-up. Ours holds
 ``import_hook.py``, which waits for timm.

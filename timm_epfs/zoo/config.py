@@ -15,7 +15,7 @@ __all__ = ['check_config', 'is_from_config', 'saved_tensors']
 # timm itself sets the place that a config came from; a config that names another reads what it likes.
 _PLACES = {'local-dir': 'file', 'hf-hub': 'hf_hub_id'}
 _FORBIDDEN = ('url', 'file', 'hf_hub_id', 'hf_hub_filename', 'state_dict', 'custom_load')
-# How weights are built, not what is saved of them.
+# Arguments that ask for a feature extractor; the saved tensors don't depend on them.
 _OF_FEATURES = ('features_only', 'feature_cls', 'out_indices')
 
 _IN_CFG = 'config.json: pretrained_cfg'

@@ -17,7 +17,7 @@ def check_readable(path: Union[str, Path]) -> None:
     path = Path(path)
     if path.suffix != '.safetensors':
         raise PruningError(
-            f'checkpoint {path} is not read, only .safetensors is (no pickle); convert it with '
+            f'checkpoint {path} is not a .safetensors file, the only format that is read (no pickle); convert it with '
             'safetensors.torch.save_file'
         )
     if not path.is_file():
@@ -45,7 +45,7 @@ def load_weights(model: nn.Module, path: Union[str, Path]) -> None:
         }
         problems = shape_misfits(state_dict, expected)
         if problems:
-            raise PruningError(f'checkpoint {path} does not fit: {first_few(problems)}')
+            raise PruningError(f'checkpoint {path} does not fit: {first_few(problems)}; give the weights of this model')
         return state_dict
 
     with one_line(f"checkpoint {path} can't be read"):

@@ -39,7 +39,7 @@ class Description:
             model_args: Optional[Dict[str, Any]],
             cache_dir: Optional[Union[str, Path]],
     ) -> 'Description':
-        """The description, if it decides no more than it may.
+        """The description, checked: a config.json may set only what ``check_config`` allows.
 
         Raises:
             PruningError: It is from a config.json and decides what isn't a config's to decide.

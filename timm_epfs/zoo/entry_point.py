@@ -149,9 +149,11 @@ def _adapted(
     timm adapts dense weights by rules of each base. It is given dense weights, with zeros in the entries that the plan
     then cuts.
     """
+    # timm looks at 'source' before 'state_dict'; None makes it take the tensors given here.
     dense = {'state_dict': inflate_checkpoint(weights, plan), 'source': None}
     overlay = {**description.create_args()['pretrained_cfg_overlay'], **dense}
     model = apply_plan(build(pretrained=True, pretrained_cfg_overlay=overlay), plan)
+    # Describe the model as it was saved, without the dense tensors.
     model.pretrained_cfg.pop('state_dict')
     fields = description.fields
     model.pretrained_cfg.update({name: fields[name] for name in ('source', 'state_dict') if fields.get(name)})

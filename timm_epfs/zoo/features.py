@@ -24,6 +24,12 @@ _EXTRACTORS = {
 class FeatureExtraction:
     """timm's feature extraction in two steps, so that the model can be cut in between: build it, then wrap it.
 
+    ::
+
+        features = FeatureExtraction(partial(timm.create_model, 'resnet18'), out_indices=(1, 2))
+        dense = features.build()                       # the whole ResNet; timm's settings are stored
+        net = features.wrap(apply_plan(dense, plan))   # a FeatureListNet around the cut model
+
     Args:
         build: Builds the model with timm, given further arguments of ``timm.create_model``.
         feature_cls: The extractor, by name or as a class; None: the one that timm uses for this model.
@@ -41,7 +47,7 @@ class FeatureExtraction:
         return self._unwrapped.model
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The extractor that timm would have put around the model that was built last, around this one."""
+        """Put around ``model`` the extractor that timm would have put around the model from the last ``build``."""
         extractor = self._extractor(model, **self._unwrapped.settings)
         for name, value in self._unwrapped.set_by_timm().items():
             setattr(extractor, name, value)
@@ -63,7 +69,10 @@ def _by_name(feature_cls: Any) -> Type[nn.Module]:
 
 
 def _unwrapping(extractor: Type[nn.Module]) -> Type[nn.Module]:
-    """A class for timm to use in place of an extractor. It has its base, by which timm decides on the settings."""
+    """A subclass of an extractor that timm builds in its place: it stores the model and the settings without wrapping.
+
+    It is a subclass because timm chooses settings by ``issubclass``.
+    """
 
     class Unwrapped(extractor):
         """Holds the model that it should wrap, and its settings."""

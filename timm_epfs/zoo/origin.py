@@ -1,4 +1,4 @@
-"""Which repo of the Hub weights were made from: noted in the model's description, which goes where its weights go."""
+"""The Hub repo that weights came from, noted in the model's pretrained_cfg, which is saved with them."""
 from typing import List, Optional
 
 from huggingface_hub.errors import HFValidationError

@@ -1,4 +1,4 @@
-"""Weights from anyone: where they are, and a safetensors file checked by its header before a tensor of it is read."""
+"""Untrusted weights: where they are, and a safetensors file checked by its header before a tensor of it is read."""
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple, Union
 
@@ -54,7 +54,7 @@ def find_weights(cfg: Mapping[str, Any], cache_dir: Optional[Union[str, Path]] =
 
 def _check_format(name: Union[str, Path]) -> None:
     if not str(name).endswith('.safetensors'):
-        raise PruningError(f'weights in {name} are not read, only safetensors are; convert them')
+        raise PruningError(f'weights in {name} are not safetensors, the only format that is read; convert them')
 
 
 def read_weights(
@@ -71,7 +71,7 @@ def read_weights(
         otherwise: Makes what else the file may hold; only called where it doesn't hold what is expected.
 
     Raises:
-        PruningError: It is no safetensors file, or holds other tensors: the first three names, with their shapes.
+        PruningError: It is not a safetensors file, or holds other tensors: the first three names, with their shapes.
     """
     try:
         _check_start(Path(path))
@@ -81,9 +81,10 @@ def read_weights(
             if otherwise is not None and problems:
                 problems = _misfits(found, otherwise())
             if not found:
-                raise PruningError(f'weights not read from {path}: it holds no tensors')
+                raise PruningError(f'weights not read from {path}: it holds no tensors; give the weights of this model')
             if problems:
-                raise PruningError(f'weights in {path} are of another model: {first_few(problems)}')
+                raise PruningError(
+                    f'weights in {path} are of another model: {first_few(problems)}; give the weights of this model')
             return {name: file.get_tensor(name) for name in found}
     except (OSError, safetensors.SafetensorError) as e:
         reason = ' '.join(str(getattr(e, 'strerror', None) or e).split())
@@ -98,7 +99,8 @@ def _check_start(path: Path) -> None:
         if start.startswith(magic) and start[8:9] != b'{':  # a header's length may be any bytes; JSON comes after it
             raise PruningError(f'weights not read from {path}: this is {what}, only safetensors are read; convert it')
     if int.from_bytes(start[:8], 'little') > MAX_HEADER:
-        raise PruningError(f'weights not read from {path}: this is no safetensors file, or its header is far too long')
+        raise PruningError(
+            f'weights not read from {path}: this is not a safetensors file, or its header is far too long')
 
 
 def _described(part: Any) -> Tuple[str, Tuple[int, ...]]:

@@ -126,47 +126,50 @@ def _groups(rec, x: torch.Tensor, weight: torch.Tensor, groups: int) -> Label:
       group reads: channels 5 and 64 + 5 of the input, and column 5 of the weight. For channel 7 of what each group
       makes: rows 7 and 32 + 7 of the weight, which are channels 7 and 32 + 7 of the output.
 
-    So the input and the output are grids, of shapes (G, i) and (G, o), and both are cut along the same axis.
+    So the input and the output are grids, of shapes (G, i) and (G, o), and both are cut along the same axis. The
+    weight's second dim has the label of the input grid's second axis, so cutting channel 5 of every group cuts
+    column 5.
     """
-    read, (made, column) = rec.labels_of(x)[1], rec.labels_of(weight)[:2]
-    n_read, n_made = weight.shape[1], weight.shape[0] // groups
-    if read is None or made is None:
-        for label in (read, made, column):
+    in_channels, (out_channels, column) = rec.labels_of(x)[1], rec.labels_of(weight)[:2]
+    in_per_group, out_per_group = weight.shape[1], weight.shape[0] // groups
+    if in_channels is None or out_channels is None:
+        for label in (in_channels, out_channels, column):
             rec.labels.pin(label)
         return None
     rec.mark_input(column)
-    if n_read == 1:
-        rec.labels.tie(np.repeat(read, n_made), made)
-        rec.follow('groups', 0, read)
-        return made
+    if in_per_group == 1:
+        rec.labels.tie(np.repeat(in_channels, out_per_group), out_channels)
+        rec.follow('groups', 0, in_channels)
+        return out_channels
     group = rec.labels.fresh(groups)
-    column = column if column is not None else rec.labels.fresh(n_read)
-    _cut_in_groups(rec, group, [(read, column), (made, rec.labels.fresh(n_made))])
-    return made
+    column = column if column is not None else rec.labels.fresh(in_per_group)
+    _cut_in_groups(rec, group, [(in_channels, column), (out_channels, rec.labels.fresh(out_per_group))])
+    return out_channels
 
 
 def _transposed_groups(rec, x: torch.Tensor, weight: torch.Tensor, groups: int) -> Label:
     """As ``_groups``, for a transposed convolution.
 
     Its weight has shape (G·i, o, …): the channels of the input are its rows, and no dim of it has the G·o channels of
-    the output, which get labels of their own.
+    the output, which get labels of their own. In ``ConvTranspose2d(128, 64, groups=32)``, whose weight has shape
+    (128, 2, …), for group 3: channels 12 to 15 of the input, which are rows 12 to 15; channels 6 and 7 of the output.
+    With one output channel per group, an output channel is a group.
     """
-    read, (row, column) = rec.labels_of(x)[1], rec.labels_of(weight)[:2]
-    n_read, n_made = weight.shape[0] // groups, weight.shape[1]
-    rec.labels.tie(read, row)
-    if n_read > 1:
+    in_channels, (row, column) = rec.labels_of(x)[1], rec.labels_of(weight)[:2]
+    in_per_group, out_per_group = weight.shape[0] // groups, weight.shape[1]
+    rec.labels.tie(in_channels, row)
+    if in_per_group > 1:
         rec.mark_input(row)
     if row is None:
         rec.labels.pin(column)
         return None
     group = rec.labels.fresh(groups)
-    read_in_group = rec.labels.fresh(n_read)
-    made = rec.labels.fresh(groups * n_made) if n_made > 1 else group
-    made_in_group = rec.labels.fresh(n_made)
-    if made_in_group is not None:
-        rec.labels.tie(made_in_group, column)
-    _cut_in_groups(rec, group, [(row, read_in_group), (made, made_in_group)])
-    return made
+    out_channels = rec.labels.fresh(groups * out_per_group) if out_per_group > 1 else group
+    in_of_group, out_of_group = rec.labels.fresh(in_per_group), rec.labels.fresh(out_per_group)
+    if out_of_group is not None:
+        rec.labels.tie(out_of_group, column)
+    _cut_in_groups(rec, group, [(row, in_of_group), (out_channels, out_of_group)])
+    return out_channels
 
 
 def _cut_in_groups(rec, group: np.ndarray, sides: Sequence[Tuple[np.ndarray, Label]]) -> None:
