@@ -1,0 +1,99 @@
+"""Ridge regression from sums over rows, with its penalty chosen on rows that were held out."""
+from dataclasses import dataclass
+from typing import Optional, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+__all__ = ['Sums', 'solve_ridge']
+
+PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # as shares of the mean of the Gram matrix's diagonal
+
+
+@dataclass
+class Sums:
+    """Sums over rows x (features) and r (outputs), one a group, float64.
+
+    Attributes:
+        count: Number of rows.
+        x, r: Sums of the rows, shapes (groups, features) and (groups, outputs).
+        xx: Sum of xᵀx, shape (groups, features, features).
+        xr: Sum of xᵀr, shape (groups, features, outputs).
+        rr: Sum of r², shape (groups, outputs).
+    """
+    count: int = 0
+    x: Optional[Tensor] = None
+    r: Optional[Tensor] = None
+    xx: Optional[Tensor] = None
+    xr: Optional[Tensor] = None
+    rr: Optional[Tensor] = None
+
+    def add(self, x: Tensor, r: Tensor) -> None:
+        """Add rows, shapes (groups, rows, features) and (groups, rows, outputs)."""
+        x, r = x.float(), r.float()
+        parts = {
+            'x': x.sum(1), 'r': r.sum(1), 'xx': x.transpose(1, 2) @ x, 'xr': x.transpose(1, 2) @ r,
+            'rr': r.square().sum(1),
+        }
+        self.count += x.shape[1]
+        for name, part in parts.items():
+            total = getattr(self, name)
+            if total is None:
+                setattr(self, name, part.double())
+            else:
+                total += part
+
+    def __add__(self, other: 'Sums') -> 'Sums':
+        if not other.count or not self.count:
+            return self if self.count else other
+        names = ('count', 'x', 'r', 'xx', 'xr', 'rr')
+        return Sums(*(getattr(self, name) + getattr(other, name) for name in names))
+
+    def centred(self) -> 'Sums':
+        """Sums of the rows minus their means."""
+        x, r, n = self.x, self.r, self.count
+        return Sums(
+            n, torch.zeros_like(x), torch.zeros_like(r), self.xx - x[:, :, None] * x[:, None] / n,
+            self.xr - x[:, :, None] * r[:, None] / n, self.rr - r.square() / n)
+
+    def error(self, change: Tensor) -> float:
+        """Sum of (r - x · change)², for a change of shape (groups, features, outputs)."""
+        explained = 2 * (change * self.xr).sum() - (change * (self.xx @ change)).sum()
+        return float(self.rr.sum() - explained)
+
+
+def solve_ridge(fit: Sums, held_out: Sums, centred: bool) -> Optional[Tuple[Tensor, Tensor]]:
+    """The matrix that predicts r from x best, with a ridge penalty towards zero.
+
+    Args:
+        fit: Sums over the rows to fit on.
+        held_out: Sums over other rows, on which the penalty is chosen.
+        centred: Whether there is an intercept.
+
+    Returns:
+        Matrix, shape (groups, features, outputs), and intercept, shape (groups, outputs), fitted on all rows. None
+        where no penalty predicts r better than zero does.
+    """
+    train, test = (fit.centred(), held_out.centred()) if centred else (fit, held_out)
+    best, least = None, test.error(torch.zeros_like(test.xr)) * (1 - 1e-9)
+    for penalty in PENALTIES:
+        error = test.error(_solve(train, penalty))
+        if not error < least:
+            break
+        best, least = penalty, error
+    if best is None:
+        return None
+    whole = fit + held_out
+    matrix = _solve(whole.centred() if centred else whole, best)
+    intercept = (whole.r - torch.einsum('gf,gfo->go', whole.x, matrix)) / whole.count
+    return matrix, intercept if centred else torch.zeros_like(intercept)
+
+
+def _solve(sums: Sums, penalty: float) -> Tensor:
+    size = sums.xx.shape[-1]
+    diagonal = sums.xx.diagonal(dim1=1, dim2=2).mean(1)
+    ridge = (penalty * diagonal).clamp_min(torch.finfo(torch.float64).tiny)
+    matrix = sums.xx + ridge[:, None, None] * torch.eye(size, dtype=sums.xx.dtype, device=sums.xx.device)
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    solution = torch.cholesky_solve(sums.xr, factor)
+    return torch.where((info == 0)[:, None, None], solution, torch.zeros_like(solution))

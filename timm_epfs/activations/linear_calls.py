@@ -1,0 +1,189 @@
+"""Calls of functions that are linear in a weight (linear layers, convolutions), and what they read as rows.
+
+A row holds whatever one output position reads. So every such call is a matrix product, rows (rows, features) times
+weight (features, outputs), one a group:
+
+=====================  ==================================  ============================
+call                   features                            outputs
+=====================  ==================================  ============================
+linear                 input features                      output features
+convolution            channels of a group × kernel        output channels of the group
+transposed convolution channels of a group × kernel        output channels of the group
+=====================  ==================================  ============================
+"""
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ['LINEAR_FUNCTIONS', 'LinearCall']
+
+_CONVOLUTION = ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups')
+_TRANSPOSED = ('input', 'weight', 'bias', 'stride', 'padding', 'output_padding', 'groups', 'dilation')
+# Names of the arguments, in their order, by function.
+LINEAR_FUNCTIONS: Dict[Callable, Tuple[str, ...]] = {
+    F.linear: ('input', 'weight', 'bias'),
+    F.conv1d: _CONVOLUTION,
+    F.conv2d: _CONVOLUTION,
+    F.conv3d: _CONVOLUTION,
+    F.conv_transpose1d: _TRANSPOSED,
+    F.conv_transpose2d: _TRANSPOSED,
+    F.conv_transpose3d: _TRANSPOSED,
+}
+_TRANSPOSED_FUNCTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearCall:
+    """One call of a function in ``LINEAR_FUNCTIONS``.
+
+    Args:
+        function: The function.
+        args: Its arguments by name.
+        images: Number of images in the batch.
+    """
+    function: Callable
+    args: Dict[str, Any]
+    images: int
+
+    @classmethod
+    def of(cls, function: Callable, args: Sequence[Any], kwargs: Dict[str, Any], images: int) -> 'LinearCall':
+        """The call, from the arguments as they were given."""
+        return cls(function, {**dict(zip(LINEAR_FUNCTIONS[function], args)), **kwargs}, images)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight."""
+        return self.args['weight']
+
+    @property
+    def bias(self) -> Optional[Tensor]:
+        """The bias."""
+        return self.args.get('bias')
+
+    @property
+    def groups(self) -> int:
+        """Number of groups."""
+        return self.args.get('groups', 1)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution."""
+        return self.function in _TRANSPOSED_FUNCTIONS
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether it is a convolution, transposed or not."""
+        return self.function is not F.linear
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape as a matrix, shape (groups, features, outputs)."""
+        if not self.is_convolution:
+            return weight.t()[None]
+        if self.transposed:
+            grouped = weight.reshape(self.groups, -1, weight.shape[1], prod(weight.shape[2:]))
+            return grouped.transpose(2, 3).flatten(1, 2)
+        return weight.reshape(self.groups, -1, prod(weight.shape[1:])).transpose(1, 2)
+
+    def weight_of(self, matrix: Tensor) -> Tensor:
+        """The inverse of ``matrix``."""
+        shape = self.weight.shape
+        if self.transposed:
+            split = matrix.reshape(self.groups, -1, prod(shape[2:]), shape[1])
+            return split.transpose(2, 3).reshape(shape)
+        return matrix.transpose(1, 2).reshape(shape)
+
+    def positions(self, output_shape: Sequence[int]) -> int:
+        """Number of output positions in an image, given the shape of the output."""
+        return prod(output_shape[2:]) if self.is_convolution else prod(output_shape[:-1]) // self._leading
+
+    @property
+    def _leading(self) -> int:
+        """Length of the dim that images are told apart by; 1 where the input isn't ordered by images."""
+        length = self.args['input'].shape[0] if self.args['input'].ndim > 1 else 1
+        return self.images if length % self.images == 0 else 1
+
+    def outputs(self, output: Tensor, at: Tensor) -> Tensor:
+        """Outputs at some positions as rows, shape (groups, images, positions, outputs).
+
+        Args:
+            output: What the function returned, or a tensor of this shape.
+            at: Positions, shape (positions,).
+        """
+        if not self.is_convolution:
+            return output.reshape(self._leading, -1, output.shape[-1])[:, at][None]
+        taken = output.flatten(2)[:, :, at]  # (images, channels, positions)
+        return taken.unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2)
+
+    def rows(self, at: Tensor, output_size: Sequence[int]) -> Tensor:
+        """Inputs that some output positions read, shape (groups, images, positions, features).
+
+        Args:
+            at: Positions, shape (positions,).
+            output_size: Spatial size of the output of a convolution.
+        """
+        inputs = self.args['input']
+        if not self.is_convolution:
+            return inputs.reshape(self._leading, -1, inputs.shape[-1])[:, at][None]
+        table, valid = self._sources(at.numpy(), output_size)
+        flat = inputs.flatten(2)
+        taken = flat[:, :, torch.from_numpy(table.ravel()).to(flat.device)].unflatten(2, table.shape)
+        if not valid.all():
+            taken = taken * torch.from_numpy(valid).to(taken)
+        images, channels, positions, kernel = taken.shape
+        grouped = taken.view(images, self.groups, channels // self.groups, positions, kernel)
+        return grouped.permute(1, 0, 3, 2, 4).flatten(3)
+
+    def output_size(self) -> Tuple[int, ...]:
+        """Spatial size of the output of a convolution; empty for a linear layer."""
+        if not self.is_convolution:
+            return ()
+        kernel, (stride, padding, dilation) = self.weight.shape[2:], self._geometry()
+        size = self.args['input'].shape[2:]
+        if self.transposed:
+            extra = _tuple(self.args.get('output_padding', 0), len(kernel))
+            return tuple(
+                (n - 1) * s - 2 * p[0] + d * (k - 1) + e + 1
+                for n, s, p, d, k, e in zip(size, stride, padding, dilation, kernel, extra))
+        return tuple(
+            (n + sum(p) - d * (k - 1) - 1) // s + 1 for n, s, p, d, k in zip(size, stride, padding, dilation, kernel))
+
+    def _geometry(self) -> Tuple[Tuple[int, ...], Tuple[Tuple[int, int], ...], Tuple[int, ...]]:
+        """Stride, padding before and after, and dilation, one for each spatial dim."""
+        kernel = self.weight.shape[2:]
+        stride, dilation = (_tuple(self.args.get(name, 1), len(kernel)) for name in ('stride', 'dilation'))
+        padding = self.args.get('padding', 0)
+        if padding == 'same':
+            totals = [d * (k - 1) for d, k in zip(dilation, kernel)]
+            return stride, tuple((total // 2, total - total // 2) for total in totals), dilation
+        padding = _tuple(0 if padding == 'valid' else padding, len(kernel))
+        return stride, tuple((p, p) for p in padding), dilation
+
+    def _sources(self, at: np.ndarray, output_size: Sequence[int]) -> Tuple[np.ndarray, np.ndarray]:
+        """The input position that each output position reads at each place of the kernel, and whether there is one.
+
+        Both have the shape (positions, kernel).
+        """
+        kernel, size = self.weight.shape[2:], self.args['input'].shape[2:]
+        stride, padding, dilation = self._geometry()
+        places = np.array(list(product(*map(range, kernel))))  # (kernel, dims)
+        outputs = np.stack(np.unravel_index(at, output_size), axis=-1)  # (positions, dims)
+        before, dilated = np.array([p[0] for p in padding]), places * np.array(dilation)
+        if self.transposed:
+            scaled = outputs[:, None] + before - dilated
+            sources, valid = scaled // stride, (scaled % stride == 0).all(-1)
+        else:
+            sources, valid = outputs[:, None] * np.array(stride) - before + dilated, True
+        valid = valid & ((sources >= 0) & (sources < np.array(size))).all(-1)
+        sources = np.where(valid[..., None], sources, 0)
+        return np.ravel_multi_index(np.moveaxis(sources, -1, 0), size), valid
+
+
+def _tuple(value: Any, length: int) -> Tuple[int, ...]:
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return values * length if len(values) == 1 else values
