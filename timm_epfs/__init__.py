@@ -4,7 +4,7 @@
 
 The packages, in the order in which data flows; each knows only those before it:
 
-``core`` → ``trace`` → ``importance`` → ``latency`` → ``allocate`` → ``plan`` → ``surgery`` → ``zoo`` → ``pruner`` →
+``core`` → ``trace`` → ``activations`` → ``importance`` → ``latency`` → ``allocate`` → ``plan`` → ``surgery`` → ``zoo`` → ``pruner`` →
 ``learn`` → ``report`` → ``hub`` → ``training`` → ``deploy`` → ``cli``
 """
 from importlib import import_module
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from .plan import Plan, PrunedModel
     from .pruner import Pruner, inspect, prune
     from .report import plot
-    from .surgery import rebuild, slice_checkpoint
+    from .surgery import compensate, rebuild, slice_checkpoint
     from .zoo import save_pretrained
     from .zoo.variants import register
 
 __all__ = [
     'BNSFP', 'Budget', 'CRITERIA', 'EPFS', 'OneShot', 'Plan', 'PrunedModel', 'Pruner', 'PruningError', 'SFP', 'SSS',
-    'Scratch', '__version__', 'inspect', 'plot', 'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn', 'register',
+    'Scratch', '__version__', 'compensate', 'inspect', 'plot', 'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn', 'register',
     'save_pretrained', 'slice_checkpoint',
 ]
 
@@ -43,6 +43,7 @@ _HOMES = {
     'SFP': 'learn',
     'SSS': 'learn',
     'Scratch': 'learn',
+    'compensate': 'surgery',
     'inspect': 'pruner',
     'plot': 'report',
     'prune': 'pruner',

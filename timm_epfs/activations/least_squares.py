@@ -1,18 +1,22 @@
 """Ridge regression from sums over rows, with its penalty chosen on rows that were held out."""
 from dataclasses import dataclass
-from typing import Optional, Sequence, Tuple
+from math import inf
+from typing import Dict, Optional, Tuple
 
 import torch
 from torch import Tensor
 
+from ..core.processes import summed, world_size
+
 __all__ = ['Sums', 'solve_ridge']
 
-PENALTIES = (1e-3, 1e-2, 1e-1, 1.0)  # as shares of the mean of the Gram matrix's diagonal
+# Penalties are powers of ten, as shares of the mean of the Gram matrix's diagonal.
+FIRST, SMALLEST, LARGEST = -3, -9, 1
 
 
 @dataclass
 class Sums:
-    """Sums over rows x (features) and r (outputs), one a group, float64.
+    """Sums over rows x (features) and r (outputs), one set per group, float64.
 
     Attributes:
         count: Number of rows.
@@ -43,6 +47,13 @@ class Sums:
             else:
                 total += part
 
+    def over_processes(self) -> 'Sums':
+        """The sums over all processes that work together."""
+        if world_size() == 1:
+            return self
+        count = int(summed(torch.tensor(float(self.count), device=self.xx.device)))
+        return Sums(count, *(summed(total) for total in (self.x, self.r, self.xx, self.xr, self.rr)))
+
     def __add__(self, other: 'Sums') -> 'Sums':
         if not other.count or not self.count:
             return self if self.count else other
@@ -72,19 +83,25 @@ def solve_ridge(fit: Sums, held_out: Sums, centred: bool) -> Optional[Tuple[Tens
 
     Returns:
         Matrix, shape (groups, features, outputs), and intercept, shape (groups, outputs), fitted on all rows. None
-        where no penalty predicts r better than zero does.
+        where no penalty predicts r better than zero does, or no rows are held out.
     """
+    if not fit.count or not held_out.count:
+        return None
     train, test = (fit.centred(), held_out.centred()) if centred else (fit, held_out)
-    best, least = None, test.error(torch.zeros_like(test.xr)) * (1 - 1e-9)
-    for penalty in PENALTIES:
-        error = test.error(_solve(train, penalty))
-        if not error < least:
-            break
-        best, least = penalty, error
-    if best is None:
+    errors: Dict[int, float] = {}
+
+    def error(power: int) -> float:
+        if power not in errors:
+            errors[power] = test.error(_solve(train, 10.0 ** power)) if SMALLEST <= power <= LARGEST else inf
+        return errors[power]
+
+    best, better = FIRST, min(FIRST - 1, FIRST + 1, key=error)
+    while error(better) < error(best):
+        best, better = better, 2 * better - best
+    if not error(best) < test.error(torch.zeros_like(test.xr)):
         return None
     whole = fit + held_out
-    matrix = _solve(whole.centred() if centred else whole, best)
+    matrix = _solve(whole.centred() if centred else whole, 10.0 ** best)
     intercept = (whole.r - torch.einsum('gf,gfo->go', whole.x, matrix)) / whole.count
     return matrix, intercept if centred else torch.zeros_like(intercept)
 

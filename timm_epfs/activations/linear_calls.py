@@ -11,7 +11,7 @@ convolution            channels of a group × kernel        output channels of t
 transposed convolution channels of a group × kernel        output channels of the group
 =====================  ==================================  ============================
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
 from typing import Any, Callable, Dict, Optional, Sequence, Tuple
@@ -42,6 +42,14 @@ _TRANSPOSED_FUNCTIONS = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpos
 class LinearCall:
     """One call of a function in ``LINEAR_FUNCTIONS``.
 
+    >>> image = torch.arange(16.0).reshape(1, 1, 4, 4)
+    >>> call = LinearCall(F.conv2d, {'input': image, 'weight': torch.ones(1, 1, 2, 2), 'stride': 2}, images=1)
+    >>> call.positions  # 2 x 2
+    4
+    >>> call.rows(torch.tensor([0, 3])).squeeze()  # the first and the last
+    tensor([[ 0.,  1.,  4.,  5.],
+            [10., 11., 14., 15.]])
+
     Args:
         function: The function.
         args: Its arguments by name.
@@ -51,10 +59,14 @@ class LinearCall:
     args: Dict[str, Any]
     images: int
 
-    @classmethod
-    def of(cls, function: Callable, args: Sequence[Any], kwargs: Dict[str, Any], images: int) -> 'LinearCall':
-        """The call, from the arguments as they were given."""
-        return cls(function, {**dict(zip(LINEAR_FUNCTIONS[function], args)), **kwargs}, images)
+    @property
+    def input(self) -> Tensor:
+        """What it reads."""
+        return self.args['input']
+
+    def without_input(self) -> 'LinearCall':
+        """The call with an input that has no entries, so that it keeps no memory."""
+        return replace(self, args={**self.args, 'input': self.input[:0]})
 
     @property
     def weight(self) -> Tensor:
@@ -98,39 +110,43 @@ class LinearCall:
             return split.transpose(2, 3).reshape(shape)
         return matrix.transpose(1, 2).reshape(shape)
 
-    def positions(self, output_shape: Sequence[int]) -> int:
-        """Number of output positions in an image, given the shape of the output."""
-        return prod(output_shape[2:]) if self.is_convolution else prod(output_shape[:-1]) // self._leading
+    @property
+    def positions(self) -> int:
+        """Number of output positions of one image."""
+        return prod(self.output_size()) if self.is_convolution else prod(self.input.shape[:-1]) // self._leading
 
     @property
     def _leading(self) -> int:
         """Length of the dim that images are told apart by; 1 where the input isn't ordered by images."""
-        length = self.args['input'].shape[0] if self.args['input'].ndim > 1 else 1
+        length = self.input.shape[0] if self.input.ndim > 1 else 1
         return self.images if length % self.images == 0 else 1
 
-    def outputs(self, output: Tensor, at: Tensor) -> Tensor:
-        """Outputs at some positions as rows, shape (groups, images, positions, outputs).
+    def outputs(self, output: Tensor, at: Tensor, keep: Tensor) -> Tensor:
+        """Some output channels at some positions, shape (images, positions, channels).
 
         Args:
-            output: What the function returned, or a tensor of this shape.
+            output: What the call returned.
             at: Positions, shape (positions,).
+            keep: Output channels, or output features of a linear layer, shape (channels,).
         """
         if not self.is_convolution:
-            return output.reshape(self._leading, -1, output.shape[-1])[:, at][None]
-        taken = output.flatten(2)[:, :, at]  # (images, channels, positions)
-        return taken.unflatten(1, (self.groups, -1)).permute(1, 0, 3, 2)
+            return output.reshape(self._leading, -1, output.shape[-1])[:, at[:, None], keep]
+        return output.flatten(2)[:, keep[:, None], at].transpose(1, 2)
 
-    def rows(self, at: Tensor, output_size: Sequence[int]) -> Tensor:
-        """Inputs that some output positions read, shape (groups, images, positions, features).
+    def grouped(self, outputs: Tensor) -> Tensor:
+        """Outputs with the last dim split by groups, shape (groups, images, positions, outputs of a group)."""
+        return outputs.unflatten(-1, (self.groups, -1)).permute(2, 0, 1, 3)
+
+    def rows(self, at: Tensor) -> Tensor:
+        """What some output positions read, as rows, shape (groups, images, positions, features).
 
         Args:
             at: Positions, shape (positions,).
-            output_size: Spatial size of the output of a convolution.
         """
-        inputs = self.args['input']
+        inputs = self.input
         if not self.is_convolution:
             return inputs.reshape(self._leading, -1, inputs.shape[-1])[:, at][None]
-        table, valid = self._sources(at.numpy(), output_size)
+        table, valid = self._sources(at.cpu().numpy(), self.output_size())
         flat = inputs.flatten(2)
         taken = flat[:, :, torch.from_numpy(table.ravel()).to(flat.device)].unflatten(2, table.shape)
         if not valid.all():
@@ -144,7 +160,7 @@ class LinearCall:
         if not self.is_convolution:
             return ()
         kernel, (stride, padding, dilation) = self.weight.shape[2:], self._geometry()
-        size = self.args['input'].shape[2:]
+        size = self.input.shape[2:]
         if self.transposed:
             extra = _tuple(self.args.get('output_padding', 0), len(kernel))
             return tuple(
@@ -169,7 +185,7 @@ class LinearCall:
 
         Both have the shape (positions, kernel).
         """
-        kernel, size = self.weight.shape[2:], self.args['input'].shape[2:]
+        kernel, size = self.weight.shape[2:], self.input.shape[2:]
         stride, padding, dilation = self._geometry()
         places = np.array(list(product(*map(range, kernel))))  # (kernel, dims)
         outputs = np.stack(np.unravel_index(at, output_size), axis=-1)  # (positions, dims)

@@ -5,7 +5,7 @@ import torch
 
 from ..core import PruningError
 from ..surgery import Masks
-from .processes import summed, world_size
+from ..core.processes import summed, world_size
 
 __all__ = ['MaskGradient']
 

@@ -12,7 +12,7 @@ from ..importance import score
 from ..plan import make_plan
 from ..pruner import Allocator
 from ..surgery import cut_copy
-from .processes import from_first
+from ..core.processes import from_first
 from .setup import Setup
 
 __all__ = ['Selector']

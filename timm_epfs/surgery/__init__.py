@@ -3,6 +3,7 @@
 In: a plan, or masks, and a dense model or checkpoint. Out: the smaller model or checkpoint, or the masked model.
 """
 from .bases import TORCHVISION, build_base
+from .compensation import compensate
 from .copying import cut_copy
 from .cutting import apply_plan
 from .masks import Masks, is_maskable, is_masked
@@ -10,6 +11,6 @@ from .skeleton import Skeleton, rebuild
 from .state_dicts import inflate_checkpoint, slice_checkpoint
 
 __all__ = [
-    'TORCHVISION', 'Masks', 'Skeleton', 'apply_plan', 'build_base', 'cut_copy', 'inflate_checkpoint', 'is_maskable',
-    'is_masked', 'rebuild', 'slice_checkpoint',
+    'TORCHVISION', 'Masks', 'Skeleton', 'apply_plan', 'build_base', 'compensate', 'cut_copy', 'inflate_checkpoint',
+    'is_maskable', 'is_masked', 'rebuild', 'slice_checkpoint',
 ]

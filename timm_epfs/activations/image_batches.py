@@ -1,0 +1,64 @@
+"""Batches of images from whatever users hold them in."""
+from itertools import islice
+from typing import Any, Iterable, List, Optional
+
+import torch
+from torch import Tensor, nn
+
+from ..core import PruningError, device_of, one_line
+
+__all__ = ['image_batches']
+
+PIXELS = 400_000  # pixels in a batch; activations of larger batches are slow to allocate on a CPU
+
+
+def image_batches(data: Any, model: nn.Module, images: Optional[int] = None) -> List[Tensor]:
+    """Batches of images, checked, with the device and the dtype of a model's parameters.
+
+    Args:
+        data: Images in one tensor, a list of batches, or a loader. A batch is a tensor of images, shape
+            (images, channels, height, width), or a tuple or list that starts with one.
+        model: The model.
+        images: Largest number of images to use. None: all.
+
+    Raises:
+        PruningError: There are no images, or they aren't images that a model can run.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    batches: List[Tensor] = []
+    left = images
+    for batch in [data] if isinstance(data, Tensor) else _iterate(data):
+        batch = _checked(batch)[:left]
+        size = max(1, PIXELS // batch[0, 0].numel()) if batch.ndim > 2 else len(batch)
+        batches += batch.to(device_of(model), dtype).split(size)
+        if left is not None:
+            left -= len(batch)
+            if left <= 0:
+                break
+    if not batches:
+        raise PruningError('found no images; give at least one batch of them')
+    return batches
+
+
+def _iterate(data: Iterable[Any]) -> Iterable[Any]:
+    if data is None or isinstance(data, (str, dict)) or not hasattr(data, '__iter__'):
+        raise PruningError(
+            f'images of type {type(data).__name__} were given; give a tensor of images, or batches in a list or loader')
+    with one_line('images can\'t be read'):
+        yield from data
+
+
+def _checked(batch: Any) -> Tensor:
+    images = batch[0] if isinstance(batch, (tuple, list)) and len(batch) else batch
+    if not isinstance(images, Tensor):
+        keys = f' with the keys {", ".join(map(str, islice(batch, 5)))}' if isinstance(batch, dict) else ''
+        raise PruningError(
+            f'found a batch of type {type(batch).__name__}{keys}; give tensors of images, or tuples that start with '
+            f'one')
+    if not images.is_floating_point():
+        raise PruningError(f'found images of dtype {images.dtype}; convert them to floats and normalise them')
+    if not images.numel():
+        raise PruningError(f'found a batch of shape {tuple(images.shape)}, which has no images; leave it out')
+    if not torch.isfinite(images).all():
+        raise PruningError('found images with values that are not finite; look for NaN or inf in the data')
+    return images.detach()
