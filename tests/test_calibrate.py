@@ -5,7 +5,7 @@ from timm.layers import BatchNormAct2d
 from torch import nn
 
 from timm_epfs.core import PruningError
-from timm_epfs.importance import recalibrate_bn
+from timm_epfs.surgery import recalibrate_bn
 
 
 class Net(nn.Module):

@@ -167,7 +167,7 @@ def test_published_torchvision_weights_are_pickles_and_refused(capsys, tmp_path)
 
 
 @pytest.mark.parametrize('splits', [('', 'validation'), ('tars', 'test')])
-def test_data_adds_top1_and_recalibration(images, tmp_path, capsys, splits):
+def test_data_adds_top1_and_compensation(images, tmp_path, capsys, splits):
     folder, val = splits
     data = ['--data-dir', str(images / folder), '--val-split', val, '-b', '4', '--num-batches', '3', '-j', '0']
     model = ['resnet20_cifar', '--num-classes', '2']
@@ -180,17 +180,17 @@ def test_data_adds_top1_and_recalibration(images, tmp_path, capsys, splits):
     (pixels, targets), = loader
     with torch.no_grad():
         expected = 100 * (slim(pixels).argmax(1) == targets).float().mean().item()
-    assert rows['top-1 after BatchNorm recalibration, %'][1] == pytest.approx(expected, abs=0.01)
-    assert rows['top-1, %'][0] == rows['top-1 after BatchNorm recalibration, %'][0]
+    assert rows['top-1 after compensation, %'][1] == pytest.approx(expected, abs=0.01)
+    assert rows['top-1, %'][0] == rows['top-1 after compensation, %'][0]
     assert not torch.equal(slim.bn1.running_mean, torch.zeros_like(slim.bn1.running_mean))
 
 
-def test_a_model_without_batchnorm_is_not_recalibrated(images, tmp_path, capsys):
-    data = ['--data-dir', str(images), '-b', '4', '--num-batches', '1', '-j', '0']
+def test_compensation_can_be_left_out(images, tmp_path, capsys):
+    data = ['--data-dir', str(images), '-b', '4', '--num-batches', '1', '-j', '0', '--no-compensate']
     model = ['test_vit', '--num-classes', '2']
     assert main(['prune', *model, '--macs', '0.7', *data, '-o', str(tmp_path / 'out')]) == 0
     out, err = capsys.readouterr()
-    assert 'top-1, %' in table(out) and 'recalibration' not in out + err
+    assert 'top-1, %' in table(out) and 'compensat' not in out + err
 
 
 def test_images_for_calibration_are_not_all_of_one_class(images):

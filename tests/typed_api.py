@@ -49,6 +49,8 @@ assert_type(timm_epfs.save_pretrained(slim, 'folder'), Path)
 assert_type(timm_epfs.push_to_hub(slim, 'me/half', dry_run=True).files, Tuple[str, ...])
 assert_type(timm_epfs.CRITERIA['l2'], Criterion)
 timm_epfs.recalibrate_bn(slim, batches)
+timm_epfs.recalibrate_bn(slim, batches, dense=model)
+timm_epfs.compensate(slim, model, batches)
 timm_epfs.register('half', slim.pruning_plan, weights='folder')
 timm_epfs.plot(slim).savefig('layers.png')
 try:

@@ -4,8 +4,8 @@
 
 The packages, in the order in which data flows; each knows only those before it:
 
-``core`` → ``trace`` → ``activations`` → ``importance`` → ``latency`` → ``allocate`` → ``plan`` → ``surgery`` → ``zoo`` → ``pruner`` →
-``learn`` → ``report`` → ``hub`` → ``training`` → ``deploy`` → ``cli``
+``core`` → ``trace`` → ``activations`` → ``importance`` → ``latency`` → ``allocate`` → ``plan`` → ``surgery`` → ``zoo``
+→ ``pruner`` → ``learn`` → ``report`` → ``hub`` → ``training`` → ``deploy`` → ``cli``
 """
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, List
@@ -16,19 +16,19 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .hub import push_to_hub
-    from .importance import CRITERIA, recalibrate_bn
+    from .importance import CRITERIA
     from .learn import BNSFP, EPFS, SFP, SSS, OneShot, Scratch
     from .plan import Plan, PrunedModel
     from .pruner import Pruner, inspect, prune
     from .report import plot
-    from .surgery import compensate, rebuild, slice_checkpoint
+    from .surgery import compensate, rebuild, recalibrate_bn, slice_checkpoint
     from .zoo import save_pretrained
     from .zoo.variants import register
 
 __all__ = [
     'BNSFP', 'Budget', 'CRITERIA', 'EPFS', 'OneShot', 'Plan', 'PrunedModel', 'Pruner', 'PruningError', 'SFP', 'SSS',
-    'Scratch', '__version__', 'compensate', 'inspect', 'plot', 'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn', 'register',
-    'save_pretrained', 'slice_checkpoint',
+    'Scratch', '__version__', 'compensate', 'inspect', 'plot', 'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn',
+    'register', 'save_pretrained', 'slice_checkpoint',
 ]
 
 # Where each name that is loaded on first use lives.
@@ -49,7 +49,7 @@ _HOMES = {
     'prune': 'pruner',
     'push_to_hub': 'hub',
     'rebuild': 'surgery',
-    'recalibrate_bn': 'importance',
+    'recalibrate_bn': 'surgery',
     'register': 'zoo.variants',
     'save_pretrained': 'zoo',
     'slice_checkpoint': 'surgery',

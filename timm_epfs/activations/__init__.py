@@ -11,5 +11,6 @@ from .sampling import sample_positions
 from .watch import Call, NormCall, Watch
 
 __all__ = [
-    'Call', 'LinearCall', 'Lockstep', 'NormCall', 'Reader', 'Sums', 'Watch', 'image_batches', 'list_readers', 'sample_positions', 'solve_ridge',
+    'Call', 'LinearCall', 'Lockstep', 'NormCall', 'Reader', 'Sums', 'Watch', 'image_batches', 'list_readers',
+    'sample_positions', 'solve_ridge',
 ]

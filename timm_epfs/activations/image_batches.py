@@ -9,7 +9,8 @@ from ..core import PruningError, device_of, one_line
 
 __all__ = ['image_batches']
 
-PIXELS = 400_000  # pixels in a batch; activations of larger batches are slow to allocate on a CPU
+# More images than this cost more memory than they are worth, larger batches than this too.
+IMAGES, PIXELS, BATCH_PIXELS = 1024, 2 ** 24, 2 ** 20
 
 
 def image_batches(data: Any, model: nn.Module, images: Optional[int] = None) -> List[Tensor]:
@@ -19,22 +20,23 @@ def image_batches(data: Any, model: nn.Module, images: Optional[int] = None) -> 
         data: Images in one tensor, a list of batches, or a loader. A batch is a tensor of images, shape
             (images, channels, height, width), or a tuple or list that starts with one.
         model: The model.
-        images: Largest number of images to use. None: all.
+        images: Largest number of images to use. None: 1,024, or as many as have 16 million pixels, if these are fewer.
 
     Raises:
         PruningError: There are no images, or they aren't images that a model can run.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     batches: List[Tensor] = []
-    left = images
+    found = 0
     for batch in [data] if isinstance(data, Tensor) else _iterate(data):
-        batch = _checked(batch)[:left]
-        size = max(1, PIXELS // batch[0, 0].numel()) if batch.ndim > 2 else len(batch)
-        batches += batch.to(device_of(model), dtype).split(size)
-        if left is not None:
-            left -= len(batch)
-            if left <= 0:
-                break
+        batch = _checked(batch)
+        pixels = batch[0, 0].numel() if batch.ndim > 2 else 1
+        most = min(IMAGES, max(1, PIXELS // pixels)) if images is None else images
+        batch = batch[:most - found].to(device_of(model), dtype)
+        batches += batch.split(max(1, BATCH_PIXELS // pixels))
+        found += len(batch)
+        if found >= most:
+            break
     if not batches:
         raise PruningError('found no images; give at least one batch of them')
     return batches

@@ -6,7 +6,7 @@ from typing import Dict, Optional, Tuple
 import torch
 from torch import Tensor
 
-from ..core.processes import summed, world_size
+from ..core import summed, world_size
 
 __all__ = ['Sums', 'solve_ridge']
 

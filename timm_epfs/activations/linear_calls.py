@@ -84,6 +84,11 @@ class LinearCall:
         return self.args.get('groups', 1)
 
     @property
+    def channels(self) -> int:
+        """Number of channels or features that it reads."""
+        return self.weight.shape[0] if self.transposed else self.weight.shape[1] * self.groups
+
+    @property
     def transposed(self) -> bool:
         """Whether it is a transposed convolution."""
         return self.function in _TRANSPOSED_FUNCTIONS
@@ -121,17 +126,15 @@ class LinearCall:
         length = self.input.shape[0] if self.input.ndim > 1 else 1
         return self.images if length % self.images == 0 else 1
 
-    def outputs(self, output: Tensor, at: Tensor, keep: Tensor) -> Tensor:
-        """Some output channels at some positions, shape (images, positions, channels).
+    def outputs(self, at: Tensor) -> Tensor:
+        """What it returns at some output positions, shape (images, positions, channels), without running it.
 
         Args:
-            output: What the call returned.
             at: Positions, shape (positions,).
-            keep: Output channels, or output features of a linear layer, shape (channels,).
         """
-        if not self.is_convolution:
-            return output.reshape(self._leading, -1, output.shape[-1])[:, at[:, None], keep]
-        return output.flatten(2)[:, keep[:, None], at].transpose(1, 2)
+        outputs = self.rows(at) @ self.matrix(self.weight)[:, None]
+        outputs = outputs.permute(1, 2, 0, 3).flatten(2)
+        return outputs if self.bias is None else outputs + self.bias
 
     def grouped(self, outputs: Tensor) -> Tensor:
         """Outputs with the last dim split by groups, shape (groups, images, positions, outputs of a group)."""

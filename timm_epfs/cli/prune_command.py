@@ -11,10 +11,11 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from ..core import PruningError, aligned_table, one_line, progress, step
-from ..importance import CRITERIA, recalibrate_bn
+from ..importance import CRITERIA
 from ..latency import latencies, latency_note
 from ..pruner import prune
 from ..report import compare, image_loader, image_splits, random_images, table, top1
+from ..surgery import compensate
 from ..zoo import check_free, check_readable, create_model, load_weights, save_pretrained
 from .arguments import KeyValues, add_budget_arguments, add_choice_arguments, given_model_args, positive
 
@@ -29,7 +30,7 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     _add_cut_arguments(parser.add_argument_group('what to cut'))
     _add_output_arguments(parser.add_argument_group('weights and output'))
     _add_data_arguments(
-        parser.add_argument_group('data', 'Images for BatchNorm recalibration, for top-1 and for some criteria.'))
+        parser.add_argument_group('data', 'Images for compensation, for top-1 and for some criteria.'))
     parser.set_defaults(run=_prune)
 
 
@@ -66,14 +67,17 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
         '--dataset', default='', metavar='NAME', help='dataset type, as in timm (default: a folder or .tar of images)')
     group.add_argument(
         '--train-split', default='train', metavar='NAME',
-        help='split for the criterion and for recalibration (default: %(default)s)')
+        help='split for the criterion and for compensation (default: %(default)s)')
     group.add_argument(
         '--val-split', default='validation', metavar='NAME', help='split for top-1 (default: %(default)s)')
     group.add_argument(
         '-b', '--batch-size', type=positive, default=128, metavar='N', help='images per batch (default: %(default)s)')
     group.add_argument(
         '--num-batches', type=positive, default=32, metavar='N',
-        help='batches of training images for the criterion and for recalibration (default: %(default)s)')
+        help='batches of training images for the criterion and for compensation (default: %(default)s)')
+    group.add_argument(
+        '--no-compensate', dest='compensate', action='store_false',
+        help='leave the weights that stay as they are (default: with --data-dir, they make up for those that went)')
     group.add_argument(
         '-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N',
         help='processes that load images (default: %(default)s; the number of CPU cores, at most 4)')
@@ -95,14 +99,14 @@ def _prune(args: argparse.Namespace) -> None:
     with step(f'cutting {args.model}'):
         slim = prune(
             dense, args.macs, args.params, latency=args.latency, latency_batch_size=args.latency_batch_size,
-            data=_first_batches(train, args, f'scoring by {args.criterion}') if train else None, seed=args.seed,
-            example_input=images, **options,
+            data=_first_batches(train, args, f'scoring by {args.criterion}') if train else None,
+            compensate=False, seed=args.seed, example_input=images, **options,
         )
-    before_recalibration = slim
-    if train and _has_batch_norm(slim):
-        before_recalibration = copy.deepcopy(slim)
-        recalibrate_bn(slim, _first_batches(train, args, 'recalibrating BatchNorm'))
-    accuracy = _accuracy(dense, before_recalibration, slim, val) if val else {}
+    before_compensation = slim
+    if train and args.compensate:
+        before_compensation = copy.deepcopy(slim)
+        compensate(slim, dense, islice(train, args.num_batches))
+    accuracy = _accuracy(dense, before_compensation, slim, val) if val else {}
     with step('measuring latency'):
         latency_ms = latencies([dense, slim], images.to(args.device))
     with step(f'saving to {args.output}'):
@@ -124,7 +128,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _loaders(args: argparse.Namespace, model: nn.Module, images: torch.Tensor) -> Tuple[Any, Any]:
-    """Batches for scoring and recalibration, and batches for evaluation."""
+    """Batches for scoring and compensation, and batches for evaluation."""
     splits = (args.train_split, args.val_split)
     train, val = image_splits(args.data_dir, splits, args.dataset, getattr(model, 'num_classes', None))
     config = resolve_data_config({'input_size': tuple(images.shape[1:])}, model=model)
@@ -144,19 +148,15 @@ def _with_progress(batches: Iterable, task: str, total: int) -> Iterator:
         yield from progress(batches, task, total)
 
 
-def _has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-
-
 def _accuracy(
         dense: nn.Module,
-        before_recalibration: nn.Module,
+        before_compensation: nn.Module,
         slim: nn.Module,
         val: Any,
 ) -> Dict[str, Tuple[float, float]]:
-    """Top-1 in percent of the dense model and of the pruned one, before and, if it was done, after recalibration."""
-    pruned = {'top-1, %': before_recalibration}
-    if slim is not before_recalibration:
-        pruned['top-1 after BatchNorm recalibration, %'] = slim
+    """Top-1 in percent of the dense model and of the pruned one, before and, if it was done, after compensation."""
+    pruned = {'top-1, %': before_compensation}
+    if slim is not before_compensation:
+        pruned['top-1 after compensation, %'] = slim
     dense_top1, *pruned_top1 = top1([dense, *pruned.values()], _with_progress(val, 'measuring top-1', len(val)))
     return {label: (dense_top1, value) for label, value in zip(pruned, pruned_top1)}

@@ -12,7 +12,7 @@ DELAY = 2.0  # seconds
 
 
 def progress(
-        batches: Iterable,
+        batches: Optional[Iterable],
         what: str,
         total: Optional[int] = None,
         *,
@@ -22,7 +22,7 @@ def progress(
     """The batches, with a progress bar.
 
     Args:
-        batches: What is iterated over.
+        batches: What is iterated over. None: the caller updates the bar.
         what: What is being done, in front of the bar.
         total: Number of batches. None: their length, where they have one.
         delay: Seconds until the bar shows.

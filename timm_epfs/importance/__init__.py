@@ -1,8 +1,7 @@
 """Scores how much each unit matters.
 
-In: structures, weights and, for some criteria, images. Out: one score per unit, higher = keep; BatchNorm statistics.
+In: structures, weights and, for some criteria, images. Out: one score per unit, higher = keep.
 """
-from .batch_norm import recalibrate_bn
 from .criteria import CRITERIA, WITHOUT_DATA, Criterion, check_criterion, score
 
-__all__ = ['CRITERIA', 'WITHOUT_DATA', 'Criterion', 'check_criterion', 'recalibrate_bn', 'score']
+__all__ = ['CRITERIA', 'WITHOUT_DATA', 'Criterion', 'check_criterion', 'score']

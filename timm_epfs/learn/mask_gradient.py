@@ -3,9 +3,8 @@ from typing import Any, Dict, Mapping, Optional
 
 import torch
 
-from ..core import PruningError
+from ..core import PruningError, summed, world_size
 from ..surgery import Masks
-from ..core.processes import summed, world_size
 
 __all__ = ['MaskGradient']
 

@@ -7,12 +7,11 @@ import torch
 from torch import nn
 
 from ..allocate import Allocation
-from ..core import Budget, Structure
+from ..core import Budget, Structure, from_first
 from ..importance import score
 from ..plan import make_plan
 from ..pruner import Allocator
 from ..surgery import cut_copy
-from ..core.processes import from_first
 from .setup import Setup
 
 __all__ = ['Selector']

@@ -1,8 +1,8 @@
 """``Pruner``: a model, its trace, its scores and its latencies, for any number of cuts."""
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from inspect import signature
-from typing import Any, Callable, Dict, FrozenSet, Iterable, Optional, Sequence, Tuple, Union, cast
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, Optional, Sequence, Tuple, Union, cast
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from ..core import DEFAULT_KINDS, Budget, PruningError, kinds_named, refuse_unkn
 from ..importance import WITHOUT_DATA, check_criterion, score
 from ..latency import DeviceLatency
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
+from ..surgery import compensate as compensate_cut
 from ..surgery import cut_copy
 from ..zoo import base_of
 from .allocator import Allocator
@@ -45,7 +46,8 @@ class Pruner:
 
     Args:
         model: timm name, ``'torchvision/<name>'``, ``'local-dir:<folder>'``, ``'hf-hub:<repo>'``, or any module.
-        data: Batches (images, targets), for criteria that need them.
+        data: Batches of images, or tuples that start with images: every cut is then compensated. Criteria that need
+            data take batches (images, targets).
         loss_fn: ``loss_fn(output, target)``, for the same criteria. None: cross-entropy.
         exclude: Patterns of layers whose outputs are not cut: names, prefixes of modules (``'layer1'``), or wildcards
             (``'*.conv3'``).
@@ -100,7 +102,7 @@ class Pruner:
         self.trace = trace_model(self.model, example_input, whole_heads)
         self.fixed = self._find_fixed(exclude, only)
         self.structures = tuple(s for s in self.trace.structures if s.name not in self.fixed)
-        self._data, self._loss_fn = data, loss_fn
+        self._given_data, self._loss_fn = data, loss_fn
         self._scores: Dict[Tuple[str, int], Scores] = {}  # by criterion and seed
         self._latencies: Dict[int, DeviceLatency] = {}  # by batch size
         self._equal_cuts: Dict[Tuple, float] = {}
@@ -110,6 +112,11 @@ class Pruner:
         if self._earlier_plan is not None:
             fixed |= self._earlier_plan.uncomposable(self.trace.structures)
         return frozenset(fixed)
+
+    @cached_property
+    def _data(self) -> Optional[Iterable]:
+        """The data. A stream can be read only once, so it is kept for further criteria and cuts."""
+        return list(self._given_data) if isinstance(self._given_data, Iterator) else self._given_data
 
     @property
     def _earlier_plan(self) -> Optional[Plan]:
@@ -121,9 +128,18 @@ class Pruner:
             self,
             macs: Optional[Union[float, Budget]] = None,
             params: Optional[float] = None,
+            *,
+            compensate: bool = True,
             **options: Any,
     ) -> PrunedModel:
-        """Cut a copy of the model to a budget. Arguments, errors and warnings are those of ``plan``.
+        """Cut a copy of the model to a budget. All other arguments, errors and warnings are those of ``plan``.
+
+        Args:
+            macs: As in ``plan``.
+            params: As in ``plan``.
+            compensate: Whether the weights that stay make up for those that went, where the pruner has ``data``
+                (``timm_epfs.compensate``).
+            **options: As in ``plan``.
 
         Returns:
             A smaller model of the same class, with its ``pruning_plan``.
@@ -136,7 +152,10 @@ class Pruner:
         """
         plan = self._plan_cut(*_request(macs, params, **options))
         slim = cast(PrunedModel, cut_copy(self.model, plan))
-        slim.pruning_plan = self.composed(plan)
+        slim.pruning_plan = plan
+        if compensate and self._given_data is not None:
+            compensate_cut(slim, self.model, self._data)
+        slim.pruning_plan = self.composed(slim.pruning_plan)
         return slim
 
     def plan(

@@ -32,6 +32,7 @@ def prune(
         kinds: Sequence[str] = DEFAULT_KINDS,
         streams: Optional[bool] = None,
         data: Optional[Iterable] = None,
+        compensate: bool = True,
         loss_fn: Optional[Callable] = None,
         seed: int = 0,
         example_input: Optional[Example] = None,
@@ -78,7 +79,9 @@ def prune(
             without ``'heads'``, the same dims of all heads of a layer are cut.
         streams: Whether to cut residual streams that are normalised over their channels (ViT, ConvNeXt). Such a cut is
             never exact. None: only if the budget can't be met otherwise, with a warning.
-        data: Batches (images, targets), for criteria that need them.
+        data: Batches of images, or tuples that start with images: the weights that stay then make up for those that
+            went (``timm_epfs.compensate``). Criteria that need data take batches (images, targets).
+        compensate: Whether to do so.
         loss_fn: ``loss_fn(output, target)``, for the same criteria. None: cross-entropy.
         seed: Seed of ``criterion='random'``, and of the targets that ``'obdc'`` draws.
         example_input: Input of the forward, for models that don't declare it: a tensor, a tuple of positional or a dict
@@ -102,8 +105,8 @@ def prune(
         example_input=example_input, device=device, pretrained=pretrained, base=base, **model_args,
     )
     return pruner(
-        macs, params, latency=latency, latency_batch_size=latency_batch_size, criterion=criterion, scope=scope,
-        widths=widths, round_to=round_to, floor=floor, ratios=ratios, seed=seed,
+        macs, params, compensate=compensate, latency=latency, latency_batch_size=latency_batch_size,
+        criterion=criterion, scope=scope, widths=widths, round_to=round_to, floor=floor, ratios=ratios, seed=seed,
     )
 
 

@@ -1,8 +1,10 @@
 """The only package that changes a model.
 
-In: a plan, or masks, and a dense model or checkpoint. Out: the smaller model or checkpoint, or the masked model.
+In: a plan, or masks, and a dense model or checkpoint; images. Out: the smaller model or checkpoint, with weights that
+make up for the cut; or the masked model.
 """
 from .bases import TORCHVISION, build_base
+from .batch_norm import recalibrate_bn
 from .compensation import compensate
 from .copying import cut_copy
 from .cutting import apply_plan
@@ -12,5 +14,5 @@ from .state_dicts import inflate_checkpoint, slice_checkpoint
 
 __all__ = [
     'TORCHVISION', 'Masks', 'Skeleton', 'apply_plan', 'build_base', 'compensate', 'cut_copy', 'inflate_checkpoint',
-    'is_maskable', 'is_masked', 'rebuild', 'slice_checkpoint',
+    'is_maskable', 'is_masked', 'rebuild', 'recalibrate_bn', 'slice_checkpoint',
 ]

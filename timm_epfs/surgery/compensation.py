@@ -1,6 +1,6 @@
 """``compensate``: weights and BatchNorm statistics with which a cut model makes up for the units that went."""
 from dataclasses import replace
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import numpy as np
 import torch
@@ -12,23 +12,21 @@ from ..plan import Plan
 from .reconstruction import Reconstruction
 from .tensors import tensor_misfits, wrong_base
 
-__all__ = ['compensate']
-
-IMAGES = 1024
+__all__ = ['compensate', 'plan_of', 'reconstruct']
 
 
 def compensate(
         model: nn.Module,
         dense: nn.Module,
         images: Any,
-        num_images: Optional[int] = IMAGES,
+        num_images: Optional[int] = None,
 ) -> nn.Module:
     """Make up for the units that a cut removed, in place, from a few hundred images without labels or training.
 
     Every linear layer and convolution gets the weights with which it comes nearest to the outputs of the dense model's
     layer, from what it now reads (least squares); BatchNorm's statistics follow (``surgery/reconstruction.py`` has the
-    equations). A layer that gets no better on images that were held out stays as it is. Layers that the forward uses
-    twice, and weights that are changed before they are used (weight standardisation), stay as they are, too.
+    equations). What stays as it is: a layer that gets no better on images that were held out, depthwise convolutions,
+    layers that the forward uses twice, and weights that are changed before they are used (weight standardisation).
 
     All images pass through both models side by side, layer by layer, so memory grows with their number: it holds what
     one layer reads and writes of all of them.
@@ -46,7 +44,8 @@ def compensate(
         dense: The dense model, with the weights that the cut model had before.
         images: Images in one tensor, a list of batches, or a loader. A batch is a tensor of images, or a tuple that
             starts with one.
-        num_images: Largest number of images to use. None: all.
+        num_images: Largest number of images to use. None: 1,024, or as many as have 16 million pixels, if these are
+            fewer (334 of 224 x 224).
 
     Returns:
         The same model. The recipe of its plan says how many images were used.
@@ -58,9 +57,7 @@ def compensate(
     Warns:
         UserWarning: A layer has more inputs than there are rows to fit it on.
     """
-    plan = getattr(model, 'pruning_plan', None)
-    if not isinstance(plan, Plan):
-        raise PruningError('the model has no pruning_plan, so it wasn\'t cut by timm_epfs; give a cut model')
+    plan = plan_of(model)
     reconstruction, used = reconstruct(model, dense, plan, images, num_images)
     if reconstruction.scarce:
         warn(
@@ -70,12 +67,24 @@ def compensate(
     return model
 
 
+def plan_of(model: nn.Module) -> Plan:
+    """The plan by which a model was cut.
+
+    Raises:
+        PruningError: It has none.
+    """
+    plan = getattr(model, 'pruning_plan', None)
+    if not isinstance(plan, Plan):
+        raise PruningError('the model has no pruning_plan, so it wasn\'t cut by timm_epfs; give a cut model')
+    return plan
+
+
 def reconstruct(
         model: nn.Module,
         dense: nn.Module,
         plan: Plan,
         images: Any,
-        num_images: Optional[int],
+        num_images: Optional[int] = None,
         weights: bool = True,
 ) -> Tuple[Reconstruction, int]:
     """Reconstruct a cut model's layers in place, or leave it as it was.

@@ -10,27 +10,36 @@ layer's inputs in the cut model as rows, Y the outputs of the dense layer, and W
 ridge regression towards W, with intercept where there is a bias or a BatchNorm behind it. Rows of an eighth of the
 images are held out: ρ is chosen on them, and a layer that isn't better on them stays as it is.
 
-At a BatchNorm layer, the statistics are changed by what the cut changes on these images: mean + (cut − dense), variance
+BatchNorm's statistics are changed by what the cut changes on these images: mean + (cut − dense), variance
 × cut / dense. Statistics estimated from a few hundred images alone would be noise; their difference isn't, as both
 models see the same images (control variates).
 
 Source: He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, section 3.1, for the least
 squares. Ridge towards the weights that are there, the held-out rows and the control variates are our reading.
 """
-from typing import Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..activations import (
-    Call, LinearCall, Lockstep, NormCall, Sums, Watch, list_readers, sample_positions, solve_ridge,
+    Call,
+    LinearCall,
+    Lockstep,
+    NormCall,
+    Sums,
+    Watch,
+    list_readers,
+    sample_positions,
+    solve_ridge,
 )
-from ..core.processes import summed
+from ..core import progress, summed
 
 __all__ = ['Reconstruction']
 
 HELD_OUT = 8  # every eighth image
+EXACT = 1e-9  # residuals with a smaller share of the outputs' energy are rounding errors: nothing before was cut
 
 
 class Reconstruction:
@@ -64,10 +73,17 @@ class Reconstruction:
         self.solved: List[str] = []
         self.scarce: List[str] = []
         readers, self.shared = list_readers(model, batches[0][:1])
-        self._layers = {name: reader for name, reader in readers.items() if weights or reader.is_norm}
+        # BatchNorm right behind a layer that is reconstructed is corrected together with it.
+        solved = {name: reader for name, reader in readers.items() if weights and _may_change(reader.call)}
+        behind = {reader.norm for reader in solved.values()}
+        self._norms = {name: readers[name].call for name in behind if name in readers}
+        self._layers = {
+            name: reader for name, reader in readers.items()
+            if name in solved or reader.is_norm and name not in behind
+        }
         self._lockstep = Lockstep(self._reconstruct)
         self._targets: Dict[int, Tuple[Tensor, Tensor]] = {}  # by batch: positions, and the dense layer's outputs there
-        self._moments: Tuple[List[Tensor], List[Tensor]] = ([], [])  # of a BatchNorm's inputs, dense and cut
+        self._moments: Tuple[List[Tensor], List[Tensor]] = ([], [])  # of what BatchNorm reads, dense and cut
         self._sums = Sums(), Sums()  # of the rows to fit on and of those held out
         self._call: Call
 
@@ -79,22 +95,22 @@ class Reconstruction:
         """
         count = len(self._batches)
         if self._layers:
-            self._lockstep.run([self._run_dense] * count + [self._run_cut] * count)
+            with progress(None, 'compensating', len(self._layers)) as self._bar:
+                self._lockstep.run([self._run_dense] * count + [self._run_cut] * count)
 
     def _run_dense(self, number: int) -> None:
         batch = self._batches[number]
 
         def handle(name: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
-            if name not in self._layers:
-                return run()
-            output = run()
-            if isinstance(call, NormCall):
-                self._moments[0].append(_moments(call.input))
-            else:
-                at = sample_positions(name, call.positions, self._images, self._features(name)).to(output.device)
-                self._targets[number] = at, call.outputs(output, at, self._kept_outputs(name, call))
-            self._lockstep.meet(number, name)
-            return output
+            if name in self._layers:
+                if isinstance(call, NormCall):
+                    self._moments[0].append(_moments(call.input))
+                else:
+                    groups, features, _ = self._shape(name)
+                    at = sample_positions(name, call.positions, self._images, groups, features).to(batch.device)
+                    self._targets[number] = at, call.outputs(at)[..., self._kept_outputs(name, call)].float()
+                self._lockstep.meet(number, name)
+            return run()
 
         with torch.no_grad(), Watch(self._dense, len(batch), handle):
             self._dense(batch)
@@ -116,9 +132,10 @@ class Reconstruction:
         with torch.no_grad(), Watch(self._model, len(batch), handle):
             self._model(batch)
 
-    def _features(self, name: str) -> int:
+    def _shape(self, name: str) -> Tuple[int, int, int]:
+        """Groups, features and outputs of a group of a layer of the cut model."""
         call = self._layers[name].call
-        return call.matrix(call.weight).shape[1]
+        return tuple(call.matrix(call.weight).shape)
 
     def _kept_outputs(self, name: str, call: LinearCall) -> Tensor:
         """Output channels of a dense layer that the cut layer has."""
@@ -134,10 +151,8 @@ class Reconstruction:
     def _add_rows(self, index: int, call: LinearCall) -> None:
         at, targets = self._targets.pop(index)
         rows = call.rows(at).float()
-        predicted = rows @ call.matrix(call.weight).float()[:, None]
-        if call.bias is not None:
-            predicted = predicted + call.bias.float().view(call.groups, 1, 1, -1)
-        residuals = call.grouped(targets.float()) - predicted
+        residuals = call.grouped(targets - call.outputs(at))
+        self._moments[0].append(_moments(targets.flatten(0, 1)))
         _, images, positions, _ = rows.shape
         numbers = torch.arange(images * positions, device=rows.device)
         if self._images >= HELD_OUT and images == len(self._batches[index]):
@@ -147,24 +162,46 @@ class Reconstruction:
             sums.add(rows.flatten(1, 2)[:, chosen], residuals.flatten(1, 2)[:, chosen])
 
     def _reconstruct(self, name: str) -> None:
+        dense = _pool(self._moments[0])
         if isinstance(self._call, NormCall):
-            _correct(self._call, *(_pool(moments) for moments in self._moments), self._kept.get((name, 0)))
+            kept = self._kept.get((name, 0))
+            if kept is not None:
+                dense = dense[:, torch.from_numpy(kept).to(dense.device)]
+            _correct(self._call, dense, _pool(self._moments[1]))
         else:
-            self._solve(name, self._call)
+            self._solve(name, self._call, dense)
         self._moments, self._sums = ([], []), (Sums(), Sums())
+        self._bar.update()
 
-    def _solve(self, name: str, call: LinearCall) -> None:
+    def _solve(self, name: str, call: LinearCall, dense: Tensor) -> None:
+        """Give a layer the weights that reconstruct it, and correct the BatchNorm behind it.
+
+        Args:
+            name: Name of its weight.
+            call: Its call.
+            dense: Mean and variance of the dense layer's outputs, shape (2, channels).
+        """
         fit, held_out = (sums.over_processes() for sums in self._sums)
-        if fit.count + held_out.count < self._features(name):
+        whole = fit + held_out
+        if float(whole.rr.sum()) <= EXACT * whole.count * float(dense[0].square().sum() + dense[1].sum()):
+            return
+        if whole.count < self._shape(name)[1]:
             self.scarce.append(name)
         solution = solve_ridge(fit, held_out, call.bias is not None or bool(self._layers[name].norm))
-        if solution is None:
-            return
-        matrix, intercept = solution
-        call.weight.add_(call.weight_of(matrix).to(call.weight))
-        if call.bias is not None:
-            call.bias.add_(intercept.flatten().to(call.bias))
-        self.solved.append(name)
+        if solution is not None:
+            matrix, intercept = solution
+            call.weight.add_(call.weight_of(matrix).to(call.weight))
+            if call.bias is not None:
+                call.bias.add_(intercept.flatten().to(call.bias))
+            self.solved.append(name)
+        norm = self._norms.get(self._layers[name].norm)
+        if norm is not None:
+            _correct(norm, dense, _output_moments(call, whole))
+
+
+def _may_change(call: Call) -> bool:
+    """Whether it is a layer that could make up for anything: a depthwise convolution reads one channel per output."""
+    return isinstance(call, LinearCall) and not 1 < call.groups == call.channels
 
 
 def _moments(inputs: Tensor) -> Tensor:
@@ -175,22 +212,30 @@ def _moments(inputs: Tensor) -> Tensor:
     return torch.stack([torch.full_like(mean, count), mean, square]).double()
 
 
-def _pool(moments: Sequence[Tensor]) -> Tuple[Tensor, Tensor]:
-    """Mean and variance by channel, of all batches and processes."""
+def _pool(moments: Sequence[Tensor]) -> Tensor:
+    """Mean and variance by channel, of all batches and processes, shape (2, channels)."""
     count, mean, square = torch.stack(list(moments)).unbind(1)
     total = summed(torch.stack([count.sum(0), (count * mean).sum(0), (count * square).sum(0)]))
     mean = total[1] / total[0]
-    return mean, total[2] / total[0] - mean.square()
+    return torch.stack([mean, total[2] / total[0] - mean.square()])
 
 
-def _correct(
-        call: NormCall,
-        dense: Tuple[Tensor, Tensor],
-        cut: Tuple[Tensor, Tensor],
-        kept: Optional[np.ndarray],
-) -> None:
-    """Change BatchNorm's statistics by what the cut changes of them."""
-    mean, variance = dense if kept is None else (values[torch.from_numpy(kept).to(values.device)] for values in dense)
-    ratio = torch.where((variance > 0) & (cut[1] > 0), cut[1] / variance, 1.0)
-    call.running_mean.add_((cut[0] - mean).to(call.running_mean))
+def _output_moments(call: LinearCall, sums: Sums) -> Tensor:
+    """Mean and variance of what a layer now returns for the rows of some sums, shape (2, channels)."""
+    matrix, mean = call.matrix(call.weight).double(), sums.x / sums.count
+    outputs = torch.einsum('gf,gfo->go', mean, matrix).flatten()
+    variance = (matrix * (sums.centred().xx / sums.count @ matrix)).sum(1).flatten()
+    return torch.stack([outputs if call.bias is None else outputs + call.bias.double(), variance])
+
+
+def _correct(call: NormCall, dense: Tensor, cut: Tensor) -> None:
+    """Change BatchNorm's statistics by what the cut changes of them.
+
+    Args:
+        call: BatchNorm of the cut model.
+        dense: Mean and variance of what it reads in the dense model, shape (2, channels).
+        cut: The same in the cut model.
+    """
+    ratio = torch.where((dense[1] > 0) & (cut[1] > 0), cut[1] / dense[1], 1.0)
+    call.running_mean.add_((cut[0] - dense[0]).to(call.running_mean))
     call.running_var.mul_(ratio.to(call.running_var))

@@ -6,15 +6,25 @@ import torch
 from torch import nn
 
 from ..core import PruningError, eval_mode, warn
+from .compensation import plan_of, reconstruct
 
 __all__ = ['recalibrate_bn']
 
 
-def recalibrate_bn(model: nn.Module, loader: Iterable[Any], batches: Optional[int] = None) -> nn.Module:
+def recalibrate_bn(
+        model: nn.Module,
+        loader: Iterable[Any],
+        batches: Optional[int] = None,
+        dense: Optional[nn.Module] = None,
+) -> nn.Module:
     """Estimate the running statistics of every BatchNorm layer again, in place.
 
     Cutting channels changes the distribution of the inputs of later layers. A few dozen batches, without labels or
     gradients, recover much of the accuracy. The statistics become the plain average over the batches.
+
+    With the ``dense`` model, the statistics that are there are corrected by what the cut changes of them on these
+    images: mean + (cut − dense), variance · cut / dense. From a few hundred images this is much less noisy (control
+    variates). ``compensate`` does the same, and also solves for better weights.
 
     Only BatchNorm runs in training mode; dropout and stochastic depth stay off. This is why
     ``torch.optim.swa_utils.update_bn`` isn't used: it sets the whole model to training mode, and leaves the statistics
@@ -25,12 +35,14 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], batches: Optional[in
         model: A model on any device. A model without BatchNorm is returned unchanged, with a warning.
         loader: Batches of images, or tuples that start with images.
         batches: Largest number of batches to use. None: all.
+        dense: The dense model that a model with a ``pruning_plan`` was cut from.
 
     Returns:
         The same model.
 
     Raises:
-        PruningError: The loader gave no batch. The statistics are unchanged.
+        PruningError: The loader gave no batch; or a dense model was given with a model that wasn't cut from it. The
+            statistics are unchanged.
 
     Warns:
         UserWarning: The model has no BatchNorm with running statistics.
@@ -41,6 +53,9 @@ def recalibrate_bn(model: nn.Module, loader: Iterable[Any], batches: Optional[in
     ]
     if not norms:
         warn('recalibrate_bn: the model has no BatchNorm with running statistics, so nothing was done')
+        return model
+    if dense is not None:
+        reconstruct(model, dense, plan_of(model), islice(loader, batches), weights=False)
         return model
 
     before = [
