@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 _ONE_BUDGET = 'required: one of --macs, --params, --latency'
-_PATTERNS = "names, modules (layer1) or wildcards ('*.conv3')"
+_PATTERNS = "names of layers or modules (layer1), with or without wildcards ('*.conv3')"
 
 
 class KeyValues(ParseKwargs):
