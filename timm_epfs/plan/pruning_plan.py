@@ -18,7 +18,7 @@ from .limits import MAX_CHARACTERS, check_text
 from .parsing import parse_plan
 from .writing import plan_values
 
-__all__ = ['Plan', 'recipe_steps']
+__all__ = ['Plan', 'check_plan', 'recipe_steps']
 
 
 def recipe_steps(recipe: Mapping[str, Any]) -> List[Mapping[str, Any]]:
@@ -187,6 +187,13 @@ class Plan:
         except (OSError, UnicodeDecodeError) as e:
             raise PruningError(f'plan not read from {path}: {getattr(e, "strerror", None) or "not UTF-8 text"}') from e
         return cls.from_json(text)
+
+
+def check_plan(plan: Any) -> None:
+    """Raise ``PruningError`` where something else was given in place of a plan."""
+    if not isinstance(plan, Plan):
+        raise PruningError(
+            f'the plan is of type {type(plan).__name__}; give a Plan, such as slim.pruning_plan or Plan.load(path)')
 
 
 def _goes(name: str, blocks: Mapping[str, Sequence[str]]) -> bool:

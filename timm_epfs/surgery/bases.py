@@ -83,8 +83,18 @@ def _build_on(
             return _build_torchvision(base, base_args)
         if '/' in base or ':' in base or not timm.is_model(base.partition('.')[0]):
             raise _unknown_base(base, timm.list_models())
-        with one_line(f'{base} can\'t be built with {reprlib.repr(base_args)}'):
-            return timm.create_model(base, **{**create_args, **base_args})
+        with one_line(_not_built(base, base_args)):
+            try:
+                return timm.create_model(base, **{**create_args, **base_args})
+            except OSError:
+                if not create_args.get('pretrained'):
+                    raise
+                with one_line(f'the weights of {base}, which pretrained=True asks for, can\'t be fetched'):
+                    raise
+
+
+def _not_built(base: str, args: Mapping[str, Any]) -> str:
+    return f'{base} can\'t be built' + (f' with {reprlib.repr(args)}' if args else '')
 
 
 @contextmanager
@@ -104,7 +114,7 @@ def _build_torchvision(base: str, args: Mapping[str, Any]) -> nn.Module:
     accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
     # Detection and segmentation models fetch a backbone unless told not to.
     no_weights = {arg: None for arg in ('weights', 'weights_backbone') if arg in accepted}
-    with one_line(f'{base} can\'t be built with {reprlib.repr(args)}'):
+    with one_line(_not_built(base, args)):
         return torchvision.models.get_model(name, **no_weights, **args)
 
 
