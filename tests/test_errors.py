@@ -72,7 +72,7 @@ BAD_CALLS = {
     'unknown argument': call('colour', model='test_resnet', macs=0.5, colour=1),
     'arguments for a module': call('num_classes=', model=nn.Linear(2, 2), macs=0.5, num_classes=1),
     'no weights known': call('No pretrained weights', model='resnet20_cifar', macs=0.5, pretrained=True),
-    'a keyword of the model misspelt': call('num_clases=; did you mean num_classes=', num_clases=10, macs=0.5),
+    'a keyword of the model misspelt': call('num_clases= .* did you mean num_classes=', num_clases=10, macs=0.5),
     'weights for a module': call('pretrained=True was given with a module', model=nn.Linear(2, 2), pretrained=True),
     'target 0': call('macs=0 was given; give a share between 0 and 1', macs=0),
     'target below 0': call('params=-0.5 was given', params=-0.5),
@@ -341,6 +341,7 @@ SHELL_ERRORS = {
     'file as folder': ('prune test_resnet --macs 0.5 -o TAKEN/thesis.txt', 'is a file'),
     'unknown device': ('prune test_resnet --macs 0.5 --device abacus -o OUT', "'abacus' can't be used"),
     'bad model arguments': ('inspect test_resnet --model-kwargs colour', "'colour' is not key=value"),
+    'misspelt model arguments': ('inspect test_resnet --model-kwargs in_chan=1', 'in_chan= .* did you mean in_chans='),
     'unknown model arguments': ('inspect test_resnet --model-kwargs colour=3', 'colour'),
 }
 

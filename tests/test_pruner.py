@@ -257,6 +257,8 @@ def test_a_pruner_reports_what_it_may_cut():
         assert timm_epfs.inspect(model, **options).to_dict() == report.to_dict()
     whole = timm_epfs.inspect(model)
     assert whole.left_out == 0 and whole.macs_share > report.macs_share
+    assert f'all {whole.left_out + len(whole.structures)} structures are left out' in str(
+        timm_epfs.inspect(model, exclude=['*']))
     streams = timm_epfs.Pruner(model, streams=False).inspect()
     assert not any(row.stream for row in streams.structures) and any(row.stream for row in whole.structures)
 

@@ -1,5 +1,4 @@
 """The model that a user asks to prune: built from its name, or taken out of its wrappers."""
-import re
 from contextlib import nullcontext
 from inspect import signature
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Union
@@ -8,14 +7,12 @@ import torch
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..core import PruningError, nearest, nearest_keyword, one_line
+from ..core import PruningError, nearest_keyword, one_line
 from ..surgery import is_masked
 from ..zoo import create_model
 from .request import make_request
 
 __all__ = ['check_unmasked', 'prepare_model']
-
-_MODEL_KEYWORDS = ('num_classes', 'in_chans', 'img_size', 'global_pool', 'drop_rate', 'drop_path_rate')
 
 
 def prepare_model(
@@ -82,7 +79,6 @@ def _build(
     except PruningError as e:
         if isinstance(e.__cause__, TypeError):  # the model knows no such argument
             _refuse_misspelt(model_args, ours)
-            _refuse_unknown_to_model(e.__cause__)
         raise
     if device is None or on_meta:
         return model
@@ -99,11 +95,3 @@ def _refuse_misspelt(model_args: Mapping[str, Any], ours: Sequence[Callable]) ->
         near = nearest_keyword(name, *ours)
         if near:
             raise PruningError(f'unknown keyword {name}=; did you mean {near}=?')
-
-
-def _refuse_unknown_to_model(error: TypeError) -> None:
-    """Raise ``PruningError`` where a constructor's error is about a keyword that is nearly one of most models."""
-    unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-    near = nearest(unexpected[1], _MODEL_KEYWORDS, cutoff=0.75) if unexpected else []
-    if near:
-        raise PruningError(f'unknown keyword {unexpected[1]}=; did you mean {near[0]}=?')

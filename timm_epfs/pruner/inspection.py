@@ -87,8 +87,8 @@ class Report:
                 'nothing can be cut: every width is fixed by the input, by the output, or by an operation that mixes '
                 'channels or has no rule')
         if self.left_out:
-            options = 'exclude=, only=, kinds=, streams= or an earlier cut'
-            lines += ['', f'{self.left_out} more are left out by {options}']
+            number = f'{self.left_out} more' if self.structures else f'all {self.left_out}'
+            lines += ['', f'{number} structures are left out by exclude=, only=, kinds=, streams= or an earlier cut']
         if self.skipped:
             lines += ['', 'nothing is cut around:']
             lines += [shorten(f'  {where}: {why}', _WIDTH) for where, why in self.skipped]
