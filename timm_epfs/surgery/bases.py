@@ -99,7 +99,7 @@ def _building(base: str, args: Mapping[str, Any], pretrained: bool = False) -> I
         except TypeError as e:
             unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(e))
             near = nearest(unexpected[1], _USUAL_ARGS, cutoff=0.75) if unexpected else []
-            if near:
+            if near and unexpected[1] not in _USUAL_ARGS:
                 raise PruningError(f'unknown keyword {unexpected[1]}= of {base}; did you mean {near[0]}=?') from e
             raise
         except OSError:
