@@ -12,6 +12,9 @@ HERE = Path(__file__).parent
 README = HERE.parent / 'README.md'
 TABLES = {
     'zoo': 'zoo.md',
+    'training_free_resnet20_cifar': 'training_free_resnet20_cifar.md',
+    'training_free_resnet56_cifar': 'training_free_resnet56_cifar.md',
+    'training_free_tf_efficientnet_lite0': 'training_free_tf_efficientnet_lite0.md',
     'one_shot': 'one_shot_resnet56_cifar.md',
     'exactness': 'exactness.md',
     'latency': 'latency.md',

@@ -459,13 +459,14 @@ def test_a_whole_budget_beside_another():
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'scope': 'layer'}, "scope='layer'"),
+    ({'scope': 'layer'}, "scope='layer' was given; choose one of global"),
+    ({'scope': 'globl'}, "scope='globl' was given, nearest is 'global'; choose one of"),
     *(({'round_to': value}, 'round_to=') for value in (0, -8, 8.0, True)),
     *(({'floor': value}, 'floor=') for value in (1, -0.1, float('nan'), None)),
     ({'fixed': ['conv9']}, "fixed= names 'conv9'"),
-    ({'ratios': {'conv9*': 0.5}}, "ratios: nothing that can be cut is named 'conv9\\*'; did you mean 'conv"),
+    ({'ratios': {'conv9*': 0.5}}, "ratios: nothing that can be cut is named 'conv9\\*'; .* such as conv0"),
     ({'ratios': {'nowhere': 0.5}}, "'nowhere'; timm_epfs.inspect lists the names, such as conv0, conv1"),
-    ({'ratios': {'conv1': 0.5}, 'fixed': ['conv1']}, "'conv1'; did you mean 'conv0'"),
+    ({'ratios': {'conv1': 0.5}, 'fixed': ['conv1']}, "'conv1' matches only channels, which stay uncut because of excl"),
     *(({'ratios': {'conv1': value}}, 'share from 0 to 0.9') for value in (0.95, -0.1, float('nan'), True, 'half')),
 ])
 def test_bad_options(options, message):

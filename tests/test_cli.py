@@ -191,7 +191,7 @@ def test_compensation_can_be_left_out(images, tmp_path, capsys):
     model = ['test_vit', '--num-classes', '2']
     assert main(['prune', *model, '--macs', '0.7', *data, '-o', str(tmp_path / 'out')]) == 0
     out, err = capsys.readouterr()
-    assert 'top-1, %' in table(out) and 'compensat' not in out + err
+    assert 'top-1, %' in table(out) and 'after compensation' not in out + err
 
 
 def test_images_for_calibration_are_not_all_of_one_class(images):

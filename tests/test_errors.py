@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from timm_epfs.cli import main
@@ -55,7 +56,7 @@ class Spectrum(nn.Module):
         return self.head(torch.histc(self.conv(x).flatten(), 8).view(1, 8, 1, 1) * self.conv(x))
 
 
-IMAGE = torch.zeros(1, 3, 16, 16)
+IMAGE, LABEL = torch.zeros(1, 3, 16, 16), torch.zeros(1, dtype=torch.long)
 
 
 def call(message, **arguments):
@@ -71,12 +72,16 @@ BAD_CALLS = {
     'unknown argument': call('colour', model='test_resnet', macs=0.5, colour=1),
     'arguments for a module': call('num_classes=', model=nn.Linear(2, 2), macs=0.5, num_classes=1),
     'no weights known': call('No pretrained weights', model='resnet20_cifar', macs=0.5, pretrained=True),
+    'a keyword of the model misspelt': call('num_clases= .* did you mean num_classes=', num_clases=10, macs=0.5),
+    'weights for a module': call('pretrained=True was given with a module', model=nn.Linear(2, 2), pretrained=True),
     'target 0': call('macs=0 was given; give a share between 0 and 1', macs=0),
     'target below 0': call('params=-0.5 was given', params=-0.5),
     'target 1': call('macs=1 was given, the dense model has', macs=1),
     'target above the model': call(r'params=1000000000000.0 was given, the dense model has', params=1e12),
     'target not a number': call('macs=nan was given', macs=float('nan')),
     'target as text': call("macs='0.5' was given", macs='0.5'),
+    'target as a percentage': call(r'macs=50 was given, a count of 50 MACs, the dense model has \S+ M;', macs=50),
+    'target as another percentage': call('params=1.5 was given, a count of 1.5 parameters', params=1.5),
     'target out of reach': call(r'asked for 0\.0 % of the MACs.* cut leaves \d+\.\d %', macs=1e-4),
     'target out of reach under a floor': call(r'cut leaves \d\d\.\d %', params=0.3, floor=0.9),
     'two budgets': call('macs= and params= were given; a cut has one budget', macs=0.5, params=0.5),
@@ -84,18 +89,39 @@ BAD_CALLS = {
     'unknown criterion': call("unknown criterion 'l3'", macs=0.5, criterion='l3'),
     'criterion without its data': call("'taylor' needs data, found none", macs=0.5, criterion='taylor'),
     'criterion with empty data': call('found no batch', macs=0.5, criterion='obdc', data=[]),
+    'criterion with data that was read': call('can be read only once', macs=0.5, criterion='obdc', data=iter([])),
+    'criterion with other channels': call(
+        "'taylor' fails on its data; .* RuntimeError", macs=0.5, criterion='taylor', data=[(IMAGE[:, :2], LABEL)]),
+    'criterion with other labels': call(
+        "'taylor' fails on its data; .* IndexError", macs=0.5, criterion='taylor', data=[(IMAGE, LABEL + 1000)]),
     'criterion with images alone': call(r'needs batches of \(images, ta', macs=0.5, criterion='taylor', data=[IMAGE]),
     'exclude of nothing': call("exclude: nothing that can be cut is named 'nowhere'", macs=0.5, exclude=['nowhere']),
     'exclude of a misspelt name': call("'layr1'; did you mean 'layer1'", macs=0.5, exclude=['layr1']),
     'only of nothing': call("only: nothing that can be cut is named 'nowhere\\*'", macs=0.5, only=['nowhere*']),
     'exclude as text': call("exclude=\\['conv1'\\]", macs=0.5, exclude='conv1'),
+    'exclude of a misspelt module': call("'layer1.'; did you mean 'layer1'\\?", macs=0.5, exclude=['layer1.']),
+    'exclude of the logits': call("outputs of 'fc' are never cut, only what it reads", macs=0.5, exclude=['fc']),
+    'exclude of a normalisation': call("outputs of 'bn1' follow those of 'conv1", macs=0.5, exclude=['bn1']),
+    'exclude of a module': call(r"holds an object of type Linear; give a", macs=0.5, exclude=[nn.Linear(1, 1)]),
+    'exclude of a number': call('exclude= holds an object of type int', macs=0.5, exclude=3),
+    'only of nothing at all': call(r'only=\[\] was given, which leaves nothing to cut', macs=0.5, only=[]),
+    'ratios of what is excluded': call(
+        "ratios: 'layer1' matches only .*, which stay uncut", macs=0.5, exclude=['layer1'], ratios={'layer1': 0.5}),
+    'ratios as a number': call(r"ratios=0\.25 was given; give a dict", macs=0.5, ratios=0.25),
+    'ratios as a list': call(r"ratios=\[0\.25\] was given; give a dict", macs=0.5, ratios=[0.25]),
+    'seed as text': call("seed='a' was given; give an integer", macs=0.5, seed='a'),
+    'streams as text': call("streams='yes' was given; give True, False, or None", macs=0.5, streams='yes'),
     'exclude of everything': call('nothing is left to cut', macs=0.5, exclude=['*']),
     'ratios of nothing': call("ratios: nothing that can be cut is named 'nowhere'", macs=0.5, ratios={'nowhere': 0.5}),
     'unknown scope': call("scope='cosmic'", macs=0.5, scope='cosmic'),
-    'rounding to 0': call('round_to=0', macs=0.5, round_to=0),
-    'unknown kind': call("'colours'", macs=0.5, kinds=['colours']),
+    'rounding to 0': call("round_to=0 was given; give a positive integer, 'auto' or None", macs=0.5, round_to=0),
+    'unknown kind': call("'colours'; choose from", macs=0.5, kinds=['colours']),
+    'misspelt kind': call("'chanels'; did you mean 'channels'", macs=0.5, kinds=['chanels']),
+    'kinds as text': call(r"give a list, as in kinds=\['filters'\]", macs=0.5, kinds='filters'),
     'input unknown': call('give example_input=', model=Failing(), macs=0.5),
     'failing forward': call('forward fails .* this model is broken', model=Failing(), macs=0.5, example_input=IMAGE),
+    'a shape as input': call(r'=\(1, 3, 16, 16\) holds no tensor; give a', macs=0.5, example_input=(1, 3, 16, 16)),
+    'a number as input': call('example_input=32 holds no tensor', macs=0.5, example_input=32),
     'wrong input': call(r'forward fails on \(1, 2, 16, 16\)', macs=0.5, example_input=IMAGE[:, :2]),
     'untraceable': call(r'forward fails .* Tensor\.item\(\)', model=Branching(), macs=0.5, example_input=IMAGE),
     'operation without a rule': call('nothing is left .* histc', model=Spectrum(), macs=0.5, example_input=IMAGE),
@@ -132,6 +158,24 @@ def test_bad_calls(case):
     arguments, message = BAD_CALLS[case]
     with pytest.raises(PruningError, match=message) as e:
         prune(**{'model': 'test_resnet', **arguments})
+    line(e)
+
+
+@pytest.mark.parametrize('work', [
+    rebuild, lambda plan: slice_checkpoint({}, plan), lambda plan: apply_plan(nn.Linear(2, 2), plan)])
+def test_what_is_no_plan_is_said_to_be_none(work):
+    with pytest.raises(PruningError, match='the plan is of type int; give a Plan, such as') as e:
+        work(3)
+    line(e)
+
+
+def test_weights_that_can_not_be_fetched(monkeypatch):
+    def offline(name, **options):
+        raise LocalEntryNotFoundError('cannot find the file\non the disk')
+
+    monkeypatch.setattr('timm_epfs.surgery.bases.timm.create_model', offline)
+    with pytest.raises(PruningError, match='^the weights of resnet18, which pretrained=True asks for, can') as e:
+        prune('resnet18', macs=0.5, pretrained=True)
     line(e)
 
 
@@ -264,7 +308,11 @@ def test_a_model_without_a_plan_or_a_base_is_not_saved(dense, tmp_path):
 
 SHELL_ERRORS = {
     'no command': ('', 'required: COMMAND'),
-    'unknown command': ('prone test_resnet', "'prone'"),
+    'unknown command': ('prone test_resnet', "'prone' .*; did you mean prune\\?"),
+    'abbreviated option': ('prune test_resnet --mac 0.5 -o OUT', 'unrecognized arguments: --mac; did you mean --macs'),
+    'name taken for a pattern': (
+        'prune --exclude layer1 test_resnet --macs 0.5 -o OUT', 'required: NAME; --exclude takes .* these before it'),
+    'rounding to text': ('prune test_resnet --macs 0.5 --round-to x -o OUT', "'x' is neither a whole number .* auto"),
     'unknown option': ('prune test_resnet --macs 0.5 -o OUT --exlude conv1', 'mean --exclude\\? .*prune --help'),
     'unknown name': ('inspect resnet5o', 'nearest: resnet50'),
     'unknown name to prune': ('prune resnet5o --macs 0.5 -o OUT', 'nearest: resnet50'),
@@ -274,7 +322,8 @@ SHELL_ERRORS = {
     'target 0': ('prune test_resnet --macs 0 -o OUT', 'macs=0'),
     'target below 0': ('prune test_resnet --macs -0.5 -o OUT', 'macs=-0.5'),
     'target out of reach': ('prune test_resnet --macs 0.0001 -o OUT', 'the largest possible cut leaves'),
-    'target as text': ('prune test_resnet --macs half -o OUT', "'half'"),
+    'target as text': ('prune test_resnet --macs half -o OUT', "'half' is not a number; give a share \\(0.5\\) or a"),
+    'target as a percentage': ('prune test_resnet --params 50% -o OUT', "'50%' is not a number; give a share"),
     'unknown criterion': ('prune test_resnet --macs 0.5 --criterion l3 -o OUT', "nearest is 'l"),
     'criterion without its data': ('prune test_resnet --macs 0.5 --criterion taylor -o OUT', 'give --data-dir'),
     'unknown kind': ('prune test_resnet --macs 0.5 --kinds colours -o OUT', "'colours'"),
@@ -292,6 +341,7 @@ SHELL_ERRORS = {
     'file as folder': ('prune test_resnet --macs 0.5 -o TAKEN/thesis.txt', 'is a file'),
     'unknown device': ('prune test_resnet --macs 0.5 --device abacus -o OUT', "'abacus' can't be used"),
     'bad model arguments': ('inspect test_resnet --model-kwargs colour', "'colour' is not key=value"),
+    'misspelt model arguments': ('inspect test_resnet --model-kwargs in_chan=1', 'in_chan= .* did you mean in_chans='),
     'unknown model arguments': ('inspect test_resnet --model-kwargs colour=3', 'colour'),
 }
 

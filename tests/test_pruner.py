@@ -2,6 +2,7 @@
 import copy
 import dataclasses
 import inspect
+import re
 import warnings
 
 import numpy as np
@@ -46,7 +47,7 @@ def test_many_budgets_from_one_trace(traces):
     before = copy.deepcopy(model.state_dict())
     pruner = timm_epfs.Pruner(model)
     half, third, few = pruner(macs=0.5), pruner(macs=0.33, criterion='fpgm'), pruner.plan(params=0.4)
-    assert pruner.inspect().to_dict() == timm_epfs.inspect(model).to_dict()
+    assert pruner.inspect().to_dict() == timm_epfs.inspect(model, kinds=pruner.kinds).to_dict()
     assert traces == [model, model]  # the pruner's, and that of inspect()
     assert share(half.pruning_plan) == pytest.approx(0.5, abs=0.01)
     assert share(third.pruning_plan) == pytest.approx(0.33, abs=0.01)
@@ -183,6 +184,9 @@ def test_a_miss_is_said_once_where_it_was_asked_for():
     (lambda: timm_epfs.Pruner('test_resnet').plan(macs=0.5, depth=1), 'unknown keyword depth=; known are criterion'),
     (lambda: timm_epfs.Pruner('test_resnet').plan(macs=0.5, data=[]), r'data= belongs to Pruner\(model, data=…\), not'),
     (lambda: timm_epfs.Pruner('test_resnet')(macs=0.5, exclude=['x']), r'exclude= belongs to Pruner\(model, exclude='),
+    (lambda: timm_epfs.Pruner('test_resnet', criterion='l1'), r'criterion= belongs to the cut, pruner\(macs=…, crit'),
+    (lambda: timm_epfs.Pruner(timm.create_model('test_resnet'), widths='l1'), 'widths= belongs to the cut'),
+    (lambda: timm_epfs.inspect('test_resnet', macs=0.5), r'macs= belongs to the cut, pruner\(macs=…\), not to Pruner'),
     (lambda: timm_epfs.Pruner('test_resnet').check(macs=0.5, exlude=['x']), 'exlude=; did you mean exclude='),
     (lambda: timm_epfs.EPFS(timm.create_model('test_resnet'), macs=0.5, exlude=['x']), 'did you mean exclude='),
     (lambda: timm_epfs.SSS(timm.create_model('test_resnet'), macs=0.5, steps=5, gama=1), 'did you mean gamma='),
@@ -217,6 +221,64 @@ def test_one_rule_for_patterns():
     assert len(kept(plan)[stream.name]) == 32
     assert stream.name in timm_epfs.Pruner('resnet18', exclude=['layer1.1.conv2']).fixed
     assert stream.name not in timm_epfs.Pruner('resnet18', only=['layer1.1.conv2']).fixed
+
+
+@pytest.mark.parametrize('name, wildcard, literals', [
+    ('resnet20_cifar', 'layer?.0', ['layer1.0', 'layer2.0', 'layer3.0']),
+    ('resnet20_cifar', 'layer*.0', ['layer1.0', 'layer2.0', 'layer3.0']),
+    ('test_vit', 'blocks.*.mlp', [f'blocks.{i}.mlp' for i in range(6)]),
+    ('test_vit', '*.attn', [f'blocks.{i}.attn' for i in range(6)]),
+    ('test_vit', 'blocks.[01]', ['blocks.0', 'blocks.1']),
+])
+def test_a_wildcard_that_names_modules_is_their_names(name, wildcard, literals):
+    model = timm.create_model(name)
+    for option in ('exclude', 'only'):
+        by_wildcard = timm_epfs.Pruner(model, **{option: [wildcard]})
+        by_names = timm_epfs.Pruner(model, **{option: literals})
+        assert by_wildcard.fixed == by_names.fixed
+        assert 0 < len(by_wildcard.structures) < len(timm_epfs.Pruner(model).structures)
+
+
+@pytest.mark.parametrize('option', ['exclude', 'only'])
+def test_a_pattern_of_other_kinds_protects_nothing_and_is_refused(option):
+    """Blocks alone are cut here, so a layer's name does nothing."""
+    with pytest.raises(PruningError, match=r"'layer1\.0\.conv1' matches only channels, which .* because of kinds="):
+        timm_epfs.Pruner('resnet20_cifar', kinds=['blocks'], **{option: ['layer1.0.conv1']})
+
+
+def test_a_pruner_reports_what_it_may_cut():
+    model = timm.create_model('test_vit')
+    for options in ({'exclude': ['blocks.*.mlp']}, {'only': ['*.attn']}, {'kinds': ['blocks']}):
+        pruner = timm_epfs.Pruner(model, **options)
+        report = pruner.inspect()
+        assert [row.name for row in report.structures] == [s.name for s in pruner.structures]
+        assert report.left_out == len(pruner.fixed) > 0 and f'{report.left_out} more' in str(report)
+        options = {'kinds': pruner.kinds, **options}
+        assert timm_epfs.inspect(model, **options).to_dict() == report.to_dict()
+    whole = timm_epfs.inspect(model)
+    assert whole.left_out == 0 and whole.macs_share > report.macs_share
+    assert f'all {whole.left_out + len(whole.structures)} structures are left out' in str(
+        timm_epfs.inspect(model, exclude=['*']))
+    streams = timm_epfs.Pruner(model, streams=False).inspect()
+    assert not any(row.stream for row in streams.structures) and any(row.stream for row in whole.structures)
+
+
+def test_a_pruner_and_its_plan_are_shown_in_a_line():
+    pruner = timm_epfs.Pruner('test_resnet', exclude=['layer4'])
+    names = len(pruner.structures), len(pruner.trace.structures)
+    assert repr(pruner) == '<Pruner of test_resnet: {} of {} structures may be cut>'.format(*names)
+    plan = pruner.plan(macs=0.6)
+    cut = sum(len(cut.keep) < cut.structure.units for cut in plan.cuts)
+    shares = r'(59|60)\.\d % of the MACs, \d+\.\d % of the parameters left'
+    assert re.fullmatch(f'<Plan of test_resnet: {cut} of {names[1]} structures cut, {shares}>', repr(plan))
+    assert repr(timm_epfs.Plan(None, {}, ())) == '<Plan of a module: 0 of 0 structures cut>'
+
+
+def test_none_is_no_pattern_and_no_ratio():
+    model = timm.create_model('test_resnet')
+    assert timm_epfs.Pruner(model, exclude=None, only=None).fixed == timm_epfs.Pruner(model, exclude=[]).fixed
+    with pytest.raises(PruningError, match=r'only=\[\] was given, which leaves nothing to cut'):
+        timm_epfs.EPFS(model, macs=0.5, steps=5, only=[])
 
 
 @pytest.mark.parametrize('method', ['epfs', 'none'])

@@ -302,6 +302,8 @@ def test_checkpoints_may_lack_buffers_that_are_never_saved():
     ('hf-hub:someone/resnet18', {}, 'no model is named'),
     ('local-dir:/tmp', {}, 'no model is named'),
     ('resnet18', {'colour': 1}, "resnet18 can't be built with .*unexpected keyword argument 'colour'"),
+    ('resnet18', {'num_clases': 1}, 'unknown keyword num_clases= of resnet18; did you mean num_classes='),
+    ('resnet18', {'img_size': 64}, "resnet18 can't be built with .*unexpected keyword argument 'img_size'"),
     ('torchvision/resnet18', {'colour': 1}, "torchvision/resnet18 can't be built with"),
     ('resnet18', {'checkpoint_path': 'x.pth'}, "'checkpoint_path', which is not for a plan to set"),
     ('resnet18', {'pretrained': True}, "'pretrained', which is not for a plan to set"),

@@ -14,7 +14,7 @@ from typing import Collection, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 
-from ..core import Budget, CostModel, OutOfReach, PruningError, Structure, check_patterns, is_number, percent
+from ..core import Budget, CostModel, OutOfReach, PruningError, Structure, check_patterns, is_number, nearest, percent
 from .grids import ALIGN, grid, rounding_step
 from .search import TOLERANCE, Search
 from .widths import in_proportion
@@ -186,7 +186,7 @@ def _shares(
     unknown = sorted(set(fixed) - {s.name for s in structures})
     if unknown:
         raise PruningError(f'fixed= names {unknown[0]!r}, but there is no such structure; give names of structures')
-    check_patterns('ratios', ratios, [s for s in structures if s.name not in fixed])
+    check_patterns('ratios', ratios, structures, fixed, 'exclude=, only=, kinds=, streams= or fixed=')
     shares = dict.fromkeys(fixed, 0.0)
     for pattern in sorted(ratios, key=lambda pattern: (-len(pattern), pattern)):
         share = ratios[pattern]
@@ -216,7 +216,9 @@ def _values(structure: Structure, scores: Mapping[str, np.ndarray], share: Optio
 
 def _check_options(scope: str, round_to: Optional[int], floor: float) -> None:
     if scope not in SCOPES:
-        raise PruningError(f'scope={scope!r} was given; choose one of {", ".join(SCOPES)}')
+        near = nearest(scope, SCOPES)
+        hint = f', nearest is {near[0]!r}' if near else ''
+        raise PruningError(f'scope={scope!r} was given{hint}; choose one of {", ".join(SCOPES)}')
     if round_to is not None and not (is_number(round_to) and isinstance(round_to, Integral) and round_to >= 1):
         raise PruningError(f'round_to={round_to!r} was given; give a positive integer or None')
     if not is_number(floor) or not 0 <= floor < 1:

@@ -18,7 +18,7 @@ __all__ = [
 ]
 
 _ONE_BUDGET = 'required: one of --macs, --params, --latency'
-_PATTERNS = "names, modules (layer1) or wildcards ('*.conv3')"
+_PATTERNS = "names of layers or modules (layer1), with or without wildcards ('*.conv3')"
 
 
 class KeyValues(ParseKwargs):
@@ -76,9 +76,10 @@ def add_budget_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the three budgets, exactly one of which must be given."""
     budget = group.add_mutually_exclusive_group(required=True)
     budget.add_argument(
-        '--macs', type=float, metavar='BUDGET', help=f'MACs to keep: a share (0.5) or a count (2e9) ({_ONE_BUDGET})')
+        '--macs', type=_share_or_count, metavar='BUDGET',
+        help=f'MACs to keep: a share (0.5) or a count (2e9) ({_ONE_BUDGET})')
     budget.add_argument(
-        '--params', type=float, metavar='BUDGET',
+        '--params', type=_share_or_count, metavar='BUDGET',
         help=f'parameters to keep: a share (0.5) or a count (2e7) ({_ONE_BUDGET})')
     budget.add_argument(
         '--latency', type=_latency, metavar='BUDGET',
@@ -121,6 +122,13 @@ def add_choice_arguments(group: argparse._ArgumentGroup) -> None:
              '(default: only if the budget can\'t be met otherwise; train with a method that learns: no)')
 
 
+def _share_or_count(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number; give a share (0.5) or a count (2e9)') from None
+
+
 def _latency(text: str) -> Union[float, str]:
     """A share as a number; any other text is passed on, and ``Budget`` checks it."""
     try:
@@ -130,4 +138,8 @@ def _latency(text: str) -> Union[float, str]:
 
 
 def _round_to(text: str) -> Union[int, str]:
-    return text if text == 'auto' else positive(text)
+    if text == 'auto':
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is neither a whole number of at least 1 nor auto')
+    return int(text)

@@ -76,8 +76,9 @@ def _add_data_arguments(group: argparse._ArgumentGroup) -> None:
         '--num-batches', type=positive, default=32, metavar='N',
         help='batches of training images for the criterion and for compensation (default: %(default)s)')
     group.add_argument(
-        '--no-compensate', dest='compensate', action='store_false',
-        help='leave the weights that stay as they are (default: with --data-dir, they make up for those that went)')
+        '--no-compensate', action='store_true',
+        help='with --data-dir, leave the weights that stay as they are; else they make up for those that went '
+             '(default: off)')
     group.add_argument(
         '-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N',
         help='processes that load images (default: %(default)s; the number of CPU cores, at most 4)')
@@ -103,7 +104,7 @@ def _prune(args: argparse.Namespace) -> None:
             compensate=False, seed=args.seed, example_input=images, **options,
         )
     before_compensation = slim
-    if train and args.compensate:
+    if train and not args.no_compensate:
         before_compensation = copy.deepcopy(slim)
         compensate(slim, dense, islice(train, args.num_batches))
     accuracy = _accuracy(dense, before_compensation, slim, val) if val else {}

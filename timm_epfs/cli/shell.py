@@ -5,6 +5,7 @@ The two smallest commands, ``inspect`` and ``autoload``, are here. Each of the o
 import argparse
 import json
 import os
+import re
 import sys
 import warnings
 from contextlib import contextmanager
@@ -60,18 +61,51 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and name the nearest option or command."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **{'allow_abbrev': False, **options})
+        self._given: List[str] = []
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Tuple[argparse.Namespace, List[str]]:
         """Refuse unknown options here, where those of the command are known, so that the nearest can be named."""
+        self._given = list(sys.argv[1:] if args is None else args)
+        if self._subparsers is None:  # before argparse looks for what is missing, which a misspelt option may stand for
+            self._refuse([text for text in self._given if self._is_unknown_option(text)])
         namespace, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            near = nearest(unknown[0].partition('=')[0], self._option_string_actions)
-            hint = f'; did you mean {near[0]}?' if near else ''
-            self.error(f'unrecognized arguments: {" ".join(unknown)}{hint}')
+        self._refuse(unknown)
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
         """Print one line; argparse would print the usage before it."""
+        lists = [text for text in self._given if self._takes_a_list(text)]
+        if lists and re.match('the following arguments are required: [^-]', message):
+            message += f'; {lists[0]} takes all values up to the next option, so give these before it'
         self.exit(2, f'timm-epfs: error: {message} (see {self.prog} --help)\n')
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Name the nearest of the choices, which argparse doesn't in all versions of Python."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as e:
+            near = nearest(value, map(str, action.choices or ()))
+            if near:
+                e.message += f'; did you mean {near[0]}?'
+            raise
+
+    def _refuse(self, unknown: Sequence[str]) -> None:
+        if unknown:
+            near = nearest(unknown[0].partition('=')[0], self._option_string_actions)
+            hint = f'; did you mean {near[0]}?' if near else ''
+            self.error(f'unrecognized arguments: {" ".join(unknown)}{hint}')
+
+    def _is_unknown_option(self, text: str) -> bool:
+        name = text.partition('=')[0]
+        return name.startswith('--') and ' ' not in name and name != '--' and name not in self._option_string_actions
+
+    def _takes_a_list(self, text: str) -> bool:
+        action = self._option_string_actions.get(text)
+        return action is not None and action.nargs in ('+', '*')
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ from .keywords import nearest_keyword, refuse_unknown
 from .modules import device_of, eval_mode
 from .processes import from_first, summed, world_size
 from .progress_bar import progress, step
-from .structure import DEFAULT_KINDS, KINDS, Member, Size, Structure, check_patterns, kinds_named
+from .structure import DEFAULT_KINDS, KINDS, Member, Size, Structure, check_patterns, kinds_named, pattern_list
 from .text import aligned_table, format_count, markdown_table, nearest, percent, shorten
 from .user_warning import warn
 from .validation import ANYTHING, DICT, FLAG, INTEGER, LIST, TEXT, Rule, check, invalid
@@ -21,6 +21,6 @@ __all__ = [
     'Member', 'OutOfReach', 'PruningError', 'QUANTITIES', 'Rule', 'Size', 'Structure', 'TEXT', 'aligned_table',
     'check', 'check_patterns', 'check_place', 'complement', 'device_of', 'distinct', 'eval_mode', 'first_few',
     'format_count', 'from_first', 'invalid', 'is_number', 'kinds_named', 'markdown_table', 'nearest',
-    'nearest_keyword', 'one_line', 'percent', 'progress', 'refuse_unknown', 'shorten', 'step', 'summed', 'warn',
-    'whole_folder', 'world_size', 'write_whole',
+    'nearest_keyword', 'one_line', 'pattern_list', 'percent', 'progress', 'refuse_unknown', 'shorten', 'step',
+    'summed', 'warn', 'whole_folder', 'world_size', 'write_whole',
 ]

@@ -13,6 +13,8 @@ __all__ = ['BUDGETS', 'Budget']
 # The quantities that a budget may limit, and their names in messages.
 BUDGETS = {'macs': 'MACs', 'params': 'parameters', 'latency': 'latency'}
 
+_SMALLEST_COUNT = 1000  # smaller ones are percentages, or counts of millions
+
 _MILLISECONDS = re.compile(r'\s*(\d+(?:\.\d*)?|\.\d+)\s*ms\s*')
 
 
@@ -123,13 +125,17 @@ class Budget:
             dense: Cost of the dense model: MACs, parameters, or seconds.
 
         Raises:
-            PruningError: The dense model is within the budget already.
+            PruningError: The dense model is within the budget already, or the budget is a count too small to be meant.
         """
         if self.in_milliseconds:
             share, has = self._milliseconds / (1000 * dense), f'takes {1000 * dense:.3g} ms'
         else:
             value, has = float(self.value), f'has {format_count(dense)}'
             share = value / dense if value > 1 else value
+            if 1 < value < _SMALLEST_COUNT and share < 0.001:
+                raise PruningError(
+                    f'{self.quantity}={self.value!r} was given, a count of {value:g} {self.label}, the dense model '
+                    f'{has}; give a share between 0 and 1, or a larger count')
         if share >= 1:
             raise PruningError(
                 f'{self.quantity}={self.value!r} was given, the dense model {has}; ask for less, as in 0.5')

@@ -7,14 +7,15 @@ other copy, on any device, in any process.
 """
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Iterable, Mapping, Optional, Sequence, Tuple
+from itertools import accumulate
+from typing import Collection, Iterable, Mapping, Optional, Sequence, Set, Tuple
 
 import numpy as np
 
 from .errors import PruningError
 from .text import nearest
 
-__all__ = ['DEFAULT_KINDS', 'KINDS', 'Member', 'Size', 'Structure', 'check_patterns', 'kinds_named']
+__all__ = ['DEFAULT_KINDS', 'KINDS', 'Member', 'Size', 'Structure', 'check_patterns', 'kinds_named', 'pattern_list']
 
 KINDS = ('channels', 'heads', 'head_dims', 'groups', 'blocks')
 DEFAULT_KINDS = ('channels', 'heads', 'head_dims', 'groups')  # whole blocks are cut only on request
@@ -39,6 +40,11 @@ class Member:
     role: str
     index: np.ndarray
     length: Optional[int] = None
+
+    @property
+    def owner(self) -> str:
+        """Name of the module that has the tensor."""
+        return self.tensor.rpartition('.')[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,25 +71,66 @@ class Structure:
     stream: bool = False
     shortcut: Tuple[str, ...] = ()
 
+    @property
+    def layers(self) -> Set[str]:
+        """Names by which patterns find this structure: a block's own, or those of all layers that output its units."""
+        if self.kind == 'blocks':
+            return {self.name}
+        return {self.name, self.name.partition('#')[0], *(m.owner for m in self.members if m.role == 'out')}
+
     def matches(self, pattern: str) -> bool:
         """Whether a pattern matches this structure.
 
         A block is matched by its name. Any other structure is matched by the name of each layer whose output channels
-        are its units.
+        are its units. The name of a module that holds them matches, too.
+
+        >>> conv = Structure('layer1.0.conv1', 'channels', 16, ())
+        >>> [conv.matches(pattern) for pattern in ('layer1', 'layer?.0', '*.conv1', 'layer2')]
+        [True, True, True, False]
 
         Args:
-            pattern: A name, the prefix of a module (``'layer1'`` for everything in it), or a name with wildcards
-                (``'*.conv3'``).
+            pattern: A name of a layer or module, with or without wildcards.
         """
-        names = {self.name}
-        if self.kind != 'blocks':
-            names.add(self.name.partition('#')[0])
-            names.update(m.tensor.rpartition('.')[0] for m in self.members if m.role == 'out')
-        return any(name == pattern or name.startswith(f'{pattern}.') or fnmatchcase(name, pattern) for name in names)
+        names = {name for layer in self.layers for name in _with_parents(layer)}
+        return pattern in names or any(fnmatchcase(name, pattern) for name in names)
 
 
-def check_patterns(option: str, patterns: Iterable[str], structures: Sequence[Structure]) -> None:
-    """Raise ``PruningError`` where an option is not a list of patterns, or a pattern matches no structure.
+def _with_parents(name: str) -> Iterable[str]:
+    """The name of a module, and those of all modules that it is in.
+
+    >>> list(_with_parents('layer1.0.conv1'))
+    ['layer1', 'layer1.0', 'layer1.0.conv1']
+    """
+    return accumulate(name.split('.'), '{}.{}'.format)
+
+
+def pattern_list(option: str, patterns: Optional[Iterable[str]]) -> Tuple[str, ...]:
+    """The patterns that an option was given; None stands for no patterns.
+
+    Raises:
+        PruningError: It isn't a list of texts.
+    """
+    if patterns is None:
+        return ()
+    if isinstance(patterns, str):
+        raise PruningError(f'{option}={patterns!r} was given; give a list of patterns: {option}=[{patterns!r}]')
+    given = tuple(patterns) if isinstance(patterns, Iterable) else (patterns,)
+    for pattern in given:
+        if not isinstance(pattern, str):
+            raise PruningError(
+                f'{option}= holds an object of type {type(pattern).__name__}; give a list of names, as in '
+                f'{option}=[\'layer1\']')
+    return given
+
+
+def check_patterns(
+        option: str,
+        patterns: Iterable[str],
+        structures: Sequence[Structure],
+        uncut: Collection[str] = (),
+        because_of: str = '',
+) -> None:
+    """Raise ``PruningError`` where a pattern matches no structure, or only structures that aren't cut anyway.
 
     >>> check_patterns('exclude', ['layr1'], [Structure('layer1.0.conv1', 'channels', 16, ())])
     Traceback (most recent call last):
@@ -95,17 +142,33 @@ timm_epfs.inspect lists the names
         option: Name of the option, for the message.
         patterns: Patterns as ``Structure.matches`` reads them.
         structures: What can be cut.
+        uncut: Names of those structures that other options leave uncut.
+        because_of: These options, for the message.
     """
-    if isinstance(patterns, str):
-        raise PruningError(f'{option}={patterns!r} was given; give a list of patterns: {option}=[{patterns!r}]')
     for pattern in patterns:
-        if not any(s.matches(pattern) for s in structures):
-            prefixes = {s.name.rsplit('.', i)[0] for s in structures for i in range(s.name.count('.') + 1)}
-            near = nearest(pattern, sorted(prefixes))
+        matched = [s for s in structures if s.matches(pattern)]
+        if not matched:
+            raise PruningError(f'{option}: {_why_unmatched(pattern, structures)}')
+        if all(s.name in uncut for s in matched):
+            kinds = ' and '.join(dict.fromkeys(s.kind for s in matched))
             raise PruningError(
-                f'{option}: nothing that can be cut is named {pattern!r}; '
-                + (f'did you mean {near[0]!r}? timm_epfs.inspect lists the names' if near else
-                   f'timm_epfs.inspect lists the names, such as {", ".join(s.name for s in structures[:3])}'))
+                f'{option}: {pattern!r} matches only {kinds}, which stay uncut because of {because_of}; leave the '
+                f'pattern out, or change that')
+
+
+def _why_unmatched(pattern: str, structures: Sequence[Structure]) -> str:
+    """What to say of a pattern that matches no structure."""
+    followers = [(m.role, s.name) for s in structures for m in s.members if pattern in _with_parents(m.owner)]
+    if 'in' in {role for role, _ in followers}:
+        return f'the outputs of {pattern!r} are never cut, only what it reads; leave it out'
+    if followers:
+        return f'the outputs of {pattern!r} follow those of {followers[0][1]!r}; give that name instead'
+    names = {name for s in structures for layer in s.layers for name in _with_parents(layer)}
+    near = [] if set(pattern) & set('*?[') else nearest(pattern.strip('.'), sorted(names))
+    hint = (
+        f'did you mean {near[0]!r}? timm_epfs.inspect lists the names' if near else
+        f'timm_epfs.inspect lists the names, such as {", ".join(s.name for s in structures[:3])}')
+    return f'nothing that can be cut is named {pattern!r}; {hint}'
 
 
 def kinds_named(names: Sequence[str]) -> Tuple[str, ...]:
@@ -117,11 +180,15 @@ def kinds_named(names: Sequence[str]) -> Tuple[str, ...]:
     Raises:
         PruningError: There is no such kind, the list is empty, or a text was given in place of a list.
     """
-    if isinstance(names, str) or not names:
-        raise PruningError(f'kinds={names!r} was given; give a list, as in kinds=[\'channels\']')
+    if isinstance(names, str) or not isinstance(names, Iterable) or not names:
+        example = names if isinstance(names, str) and names else 'channels'
+        raise PruningError(f'kinds={names!r} was given; give a list, as in kinds=[{example!r}]')
+    known = (*KINDS, *_SYNONYMS)
     for name in names:
-        if name not in KINDS and name not in _SYNONYMS:
-            raise PruningError(f'kinds: there is no kind {name!r}; choose from {", ".join((*KINDS, *_SYNONYMS))}')
+        if name not in known:
+            near = nearest(name, known)
+            hint = f'did you mean {near[0]!r}? All are' if near else 'choose from'
+            raise PruningError(f'kinds: there is no kind {name!r}; {hint} {", ".join(known)}')
     return tuple(dict.fromkeys(_SYNONYMS.get(name, name) for name in names))
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from ..core import Member, PruningError, Structure, eval_mode, nearest
+from ..core import Member, PruningError, Structure, eval_mode, nearest, one_line
 
 __all__ = ['Criterion', 'CRITERIA', 'WITHOUT_DATA', 'check_criterion', 'score']
 
@@ -43,6 +43,7 @@ class Criterion:
     needs_data: bool = False
 
 
+# A criterion that is no class of torch-pruning's needs an entry here and a branch in ``score``, as 'random' has.
 CRITERIA: Dict[str, Criterion] = {
     'l1': Criterion(
         'Sum of absolute weights (Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017).',
@@ -138,7 +139,8 @@ def score(
             "criterion, such as 'l2'")
     tensors = {m.tensor: _tensor(model, m) for _, members in rules.values() for m in members}
     needs_data = CRITERIA[criterion].needs_data
-    gradients = _gradients(model, tensors, criterion, data, loss_fn, seed) if needs_data else {}
+    with one_line(f'criterion {criterion!r} fails on its data; check that the model and the loss take the batches'):
+        gradients = _gradients(model, tensors, criterion, data, loss_fn, seed) if needs_data else {}
     scores = {}
     for s in structures:
         rule, members = rules[s.name]
@@ -249,7 +251,8 @@ def _gradients(
                 total += gradient.float().square() if fisher else gradient
             count += 1
     if not count:
-        raise PruningError(f'criterion {criterion!r} needs data, found no batch in it; give at least one')
+        hint = 'an iterator can be read only once, so give a list or a loader' if iter(data) is data else 'give one'
+        raise PruningError(f'criterion {criterion!r} needs data, found no batch in it; {hint}')
     return {name: sums[id(tensor)] / (count if fisher else 1) for name, tensor in tensors.items()}
 
 

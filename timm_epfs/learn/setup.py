@@ -41,8 +41,8 @@ def make_setup(
         floor: float = 0.05,
         round_to: Optional[Union[int, str]] = None,
         kinds: Optional[Sequence[str]] = None,
-        exclude: Sequence[str] = (),
-        only: Sequence[str] = (),
+        exclude: Optional[Sequence[str]] = None,
+        only: Optional[Sequence[str]] = None,
         streams: Optional[bool] = None,
         example_input: Optional[Example] = None,
         base: Optional[str] = None,
@@ -62,7 +62,7 @@ def make_setup(
 
 
 def _pruner(model: Union[nn.Module, Pruner], options: Dict[str, Any]) -> Pruner:
-    given = {name: value for name, value in options.items() if value is not None and not _is_empty(value)}
+    given = {name: value for name, value in options.items() if value is not None}
     if isinstance(model, Pruner):
         if given:
             raise PruningError(
@@ -74,10 +74,6 @@ def _pruner(model: Union[nn.Module, Pruner], options: Dict[str, Any]) -> Pruner:
     if is_masked(unwrap_model(model)):
         raise PruningError('the model already has a learner; call remove() on that one first')
     return Pruner(model, **{'streams': False, **given})
-
-
-def _is_empty(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and not value
 
 
 def structures_to_learn(pruner: Pruner) -> Tuple[List[Structure], FrozenSet[str]]:

@@ -12,13 +12,13 @@ from typing import Any, Dict, Iterable, List, Mapping, Optional, Sequence, Set, 
 
 import numpy as np
 
-from ..core import PruningError, Structure, complement, distinct, write_whole
+from ..core import BUDGETS, PruningError, Structure, complement, distinct, percent, write_whole
 from .cuts import Cut
 from .limits import MAX_CHARACTERS, check_text
 from .parsing import parse_plan
 from .writing import plan_values
 
-__all__ = ['Plan', 'recipe_steps']
+__all__ = ['Plan', 'check_plan', 'recipe_steps']
 
 
 def recipe_steps(recipe: Mapping[str, Any]) -> List[Mapping[str, Any]]:
@@ -27,7 +27,7 @@ def recipe_steps(recipe: Mapping[str, Any]) -> List[Mapping[str, Any]]:
     return steps if isinstance(steps, list) and all(isinstance(step, Mapping) for step in steps) else [recipe]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Plan:
     """What stays of a model, and how that was found.
 
@@ -46,6 +46,16 @@ class Plan:
     attributes: Dict[str, int] = field(default_factory=dict)
     recipe: Dict[str, Any] = field(default_factory=dict)
     cost: Dict[str, Tuple[float, float]] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line; ``to_json`` is the whole plan."""
+        cut = sum(len(cut.keep) < cut.structure.units for cut in self.cuts)
+        shares = [
+            f'{percent(self.cost[quantity][1] / self.cost[quantity][0])} of the {BUDGETS[quantity]}'
+            for quantity in ('macs', 'params') if quantity in self.cost and self.cost[quantity][0]
+        ]
+        left = f', {", ".join(shares)} left' if shares else ''
+        return f'<Plan of {self.base or "a module"}: {cut} of {len(self.cuts)} structures cut{left}>'
 
     def uncomposable(self, structures: Iterable[Structure]) -> Set[str]:
         """Names of structures of the pruned model that differ from what this plan left: no later plan may cut them.
@@ -177,6 +187,13 @@ class Plan:
         except (OSError, UnicodeDecodeError) as e:
             raise PruningError(f'plan not read from {path}: {getattr(e, "strerror", None) or "not UTF-8 text"}') from e
         return cls.from_json(text)
+
+
+def check_plan(plan: Any) -> None:
+    """Raise ``PruningError`` where something else was given in place of a plan."""
+    if not isinstance(plan, Plan):
+        raise PruningError(
+            f'the plan is of type {type(plan).__name__}; give a Plan, such as slim.pruning_plan or Plan.load(path)')
 
 
 def _goes(name: str, blocks: Mapping[str, Sequence[str]]) -> bool:

@@ -1,5 +1,6 @@
 """The model that a user asks to prune: built from its name, or taken out of its wrappers."""
 from contextlib import nullcontext
+from inspect import signature
 from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Union
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from ..core import PruningError, nearest_keyword, one_line
 from ..surgery import is_masked
 from ..zoo import create_model
+from .request import make_request
 
 __all__ = ['check_unmasked', 'prepare_model']
 
@@ -46,6 +48,10 @@ def prepare_model(
         raise PruningError(
             f'device={str(device)!r} was given with a module, but goes with a model\'s name; move the module there '
             f'instead')
+    if pretrained:
+        raise PruningError(
+            f'pretrained={pretrained!r} was given with a module, but goes with a model\'s name; load the weights into '
+            f'the module instead')
     model = unwrap_model(model)
     check_unmasked(model)
     return model
@@ -81,8 +87,11 @@ def _build(
 
 
 def _refuse_misspelt(model_args: Mapping[str, Any], ours: Sequence[Callable]) -> None:
-    """Raise ``PruningError`` where what was taken for an argument of the model is nearly one of ours."""
+    """Raise ``PruningError`` where what was taken for an argument of the model is one of ours, or nearly one."""
     for name in model_args:
+        if name in signature(make_request).parameters:
+            example = f'pruner({name}=…)' if name == 'macs' else f'pruner(macs=…, {name}=…)'
+            raise PruningError(f'{name}= belongs to the cut, {example}, not to Pruner or inspect; give it there')
         near = nearest_keyword(name, *ours)
         if near:
             raise PruningError(f'unknown keyword {name}=; did you mean {near}=?')

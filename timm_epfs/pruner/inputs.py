@@ -4,8 +4,9 @@ from typing import Any, Dict, Optional, Tuple, Union
 import torch
 from timm.models import get_model_input_config
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from ..core import PruningError
+from ..core import PruningError, shorten
 from ..plan import Cut, Plan
 from ..surgery import apply_plan
 from ..trace import Trace, trace
@@ -42,11 +43,15 @@ def example_for(model: nn.Module, example_input: Optional[Example] = None) -> Tu
         example_input: As in ``Pruner``.
 
     Raises:
-        PruningError: The model doesn't declare its input, and no example was given.
+        PruningError: The model doesn't declare its input, and no example was given; or the example has no tensors.
     """
-    if isinstance(example_input, dict):
-        return (), example_input
     if example_input is not None:
+        if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(example_input)):
+            raise PruningError(
+                f'example_input={shorten(repr(example_input), 60)} holds no tensor; give a tensor, such as '
+                f'torch.empty(1, 3, 224, 224), or a tuple or dict of tensors')
+        if isinstance(example_input, dict):
+            return (), example_input
         return (example_input if isinstance(example_input, tuple) else (example_input,)), {}
     size = _input_size(model)
     if size is None:

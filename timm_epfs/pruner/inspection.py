@@ -50,6 +50,7 @@ class Report:
         structures: Every structure, in the order of the model's parameters.
         groups: The structures again, those of one shape in one row, as the table shows them.
         skipped: Lines of the model's code around which nothing is cut, and the reasons.
+        left_out: Number of further structures, which the pruner's options leave out, or an earlier cut.
     """
     model: str
     macs: float
@@ -59,6 +60,7 @@ class Report:
     structures: Tuple[Row, ...]
     groups: Tuple[Row, ...]
     skipped: Tuple[Tuple[str, str], ...] = ()
+    left_out: int = 0
 
     def to_dict(self) -> Dict[str, Any]:
         """The report as JSON values. ``groups`` is left out, since it can be derived from ``structures``."""
@@ -80,25 +82,29 @@ class Report:
             ]
             if len(self.groups) < len(self.structures):
                 lines += ['', f'{len(self.structures)} structures, those of one shape in one row']
-        else:
+        elif not self.left_out:
             lines.append(
                 'nothing can be cut: every width is fixed by the input, by the output, or by an operation that mixes '
                 'channels or has no rule')
+        if self.left_out:
+            number = f'{self.left_out} more' if self.structures else f'all {self.left_out}'
+            lines += ['', f'{number} structures are left out by exclude=, only=, kinds=, streams= or an earlier cut']
         if self.skipped:
             lines += ['', 'nothing is cut around:']
             lines += [shorten(f'  {where}: {why}', _WIDTH) for where, why in self.skipped]
         return '\n'.join(lines)
 
 
-def make_report(name: str, traced: Trace) -> Report:
+def make_report(name: str, traced: Trace, structures: Sequence[Structure]) -> Report:
     """Make the report of a traced model.
 
     Args:
         name: What the report calls the model.
         traced: The model's trace.
+        structures: Those of its structures that may be cut.
     """
-    cost, structures = traced.cost, traced.structures
-    dense = cost.counts({s.name: s.units for s in structures})
+    cost = traced.cost
+    dense = cost.counts({s.name: s.units for s in traced.structures})
     inside = [s for s in structures if s.kind != 'blocks']  # cutting a block removes layers, and makes none smaller
     return Report(
         model=name,
@@ -109,6 +115,7 @@ def make_report(name: str, traced: Trace) -> Report:
         structures=tuple(_row([s], cost, dense) for s in structures),
         groups=tuple(_row(alike, cost, dense) for alike in _alike(structures)),
         skipped=tuple((s.where, s.why) for s in traced.skipped),
+        left_out=len(traced.structures) - len(structures),
     )
 
 

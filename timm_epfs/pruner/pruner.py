@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..allocate import ALIGN, Allocation, cost_aware_width_weights
-from ..core import DEFAULT_KINDS, Budget, PruningError, kinds_named, refuse_unknown, warn
+from ..core import DEFAULT_KINDS, Budget, PruningError, refuse_unknown, warn
 from ..importance import WITHOUT_DATA, check_criterion, score
 from ..latency import DeviceLatency
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
@@ -22,7 +22,7 @@ from .dense_model import check_unmasked, prepare_model
 from .inputs import Example, example_for, trace_model
 from .inspection import Report, make_report
 from .request import Choice, make_request
-from .selection import describe_nothing, left_alone
+from .selection import checked_options, describe_nothing, left_alone
 
 __all__ = ['Pruner']
 
@@ -49,9 +49,9 @@ class Pruner:
         data: Batches of images, or tuples that start with images: every cut is then compensated. Criteria that need
             data take batches (images, targets).
         loss_fn: ``loss_fn(output, target)``, for the same criteria. None: cross-entropy.
-        exclude: Patterns of layers whose outputs are not cut: names, prefixes of modules (``'layer1'``), or wildcards
-            (``'*.conv3'``).
-        only: Patterns of the only layers whose outputs are cut.
+        exclude: Patterns of layers whose outputs are not cut: names of layers or of modules (``'layer1'``: all layers
+            in it), with or without wildcards (``'*.conv3'``, ``'layer?.0'``).
+        only: Patterns of the only layers whose outputs are cut. None: all are.
         kinds: Kinds of units to cut: ``'channels'`` (or ``'filters'``, ``'neurons'``), ``'heads'``, ``'head_dims'``,
             ``'groups'`` and, not by default, ``'blocks'``. Attention is cut by whole heads; with ``'head_dims'`` and
             without ``'heads'``, the same dims of all heads of a layer are cut.
@@ -83,8 +83,8 @@ class Pruner:
             *,
             data: Optional[Iterable] = None,
             loss_fn: Optional[Callable] = None,
-            exclude: Sequence[str] = (),
-            only: Sequence[str] = (),
+            exclude: Optional[Sequence[str]] = None,
+            only: Optional[Sequence[str]] = None,
             kinds: Sequence[str] = DEFAULT_KINDS,
             streams: Optional[bool] = None,
             example_input: Optional[Example] = None,
@@ -93,22 +93,25 @@ class Pruner:
             base: Optional[str] = None,
             **model_args: Any,
     ):
-        self.kinds, self.exclude, self.only, self.streams = kinds_named(kinds), tuple(exclude), tuple(only), streams
+        self.exclude, self.only, self.kinds, self.streams = checked_options(exclude, only, kinds, streams)
         self.model = prepare_model(model, device, pretrained, model_args, ours=(Pruner.__init__, make_request))
         self.base = base_of(self.model) if base is None else (base, {})
         self.name = model if isinstance(model, str) else self.base[0] or type(self.model).__name__
         self.example = tree_map(_to_meta, example_for(self.model, example_input))
         whole_heads = 'heads' in self.kinds or 'head_dims' not in self.kinds
         self.trace = trace_model(self.model, example_input, whole_heads)
-        self.fixed = self._find_fixed(exclude, only)
+        self.fixed = self._find_fixed()
         self.structures = tuple(s for s in self.trace.structures if s.name not in self.fixed)
         self._given_data, self._loss_fn = data, loss_fn
         self._scores: Dict[Tuple[str, int], Scores] = {}  # by criterion and seed
         self._latencies: Dict[int, DeviceLatency] = {}  # by batch size
         self._equal_cuts: Dict[Tuple, float] = {}
 
-    def _find_fixed(self, exclude: Sequence[str], only: Sequence[str]) -> FrozenSet[str]:
-        fixed = left_alone(self.trace.structures, exclude, only, self.kinds)
+    def __repr__(self) -> str:
+        return f'<Pruner of {self.name}: {len(self.structures)} of {len(self.trace.structures)} structures may be cut>'
+
+    def _find_fixed(self) -> FrozenSet[str]:
+        fixed = left_alone(self.trace.structures, self.exclude, self.only, self.kinds)
         if self._earlier_plan is not None:
             fixed |= self._earlier_plan.uncomposable(self.trace.structures)
         return frozenset(fixed)
@@ -198,8 +201,9 @@ class Pruner:
             self.composed(self._make_plan(allocation, {}))
 
     def inspect(self) -> Report:
-        """Report what can be cut of the model."""
-        return make_report(self.name, self.trace)
+        """Report what this pruner may cut of the model."""
+        may_be_cut = [s for s in self.structures if not (s.stream and self.streams is False)]
+        return make_report(self.name, self.trace, may_be_cut)
 
     def cost(self, quantity: str) -> float:
         """Cost of the dense model at batch 1.

@@ -1,15 +1,20 @@
 """The arguments of one cut, checked: a budget, and how the units that stay are chosen."""
 from dataclasses import dataclass, field
-from typing import Mapping, Optional, Tuple, Union
+from numbers import Integral
+from typing import Any, Mapping, Optional, Tuple, Union
 
-from ..core import Budget
+from ..core import Budget, PruningError, pattern_list
 
 __all__ = ['Choice', 'make_request']
 
 
 @dataclass(frozen=True)
 class Choice:
-    """How the units that stay are chosen. The fields are arguments of ``prune``."""
+    """How the units that stay are chosen. The fields are arguments of ``prune``.
+
+    Raises:
+        PruningError: A field is not of its type. What depends on the model is checked later.
+    """
     criterion: str = 'l2'
     scope: str = 'global'
     widths: Optional[str] = None
@@ -17,6 +22,16 @@ class Choice:
     floor: float = 0.05
     ratios: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
+
+    def __post_init__(self):
+        if not (self.round_to in (None, 'auto') or _is_integer(self.round_to) and self.round_to >= 1):
+            raise PruningError(f'round_to={self.round_to!r} was given; give a positive integer, \'auto\' or None')
+        if not isinstance(self.ratios, Mapping):
+            raise PruningError(
+                f'ratios={self.ratios!r} was given; give a dict of shares to remove, as in ratios={{\'layer1\': 0.25}}')
+        pattern_list('ratios', self.ratios)
+        if not _is_integer(self.seed):
+            raise PruningError(f'seed={self.seed!r} was given; give an integer')
 
 
 def make_request(
@@ -36,7 +51,11 @@ def make_request(
     """The arguments of a cut, which ``prune`` describes, as two objects.
 
     Raises:
-        PruningError: No budget is given, or more than one.
+        PruningError: No budget is given, or more than one; or an argument is not of its type.
     """
     budget = Budget.given(macs, params, latency, latency_batch_size) or Budget()  # which raises: none was given
-    return budget, Choice(criterion, scope, widths, round_to, floor, dict(ratios or {}), seed)
+    return budget, Choice(criterion, scope, widths, round_to, floor, {} if ratios is None else ratios, seed)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

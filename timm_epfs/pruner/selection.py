@@ -1,10 +1,32 @@
-"""``exclude=``, ``only=`` and ``kinds=``: the structures that a user allows to be cut."""
-from typing import Collection, Sequence, Set
+"""``exclude=``, ``only=``, ``kinds=`` and ``streams=``: the structures that a user allows to be cut."""
+from typing import Collection, Optional, Sequence, Set, Tuple
 
-from ..core import Structure, check_patterns
+from ..core import PruningError, Structure, check_patterns, kinds_named, pattern_list
 from ..trace import Trace
 
-__all__ = ['describe_nothing', 'left_alone']
+__all__ = ['checked_options', 'describe_nothing', 'left_alone']
+
+Patterns = Tuple[str, ...]
+
+
+def checked_options(
+        exclude: Optional[Sequence[str]],
+        only: Optional[Sequence[str]],
+        kinds: Sequence[str],
+        streams: Optional[bool],
+) -> Tuple[Patterns, Patterns, Tuple[str, ...], Optional[bool]]:
+    """The four options as a ``Pruner`` keeps them, checked as far as is possible without the model.
+
+    Raises:
+        PruningError: One of them is not what ``prune`` takes.
+    """
+    patterns = pattern_list('exclude', exclude), pattern_list('only', only)
+    if only is not None and not patterns[1]:
+        raise PruningError(f'only={only!r} was given, which leaves nothing to cut; give patterns, or None to cut all')
+    if streams is not None and not isinstance(streams, bool):
+        raise PruningError(
+            f'streams={streams!r} was given; give True, False, or None (only if the budget can\'t be met otherwise)')
+    return (*patterns, kinds_named(kinds), streams)
 
 
 def left_alone(
@@ -22,14 +44,14 @@ def left_alone(
         kinds: Kinds that may be cut.
 
     Raises:
-        PruningError: ``exclude`` or ``only`` is not a list, or a pattern matches no structure.
+        PruningError: A pattern matches no structure, or only structures of other kinds.
     """
-    check_patterns('exclude', exclude, structures)
-    check_patterns('only', only, structures)
-    return {
+    of_other_kinds = {s.name for s in structures if s.kind not in kinds}
+    check_patterns('exclude', exclude, structures, of_other_kinds, 'kinds=')
+    check_patterns('only', only, structures, of_other_kinds, 'kinds=')
+    return of_other_kinds | {
         s.name for s in structures
-        if s.kind not in kinds
-        or any(s.matches(pattern) for pattern in exclude)
+        if any(s.matches(pattern) for pattern in exclude)
         or (only and not any(s.matches(pattern) for pattern in only))
     }
 

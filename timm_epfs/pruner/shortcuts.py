@@ -26,8 +26,8 @@ def prune(
         widths: Optional[str] = None,
         round_to: Optional[Union[int, str]] = None,
         floor: float = 0.05,
-        exclude: Sequence[str] = (),
-        only: Sequence[str] = (),
+        exclude: Optional[Sequence[str]] = None,
+        only: Optional[Sequence[str]] = None,
         ratios: Optional[Mapping[str, float]] = None,
         kinds: Sequence[str] = DEFAULT_KINDS,
         streams: Optional[bool] = None,
@@ -70,9 +70,9 @@ def prune(
             narrow ones. ``'auto'``: as None, but in place of 16 the multiple at which wide layers are measured to be
             fastest on the device. Under ``latency``, None means ``'auto'``.
         floor: Smallest share of its units that each structure keeps.
-        exclude: Patterns of layers whose outputs are not cut: names, prefixes of modules (``'layer1'``), or wildcards
-            (``'*.conv3'``).
-        only: Patterns of the only layers whose outputs are cut.
+        exclude: Patterns of layers whose outputs are not cut: names of layers or of modules (``'layer1'``: all layers
+            in it), with or without wildcards (``'*.conv3'``, ``'layer?.0'``).
+        only: Patterns of the only layers whose outputs are cut. None: all are.
         ratios: Shares of units to remove, by pattern. These are set first; all other structures then meet the budget.
         kinds: Kinds of units to cut: ``'channels'`` (or ``'filters'``, ``'neurons'``), ``'heads'``, ``'head_dims'``,
             ``'groups'`` and, not by default, ``'blocks'``. Attention is cut by whole heads; with ``'head_dims'`` and
@@ -110,7 +110,15 @@ def prune(
     )
 
 
-def inspect(model: Union[str, nn.Module], example_input: Optional[Example] = None, **model_args: Any) -> Report:
+def inspect(
+        model: Union[str, nn.Module],
+        example_input: Optional[Example] = None,
+        *,
+        exclude: Optional[Sequence[str]] = None,
+        only: Optional[Sequence[str]] = None,
+        kinds: Sequence[str] = KINDS,
+        **model_args: Any,
+) -> Report:
     """Report what can be cut of a model.
 
     It needs neither weights nor compute, so the largest models take only seconds.
@@ -124,10 +132,15 @@ def inspect(model: Union[str, nn.Module], example_input: Optional[Example] = Non
     Args:
         model: As in ``prune``.
         example_input: As in ``prune``.
+        exclude: As in ``prune``.
+        only: As in ``prune``.
+        kinds: As in ``prune``, but blocks are listed by default, too.
         **model_args: Keyword arguments of the model, where ``model`` is a name.
 
     Raises:
-        PruningError: There is no such model, its input isn't known, or its forward fails.
+        PruningError: There is no such model, its input isn't known, its forward fails, or a pattern matches nothing.
     """
     device = 'meta' if isinstance(model, str) else None
-    return Pruner(model, kinds=KINDS, example_input=example_input, device=device, **model_args).inspect()
+    return Pruner(
+        model, exclude=exclude, only=only, kinds=kinds, example_input=example_input, device=device, **model_args,
+    ).inspect()

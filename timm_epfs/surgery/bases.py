@@ -1,5 +1,6 @@
 """Dense models by name: timm's and torchvision's."""
 import inspect
+import re
 import reprlib
 from contextlib import contextmanager
 from math import inf
@@ -17,6 +18,8 @@ from .construction import SkipInit
 __all__ = ['TORCHVISION', 'build_base']
 
 TORCHVISION = 'torchvision/'
+
+_USUAL_ARGS = ('num_classes', 'in_chans', 'img_size', 'global_pool', 'drop_rate', 'drop_path_rate')
 
 
 def build_base(
@@ -83,8 +86,27 @@ def _build_on(
             return _build_torchvision(base, base_args)
         if '/' in base or ':' in base or not timm.is_model(base.partition('.')[0]):
             raise _unknown_base(base, timm.list_models())
-        with one_line(f'{base} can\'t be built with {reprlib.repr(base_args)}'):
+        with _building(base, base_args, create_args.get('pretrained', False)):
             return timm.create_model(base, **{**create_args, **base_args})
+
+
+@contextmanager
+def _building(base: str, args: Mapping[str, Any], pretrained: bool = False) -> Iterator[None]:
+    """Say in one line why a model can't be built, and which keyword was meant where one is misspelt."""
+    with one_line(f'{base} can\'t be built' + (f' with {reprlib.repr(args)}' if args else '')):
+        try:
+            yield
+        except TypeError as e:
+            unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(e))
+            near = nearest(unexpected[1], _USUAL_ARGS, cutoff=0.75) if unexpected else []
+            if near and unexpected[1] not in _USUAL_ARGS:
+                raise PruningError(f'unknown keyword {unexpected[1]}= of {base}; did you mean {near[0]}=?') from e
+            raise
+        except OSError:
+            if not pretrained:
+                raise
+            with one_line(f'the weights of {base}, which pretrained=True asks for, can\'t be fetched'):
+                raise
 
 
 @contextmanager
@@ -104,7 +126,7 @@ def _build_torchvision(base: str, args: Mapping[str, Any]) -> nn.Module:
     accepted = inspect.signature(torchvision.models.get_model_builder(name)).parameters
     # Detection and segmentation models fetch a backbone unless told not to.
     no_weights = {arg: None for arg in ('weights', 'weights_backbone') if arg in accepted}
-    with one_line(f'{base} can\'t be built with {reprlib.repr(args)}'):
+    with _building(base, args):
         return torchvision.models.get_model(name, **no_weights, **args)
 
 

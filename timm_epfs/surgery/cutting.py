@@ -6,7 +6,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ..core import distinct
-from ..plan import Plan
+from ..plan import Plan, check_plan
 from .attributes import attribute_misfits, refresh_shapes, repeated_sizes, set_attribute
 from .tensors import cut_tensor, tensor_misfits, wrong_base
 
@@ -26,6 +26,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
     Raises:
         PruningError: The model is not the base that the plan was made for.
     """
+    check_plan(plan)
     tensors = _named_tensors(model)
     blocks = plan.removed_blocks()
     problems = _misfits(model, tensors, plan, blocks)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..plan import Plan, PrunedModel
+from ..plan import Plan, PrunedModel, check_plan
 from .bases import build_base
 from .construction import SkipInit, parameters_as_they_are_made
 from .cutting import apply_plan
@@ -30,6 +30,7 @@ def rebuild(plan: Plan, device: Optional[Union[str, torch.device]] = None) -> Pr
     Raises:
         PruningError: The base can't be built, or is not the one that the plan was made for.
     """
+    check_plan(plan)
     model = cast(PrunedModel, Skeleton(plan, partial(build_base, plan.base, plan.base_args, device)).initialised())
     model.pruning_plan = plan
     return model

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..core import PruningError, complement
-from ..plan import Plan
+from ..plan import Plan, check_plan
 from .bases import build_base
 from .tensors import cut_tensor, dense_lengths, tensor_misfits, wrong_base
 
@@ -22,6 +22,7 @@ def slice_checkpoint(state_dict: Mapping[str, Tensor], plan: Plan) -> Dict[str, 
     Raises:
         PruningError: The checkpoint is of another base.
     """
+    check_plan(plan)
     named = {member.tensor for cut in plan.cuts for member in cut.structure.members}
     absent = named.difference(state_dict)
     if absent and plan.base is not None:
@@ -47,6 +48,7 @@ def inflate_checkpoint(state_dict: Mapping[str, Tensor], plan: Plan) -> Dict[str
     Raises:
         PruningError: The checkpoint is not of this plan's model.
     """
+    check_plan(plan)
     dense, lengths = dict(state_dict), dense_lengths(plan)
     for name, dims in plan.removed().items():
         for dim, gone in dims.items() if name in dense else ():
