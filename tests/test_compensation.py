@@ -138,6 +138,7 @@ def error(model, dense, images):
         return float((model(images) - dense(images)).square().mean())
 
 
+@pytest.mark.filterwarnings('ignore:compensate. layers with more inputs')
 @pytest.mark.parametrize('name, size', [
     ('resnet20_cifar', 32), ('test_vit', 96), ('test_convnext', 96), ('test_efficientnet', 96), ('regnety_002', 64),
 ])

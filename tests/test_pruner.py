@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from helpers import distance, flat, randomise
 from test_train import DIGITS, few_digits, quick  # noqa: F401, a fixture
 
@@ -330,9 +331,32 @@ def test_a_run_times_its_layers_once_and_searches_no_more_than_it_needs(monkeypa
 def test_signatures_say_the_same():
     """What prune() takes is what a Pruner and its call take, with the same defaults."""
     parameters = inspect.signature(timm_epfs.prune).parameters
-    parts = {**inspect.signature(timm_epfs.Pruner).parameters, **inspect.signature(pruner_file.make_request).parameters}
-    own = {name: p.default for name, p in parameters.items() if name not in ('model', 'model_args')}
-    assert own == {name: p.default for name, p in parts.items() if name not in ('model', 'model_args')}
+    functions = timm_epfs.Pruner, timm_epfs.Pruner.__call__, pruner_file.make_request
+    parts = {name: p for function in functions for name, p in inspect.signature(function).parameters.items()}
+    other = 'model', 'model_args', 'self', 'options'
+    own = {name: p.default for name, p in parameters.items() if name not in other}
+    assert own == {name: p.default for name, p in parts.items() if name not in other}
+
+
+def test_data_compensates_each_cut():
+    images = [torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))]
+    model = timm.create_model('resnet20_cifar').eval()
+    pruner = timm_epfs.Pruner(model, data=iter(images))  # kept, for each of the cuts
+    plain, first, second = pruner(macs=0.7, compensate=False), pruner(macs=0.7), pruner(macs=0.6)
+    assert 'compensated' not in plain.pruning_plan.recipe
+    assert first.pruning_plan.recipe['compensated'] == second.pruning_plan.recipe['compensated'] == {'images': 24}
+    loss = [F.mse_loss(slim.eval()(images[0]), model(images[0])).item() for slim in (plain, first)]
+    assert loss[1] < loss[0]
+    again = timm_epfs.compensate(plain, model, images)
+    assert all(a.equal(b) for a, b in zip(again.state_dict().values(), first.state_dict().values()))
+
+
+def test_a_model_that_was_pruned_before_is_compensated_for_the_last_cut():
+    images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    first = timm_epfs.prune('resnet20_cifar', macs=0.8).eval()
+    second = timm_epfs.prune(first, macs=0.8, data=images)
+    steps = second.pruning_plan.recipe['steps']
+    assert [step.get('compensated') for step in steps] == [None, {'images': 24}]
 
 
 def test_nothing_is_warned_of_where_all_is_well():

@@ -126,13 +126,13 @@ class LinearCall:
         length = self.input.shape[0] if self.input.ndim > 1 else 1
         return self.images if length % self.images == 0 else 1
 
-    def outputs(self, at: Tensor) -> Tensor:
-        """What it returns at some output positions, shape (images, positions, channels), without running it.
+    def outputs(self, rows: Tensor) -> Tensor:
+        """What it returns for some of its rows, shape (images, positions, channels).
 
         Args:
-            at: Positions, shape (positions,).
+            rows: Rows, shape (groups, images, positions, features).
         """
-        outputs = self.rows(at) @ self.matrix(self.weight)[:, None]
+        outputs = rows @ self.matrix(self.weight)[:, None]
         outputs = outputs.permute(1, 2, 0, 3).flatten(2)
         return outputs if self.bias is None else outputs + self.bias
 

@@ -119,7 +119,8 @@ class Pruner:
     @cached_property
     def _data(self) -> Optional[Iterable]:
         """The data. A stream can be read only once, so it is kept for further criteria and cuts."""
-        return list(self._given_data) if isinstance(self._given_data, Iterator) else self._given_data
+        data = self._given_data
+        return list(data) or data if isinstance(data, Iterator) else data
 
     @property
     def _earlier_plan(self) -> Optional[Plan]:

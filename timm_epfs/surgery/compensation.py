@@ -33,9 +33,10 @@ def compensate(
 
     Under ``torch.distributed``, each process gives its own images, and all get the same weights.
 
-    >>> dense = timm.create_model('resnet18')
+    >>> import timm, timm_epfs
+    >>> dense = timm.create_model('resnet20_cifar')
     >>> slim = timm_epfs.prune(dense, macs=0.7)
-    >>> slim = timm_epfs.compensate(slim, dense, torch.randn(8, 3, 64, 64))
+    >>> slim = timm_epfs.compensate(slim, dense, torch.randn(8, 3, 32, 32))
     >>> slim.pruning_plan.recipe['compensated']
     {'images': 8}
 

@@ -108,7 +108,7 @@ class Reconstruction:
                 else:
                     groups, features, _ = self._shape(name)
                     at = sample_positions(name, call.positions, self._images, groups, features).to(batch.device)
-                    self._targets[number] = at, call.outputs(at)[..., self._kept_outputs(name, call)].float()
+                    self._targets[number] = at, call.outputs(call.rows(at))[..., self._kept_outputs(name, call)].float()
                 self._lockstep.meet(number, name)
             return run()
 
@@ -150,8 +150,8 @@ class Reconstruction:
 
     def _add_rows(self, index: int, call: LinearCall) -> None:
         at, targets = self._targets.pop(index)
-        rows = call.rows(at).float()
-        residuals = call.grouped(targets - call.outputs(at))
+        rows = call.rows(at)
+        residuals = call.grouped(targets - call.outputs(rows))
         self._moments[0].append(_moments(targets.flatten(0, 1)))
         _, images, positions, _ = rows.shape
         numbers = torch.arange(images * positions, device=rows.device)
