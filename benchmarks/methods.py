@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from common import RESULTS
 
@@ -65,7 +65,7 @@ METHODS = (
 def methods() -> str:
     """The table, in Markdown."""
     first, *rest = (_row(method) for method in METHODS)
-    rows = [COLUMNS, ('---',) * len(COLUMNS), first, _recalibrated(), *rest]
+    rows = [COLUMNS, ('---',) * len(COLUMNS), first, *_training_free(), *rest]
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
@@ -79,13 +79,16 @@ def _row(method: Method) -> Sequence[str]:
     )
 
 
-def _recalibrated() -> Sequence[str]:
-    """The row of what ``one_shot.py`` measured, at another share of the MACs than the others."""
-    found = json.loads((RESULTS / f'one_shot_{MODELS[1]}.json').read_text())
-    rows = {row['criterion']: row for row in found['rows']}
-    before, after = (rows['dense']['top1'] - rows['fpgm'][key] for key in ('top1', 'top1_recalibrated'))
-    lost = f'{MISSING} / {after:.2f} at {100 * found["macs"]:.0f} % of the MACs ({before:.2f} without)'
-    return ('the same, BatchNorm recalibrated', '`recalibrate_bn(slim, d)`', '0', lost, MISSING, '`one_shot.py`')
+def _training_free() -> Iterator[Sequence[str]]:
+    """The rows of what ``training_free.py`` measured at half the MACs."""
+    cuts = [json.loads((RESULTS / f'training_free_{model}.json').read_text())['cuts'] for model in MODELS]
+    for name, call, ranking, step in (
+            ('the same, BatchNorm recalibrated', '`recalibrate_bn(slim, d)`', 'fpgm', 'bn'),
+            ('the same, compensated', "`prune(m, macs=0.5, criterion='fpgm', data=d)`", 'fpgm', 'compensated'),
+            ('the same, compensated, cost-aware widths', "the same, `widths='cost'`", 'fpgm, cost-aware widths',
+             'compensated')):
+        lost = ' / '.join(f'{found["dense"]["top1"] - found[f"{ranking} at 0.5"][step]:.2f}' for found in cuts)
+        yield name, call, '0', lost, MISSING, '`training_free.py`'
 
 
 def _results(model: str, experiment: Optional[str]) -> List[Dict[str, Any]]:
