@@ -234,6 +234,12 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, caps
     assert error(capsys) == f'--resume: all 2 checkpoints in {newest.parent} are damaged; start again with --overwrite'
 
 
+def test_a_one_shot_cut_that_is_trained_next_is_not_compensated(tmp_path):
+    assert train(tmp_path / 'run') == 0
+    slim = timm.create_model(f'local-dir:{tmp_path / "run" / "pruned"}', pretrained=True)
+    assert slim.pruning_plan.recipe['criterion'] == 'l2' and 'compensated' not in slim.pruning_plan.recipe
+
+
 def error(capsys):
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith('timm-epfs: error: ')]
     assert len(lines) == 1

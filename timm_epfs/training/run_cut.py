@@ -71,13 +71,13 @@ class RunCut:
             return method(pruner, budget(self.args), steps, **options)
 
     def one_shot(self) -> nn.Module:
-        """A copy of the model, cut by a criterion.
+        """A copy of the model, cut by a criterion. It isn't compensated, since it is trained next.
 
         Raises:
             PruningError: The model can't be cut to the budget.
         """
         with step(f'cutting {self.args.model}'), one_line('--method none can\'t cut'):
-            return self.pruner(budget(self.args), **self._one_shot_options())
+            return self.pruner(budget(self.args), compensate=False, **self._one_shot_options())
 
     def _one_shot_options(self) -> Dict[str, Any]:
         _, options = cut_options(self.args)
