@@ -1,7 +1,7 @@
 """Calls of functions that are linear in a weight (linear layers, convolutions), and what they read as rows.
 
 A row holds whatever one output position reads. So every such call is a matrix product, rows (rows, features) times
-weight (features, outputs), one a group:
+weight (features, outputs), one per group:
 
 =====================  ==================================  ============================
 call                   features                            outputs
@@ -14,7 +14,7 @@ transposed convolution channels of a group × kernel        output channels of t
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import numpy as np
 import torch
@@ -149,7 +149,7 @@ class LinearCall:
         inputs = self.input
         if not self.is_convolution:
             return inputs.reshape(self._leading, -1, inputs.shape[-1])[:, at][None]
-        table, valid = self._sources(at.cpu().numpy(), self.output_size())
+        table, valid = self._sources(at.cpu().numpy())
         flat = inputs.flatten(2)
         taken = flat[:, :, torch.from_numpy(table.ravel()).to(flat.device)].unflatten(2, table.shape)
         if not valid.all():
@@ -183,7 +183,7 @@ class LinearCall:
         padding = _tuple(0 if padding == 'valid' else padding, len(kernel))
         return stride, tuple((p, p) for p in padding), dilation
 
-    def _sources(self, at: np.ndarray, output_size: Sequence[int]) -> Tuple[np.ndarray, np.ndarray]:
+    def _sources(self, at: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
         """The input position that each output position reads at each place of the kernel, and whether there is one.
 
         Both have the shape (positions, kernel).
@@ -191,7 +191,7 @@ class LinearCall:
         kernel, size = self.weight.shape[2:], self.input.shape[2:]
         stride, padding, dilation = self._geometry()
         places = np.array(list(product(*map(range, kernel))))  # (kernel, dims)
-        outputs = np.stack(np.unravel_index(at, output_size), axis=-1)  # (positions, dims)
+        outputs = np.stack(np.unravel_index(at, self.output_size()), axis=-1)  # (positions, dims)
         before, dilated = np.array([p[0] for p in padding]), places * np.array(dilation)
         if self.transposed:
             scaled = outputs[:, None] + before - dilated

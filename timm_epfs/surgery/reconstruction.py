@@ -53,9 +53,7 @@ class Reconstruction:
         weights: Whether to change weights. Otherwise only BatchNorm statistics are changed.
 
     Attributes:
-        solved: Names of the weights that were changed.
         scarce: Names of the weights with more inputs than rows.
-        shared: Names of weights and statistics that several places of the forward use. They are left alone.
     """
 
     def __init__(
@@ -70,9 +68,8 @@ class Reconstruction:
         counts = torch.tensor(float(sum(map(len, batches))), device=batches[0].device)
         self._images = int(summed(counts))
         self._first = np.cumsum([0, *map(len, batches)])
-        self.solved: List[str] = []
         self.scarce: List[str] = []
-        readers, self.shared = list_readers(model, batches[0][:1])
+        readers, _ = list_readers(model, batches[0][:1])
         # BatchNorm right behind a layer that is reconstructed is corrected together with it.
         solved = {name: reader for name, reader in readers.items() if weights and _may_change(reader.call)}
         behind = {reader.norm for reader in solved.values()}
@@ -193,7 +190,6 @@ class Reconstruction:
             call.weight.add_(call.weight_of(matrix).to(call.weight))
             if call.bias is not None:
                 call.bias.add_(intercept.flatten().to(call.bias))
-            self.solved.append(name)
         norm = self._norms.get(self._layers[name].norm)
         if norm is not None:
             _correct(norm, dense, _output_moments(call, whole))
