@@ -93,41 +93,37 @@ class Reconstruction:
         count = len(self._batches)
         if self._layers:
             with progress(None, 'compensating', len(self._layers)) as self._bar:
-                self._lockstep.run([self._run_dense] * count + [self._run_cut] * count)
+                self._lockstep.run([self._run_batch] * (2 * count))
 
-    def _run_dense(self, number: int) -> None:
-        batch = self._batches[number]
-
-        def handle(name: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
-            if name in self._layers:
-                if isinstance(call, NormCall):
-                    self._moments[0].append(_moments(call.input))
-                else:
-                    groups, features, _ = self._shape(name)
-                    at = sample_positions(name, call.positions, self._images, groups, features).to(batch.device)
-                    self._targets[number] = at, call.outputs(call.rows(at))[..., self._kept_outputs(name, call)].float()
-                self._lockstep.meet(number, name)
-            return run()
-
-        with torch.no_grad(), Watch(self._dense, len(batch), handle):
-            self._dense(batch)
-
-    def _run_cut(self, number: int) -> None:
-        index = number - len(self._batches)
+    def _run_batch(self, number: int) -> None:
+        """Run a batch: through the dense model for the first half of the numbers, through the cut one for the rest."""
+        is_cut, index = divmod(number, len(self._batches))
+        model, note = (self._model, self._note_cut) if is_cut else (self._dense, self._note_dense)
         batch = self._batches[index]
 
         def handle(name: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
             if name in self._layers:
-                if isinstance(call, NormCall):
-                    self._moments[1].append(_moments(call.input))
-                else:
-                    self._add_rows(index, call)
-                self._call = call
+                note(index, name, call)
                 self._lockstep.meet(number, name)
             return run()
 
-        with torch.no_grad(), Watch(self._model, len(batch), handle):
-            self._model(batch)
+        with torch.no_grad(), Watch(model, len(batch), handle):
+            model(batch)
+
+    def _note_dense(self, index: int, name: str, call: Call) -> None:
+        if isinstance(call, NormCall):
+            self._moments[0].append(_moments(call.input))
+            return
+        groups, features, _ = self._shape(name)
+        at = sample_positions(name, call.positions, self._images, groups, features).to(call.input.device)
+        self._targets[index] = at, call.outputs(call.rows(at))[..., self._kept_outputs(name, call)].float()
+
+    def _note_cut(self, index: int, name: str, call: Call) -> None:
+        if isinstance(call, NormCall):
+            self._moments[1].append(_moments(call.input))
+        else:
+            self._add_rows(index, call)
+        self._call = call
 
     def _shape(self, name: str) -> Tuple[int, int, int]:
         """Groups, features and outputs of a group of a layer of the cut model."""
