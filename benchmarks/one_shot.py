@@ -100,7 +100,7 @@ def one_shot(
 
 def _data(criterion: str, train: Images) -> Optional[List[Tuple[torch.Tensor, torch.Tensor]]]:
     """Training batches for the criteria that look at gradients."""
-    if not timm_epfs.CRITERIA[criterion].needs_data:
+    if not timm_epfs.CRITERIA[criterion].needs:
         return None
     count = OBDC if criterion == 'obdc' else TAYLOR
     return [batch for _, batch in zip(range(count // BATCH), train)]

@@ -25,9 +25,10 @@ from timm_epfs.report import top1
 
 HERE = Path(__file__).parent
 RANKINGS: Dict[str, Dict[str, Any]] = {
+    'obs, measured widths': {'criterion': 'obs', 'widths': 'sensitivity'},
     'fpgm': {'criterion': 'fpgm'},
     'fpgm, cost-aware widths': {'criterion': 'fpgm', 'widths': 'cost'},
-    'fpgm, blocks': {'criterion': 'fpgm', 'kinds': ['blocks']},
+    'fpgm, blocks': {'criterion': 'fpgm'},
 }
 MACS = (0.9, 0.8, 0.7, 0.6, 0.5)
 STEPS = ('cut', 'bn', 'bn_corrected', 'compensated')
@@ -57,7 +58,7 @@ def parse_args() -> argparse.Namespace:
                         help='where decoded CIFAR images are kept')
     parser.add_argument('--fit-images', type=int, default=1024, help='images to compensate with')
     parser.add_argument('--macs', type=float, nargs='+', default=list(MACS), help='shares of the MACs to keep')
-    parser.add_argument('--rankings', nargs='+', default=list(RANKINGS)[:2], choices=list(RANKINGS))
+    parser.add_argument('--rankings', nargs='+', default=list(RANKINGS)[:3], choices=list(RANKINGS))
     parser.add_argument('--seed', type=int, default=0, help='seed of the split')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
@@ -81,6 +82,16 @@ class Job:
         default = HERE / 'cifar10' / 'results' / self._args.model / 'dense-0.safetensors'
         load_checkpoint(model, str(self._args.checkpoint or default))
         return model.float().eval()
+
+    @cached_property
+    def pruner(self) -> timm_epfs.Pruner:
+        """Cuts channels, and knows the images to fit on. Each cut is compensated by the benchmark itself."""
+        return timm_epfs.Pruner(self.model, data=self.batches[0])
+
+    @cached_property
+    def block_pruner(self) -> timm_epfs.Pruner:
+        """Cuts blocks."""
+        return timm_epfs.Pruner(self.model, data=self.batches[0], kinds=['blocks'])
 
     @cached_property
     def batches(self) -> Tuple[Batches, Batches]:
@@ -120,7 +131,8 @@ class Job:
         if name == 'dense':
             return {'top1': top1([self.model], test)[0], 'test_images': sum(len(y) for _, y in test)}
         ranking, _, macs = name.rpartition(' at ')
-        slim = timm_epfs.prune(self.model, macs=float(macs), **RANKINGS[ranking])
+        pruner = self.block_pruner if 'blocks' in ranking else self.pruner
+        slim = pruner(macs=float(macs), compensate=False, **RANKINGS[ranking])
         models = {step: copy.deepcopy(slim) for step in STEPS}
         timm_epfs.recalibrate_bn(models['bn'], fit)
         timm_epfs.recalibrate_bn(models['bn_corrected'], fit, dense=self.model)

@@ -1,13 +1,13 @@
 """Batches of images from whatever users hold them in."""
 from itertools import islice
-from typing import Any, Iterable, List, Optional
+from typing import Any, Iterable, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from ..core import PruningError, device_of, one_line
 
-__all__ = ['image_batches']
+__all__ = ['image_batches', 'labelled_batches']
 
 # More images than this cost more memory than they are worth, larger batches than this too.
 IMAGES, PIXELS, BATCH_PIXELS = 1024, 2 ** 24, 2 ** 20
@@ -25,21 +25,41 @@ def image_batches(data: Any, model: nn.Module, images: Optional[int] = None) -> 
     Raises:
         PruningError: There are no images, or they aren't images that a model can run.
     """
+    return [batch for batch, _ in labelled_batches(data, model, images)]
+
+
+def labelled_batches(
+        data: Any,
+        model: nn.Module,
+        images: Optional[int] = None,
+) -> List[Tuple[Tensor, Optional[Tensor]]]:
+    """Batches as those of ``image_batches``, each with the classes of its images, shape (images,).
+
+    The classes are None where the second entry of a batch isn't one whole number per image.
+    """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    batches: List[Tensor] = []
+    batches: List[Tuple[Tensor, Optional[Tensor]]] = []
     found = 0
-    for batch in [data] if isinstance(data, Tensor) else _iterate(data):
-        batch = _checked(batch)
+    for given in [data] if isinstance(data, Tensor) else _iterate(data):
+        batch, classes = _checked(given), _classes(given)
         pixels = batch[0, 0].numel() if batch.ndim > 2 else 1
         most = min(IMAGES, max(1, PIXELS // pixels)) if images is None else images
-        batch = batch[:most - found].to(device_of(model), dtype)
-        batches += batch.split(max(1, BATCH_PIXELS // pixels))
-        found += len(batch)
+        size, left = max(1, BATCH_PIXELS // pixels), most - found
+        parts = batch[:left].to(device_of(model), dtype).split(size)
+        labels = [None] * len(parts) if classes is None else classes[:left].to(device_of(model)).split(size)
+        batches += zip(parts, labels)
+        found += len(batch[:left])
         if found >= most:
             break
     if not batches:
         raise PruningError('found no images; give at least one batch of them')
     return batches
+
+
+def _classes(batch: Any) -> Optional[Tensor]:
+    classes = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    whole = isinstance(classes, Tensor) and classes.ndim == 1 and not classes.is_floating_point()
+    return classes if whole and len(classes) == len(batch[0]) else None
 
 
 def _iterate(data: Iterable[Any]) -> Iterable[Any]:

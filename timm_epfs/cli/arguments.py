@@ -97,8 +97,8 @@ def add_choice_arguments(group: argparse._ArgumentGroup) -> None:
              '(default: global; train --method sfp or bn_sfp: always local)')
     group.add_argument(
         '--widths', metavar='NAME',
-        help=f'what decides how many units each layer keeps: cost, {", ".join(WITHOUT_DATA)} '
-             '(default: the scores that rank the units)')
+        help=f'what decides how many units each layer keeps: sensitivity (measured on images), cost, '
+             f'{", ".join(WITHOUT_DATA)} (default: the scores that rank the units; prune with --data-dir: sensitivity)')
     group.add_argument(
         '--round-to', type=_round_to, metavar='N',
         help='round the widths of layers that are cut to multiples of this; auto measures which multiple is fastest '

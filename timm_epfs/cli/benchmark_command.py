@@ -13,7 +13,7 @@ import torch
 
 from ..core import PruningError, aligned_table, check_place, format_count, one_line, step, write_whole
 from ..deploy import Conditions, Timed, time_together, with_base
-from ..report import draw, new_figure
+from ..report import check_picture, draw
 from ..version import __version__
 from ..zoo import load_model
 from .arguments import positive
@@ -90,10 +90,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.json:
         check_place(args.json, '--json')
     if args.plot:
-        check_place(args.plot, '--plot')
-        if args.plot.suffix != '.png':
-            raise PruningError(f'--plot {args.plot} was given, only .png is drawn; name a .png file')
-        new_figure((1, 1))  # raises an error unless matplotlib is installed
+        check_picture(args.plot, '--plot')
 
 
 def _table(rows: Sequence[Timed]) -> str:

@@ -24,6 +24,7 @@ from .benchmark_command import add_benchmark_arguments
 from .export_command import add_export_arguments
 from .prune_command import add_prune_arguments
 from .push_command import add_push_arguments
+from .sensitivity_command import add_sensitivity_arguments
 from .train_command import add_train_arguments
 
 __all__ = ['main', 'parse_args']
@@ -121,6 +122,10 @@ def _parser() -> argparse.ArgumentParser:
     pruning = commands.add_parser('prune', help='prune a model and save it')
     add_model_arguments(pruning)
     add_prune_arguments(pruning)
+
+    measuring = commands.add_parser('sensitivity', help='measure what cutting each layer costs')
+    add_model_arguments(measuring)
+    add_sensitivity_arguments(measuring)
 
     training = commands.add_parser('train', help='train a model, learn what to cut, cut it, fine-tune it and save it')
     add_model_arguments(training, "the model's own; 16 for --dataset digits")

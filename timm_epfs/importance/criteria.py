@@ -8,17 +8,18 @@ attention heads, the columns after a flatten), and it never sees the model itsel
 """
 import zlib
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.func import functional_call
 
-from ..core import Member, PruningError, Structure, eval_mode, nearest, one_line
+from ..core import Member, PruningError, Structure, nearest, one_line
+from .gradients import gradients_of
+from .obs import energy, obs
+from .statistics import Statistics, gather_statistics
 
-__all__ = ['Criterion', 'CRITERIA', 'WITHOUT_DATA', 'check_criterion', 'score']
+__all__ = ['CRITERIA', 'Criterion', 'WITHOUT_DATA', 'check_criterion', 'score']
 
 
 @dataclass(frozen=True)
@@ -33,17 +34,19 @@ class Criterion:
             and ``'ln'`` scales. As in torch-pruning, biases and depthwise convolutions don't count.
         normalizer: Name of torch-pruning's normalisation over the units of a structure, which makes the scores of
             different structures comparable.
-        needs_data: Whether the score needs gradients, and so data.
+        needs: What data the score needs: ``'images'`` (``statistics.py``), ``'targets'``, which is images with targets,
+            for gradients, or nothing (``''``).
     """
     help: str
     importance: str = ''
     options: Mapping[str, Any] = field(default_factory=dict)
     members: Tuple[str, ...] = ('out', 'in', 'bn', 'ln')
     normalizer: str = 'mean'
-    needs_data: bool = False
+    needs: str = ''
 
 
-# A criterion that is no class of torch-pruning's needs an entry here and a branch in ``score``, as 'random' has.
+# A criterion that is no class of torch-pruning's needs an entry here and a branch in ``score``, as 'random' has; or,
+# if it is computed from what layers read, an entry in ``FROM_STATISTICS``.
 CRITERIA: Dict[str, Criterion] = {
     'l1': Criterion(
         'Sum of absolute weights (Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017).',
@@ -70,14 +73,20 @@ CRITERIA: Dict[str, Criterion] = {
     # Without 'bn': torch-pruning's Taylor looks for GroupNorm's pruning function there, and never scores BatchNorm.
     'taylor': Criterion(
         'Absolute weight times gradient of the loss (Molchanov et al., Importance Estimation, CVPR 2019). Needs data.',
-        'GroupTaylorImportance', members=('out', 'in', 'ln'), needs_data=True),
+        'GroupTaylorImportance', members=('out', 'in', 'ln'), needs='targets'),
     'obdc': Criterion(
         'Squared weight times diagonal Fisher information (Wang et al., EigenDamage, ICML 2019, its OBD-C baseline). '
         'Needs data, and one backward per image.',
-        'OBDCImportance', {'num_classes': None}, members=('out',), needs_data=True),
+        'OBDCImportance', {'num_classes': None}, members=('out',), needs='targets'),
+    'energy': Criterion(
+        'Variance that a unit adds to the outputs of the layers that read it. Structures that no layer reads are '
+        'scored by l2. Needs images.', needs='images'),
+    'obs': Criterion(
+        'Error of the layers that read a unit, after their best weights for what is left (Hassibi and Stork, Optimal '
+        'Brain Surgeon, NeurIPS 1992). Structures that no layer reads are scored by l2. Needs images.', needs='images'),
 }
-
-WITHOUT_DATA = tuple(name for name, criterion in CRITERIA.items() if not criterion.needs_data)
+FROM_STATISTICS = {'energy': energy, 'obs': obs}
+WITHOUT_DATA = tuple(name for name, criterion in CRITERIA.items() if not criterion.needs)
 
 
 def check_criterion(name: str) -> None:
@@ -94,6 +103,7 @@ def score(
         data: Optional[Iterable[Any]] = None,
         loss_fn: Optional[Callable[[Any, Any], torch.Tensor]] = None,
         seed: int = 0,
+        statistics: Optional[Statistics] = None,
 ) -> Dict[str, np.ndarray]:
     """Score every unit of every structure.
 
@@ -110,11 +120,13 @@ def score(
         model: The model that the structures were found on, or a copy of it.
         structures: The structures to score.
         criterion: One of ``CRITERIA``.
-        data: Batches (images, targets, …), for ``'taylor'`` and ``'obdc'``.
+        data: Batches of images, or tuples that start with images, for ``'obs'`` and ``'energy'``. Batches (images,
+            targets, …), for ``'taylor'`` and ``'obdc'``.
         loss_fn: ``loss_fn(outputs, targets)``, for ``'taylor'`` and ``'obdc'``. None: cross-entropy; ``'obdc'`` then
             draws the targets from the model's own predictions, as EigenDamage does. With a ``loss_fn``, ``'obdc'`` uses
             the targets of the data (the empirical Fisher information).
         seed: Seed of ``'random'``, and of the targets that ``'obdc'`` draws.
+        statistics: What ``gather_statistics`` found on the data, where it was done before.
 
     Returns:
         Scores by structure name, float64, shape (units,), higher = keep.
@@ -132,21 +144,44 @@ def score(
     if not structures:
         return {}
 
+    if CRITERIA[criterion].needs == 'images':
+        return _from_statistics(model, structures, criterion, data, statistics)
     rules = {s.name: _rule(model, s, criterion) for s in structures}
     if criterion == 'bn_scale' and all(rule is not CRITERIA['bn_scale'] for rule, _ in rules.values()):
         raise PruningError(
             "criterion 'bn_scale' needs BatchNorm, found no BatchNorm scale in any structure; choose another "
             "criterion, such as 'l2'")
     tensors = {m.tensor: _tensor(model, m) for _, members in rules.values() for m in members}
-    needs_data = CRITERIA[criterion].needs_data
+    needs_targets = CRITERIA[criterion].needs == 'targets'
     with one_line(f'criterion {criterion!r} fails on its data; check that the model and the loss take the batches'):
-        gradients = _gradients(model, tensors, criterion, data, loss_fn, seed) if needs_data else {}
+        gradients = gradients_of(model, tensors, criterion, data, loss_fn, seed) if needs_targets else {}
     scores = {}
     for s in structures:
         rule, members = rules[s.name]
         rule = replace(rule, normalizer=None) if s.kind == 'blocks' else rule
         scores[s.name] = _score(s, rule, members, tensors, gradients).cpu().numpy().astype(np.float64)
     return _normalise_blocks(structures, scores)
+
+
+def _from_statistics(
+        model: nn.Module,
+        structures: Sequence[Structure],
+        criterion: str,
+        data: Optional[Iterable[Any]],
+        statistics: Optional[Statistics],
+) -> Dict[str, np.ndarray]:
+    """Scores from what the layers that read the units see; by l2 where none is known to read them."""
+    if statistics is None:
+        if data is None:
+            raise PruningError(f'criterion {criterion!r} needs images, found none; give data=, batches of images')
+        statistics = gather_statistics(model, structures, data)
+    readers = {s.name: statistics.consumers_of(s) for s in structures}
+    scores = score(model, [s for s in structures if not readers[s.name]])
+    for s in structures:
+        if readers[s.name]:
+            raw = FROM_STATISTICS[criterion](s, readers[s.name])
+            scores[s.name] = raw / raw.mean() if raw.any() else raw
+    return {s.name: scores[s.name] for s in structures}
 
 
 def _normalise_blocks(structures: Sequence[Structure], scores: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
@@ -213,61 +248,6 @@ def _tensor(model: nn.Module, member: Member) -> torch.Tensor:
             f'{member.tensor!r} is on the meta device and has no values to score; load weights, or use '
             f"criterion='random'")
     return tensor
-
-
-def _gradients(
-        model: nn.Module,
-        tensors: Mapping[str, torch.Tensor],
-        criterion: str,
-        data: Optional[Iterable[Any]],
-        loss_fn: Optional[Callable[[Any, Any], torch.Tensor]],
-        seed: int,
-) -> Dict[str, torch.Tensor]:
-    """For Taylor, the sum over the data of each tensor's gradient; for OBD-C, the mean over images of its square.
-
-    The gradients are those of stand-in leaves that share the weights' memory. So frozen layers get a gradient, too, and
-    no ``.grad`` or ``requires_grad`` of the model is touched. OBD-C runs one image at a time. torch-pruning's own hooks
-    can't be used for it: they are right only for convolutions without groups, dilation and bias, and for linear layers
-    on (batch, features).
-    """
-    if data is None:
-        raise PruningError(f'criterion {criterion!r} needs data, found none; give data=, batches of (images, targets)')
-    by_id = {id(tensor): tensor.detach().requires_grad_() for tensor in tensors.values()}  # a tied tensor is one leaf
-    leaves = {name: by_id[id(tensor)] for name, tensor in tensors.items()}
-    sums = {key: torch.zeros_like(leaf, dtype=torch.float32) for key, leaf in by_id.items()}
-    device = next(iter(leaves.values())).device
-    generator = torch.Generator().manual_seed(seed)
-    fisher, count = criterion == 'obdc', 0
-    # The global random state is restored afterwards: a loader that shuffles draws from it.
-    with eval_mode(model), torch.enable_grad(), torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        for images, targets in _batches(data, criterion, device):
-            outputs = functional_call(model, leaves, (images,))
-            if fisher and loss_fn is None:
-                probabilities = outputs.detach().float().softmax(-1).cpu()
-                targets = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(device)
-            loss = (loss_fn or F.cross_entropy)(outputs, targets)
-            gradients = torch.autograd.grad(loss, list(by_id.values()), allow_unused=True, materialize_grads=True)
-            for total, gradient in zip(sums.values(), gradients):
-                total += gradient.float().square() if fisher else gradient
-            count += 1
-    if not count:
-        hint = 'an iterator can be read only once, so give a list or a loader' if iter(data) is data else 'give one'
-        raise PruningError(f'criterion {criterion!r} needs data, found no batch in it; {hint}')
-    return {name: sums[id(tensor)] / (count if fisher else 1) for name, tensor in tensors.items()}
-
-
-def _batches(data: Iterable[Any], criterion: str, device: torch.device) -> Iterator[Tuple[torch.Tensor, Any]]:
-    """The batches on the device; for OBD-C, batches of one image."""
-    for batch in data:
-        if not isinstance(batch, (tuple, list)) or len(batch) < 2:
-            raise PruningError(
-                f'criterion {criterion!r} needs batches of (images, targets), found a {type(batch).__name__}; '
-                f'give a loader that yields both')
-        images, targets = (part.to(device) if isinstance(part, torch.Tensor) else part for part in batch[:2])
-        if criterion == 'obdc':
-            yield from ((images[i:i + 1], targets[i:i + 1]) for i in range(len(images)))
-        else:
-            yield images, targets
 
 
 class _StandIn(nn.Linear):

@@ -1,161 +1,132 @@
-"""What a network's output loses as one structure after the other gets narrower.
+"""``measure_sensitivity``: narrows one structure after the other, and compares the network's outputs.
 
-A structure is narrowed in place, without cutting: the units that go are those that the rest can make up for (``obs``),
-and the layers that read them get the weights that make up for them. What counts is how far the *output* then is from
-the dense model's, on a few images.
+A structure is narrowed in place, without cutting. The layers that read its units get weights that make up for those
+that go (least squares on the covariance of what they read), and BatchNorm behind them gets the mean and the variance
+that go with these. What counts is how far the *output* then is from the dense model's, on images that weren't used for
+this. Errors of single layers tell much less: some are made up for further on, others grow.
 """
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ..activations import image_batches
-from ..core import Structure, eval_mode, progress
-from .obs import Removal, consumers_of
+from ..core import PruningError, Structure, eval_mode, one_line, progress
+from .curves import Curve, Sensitivity, removed_counts
+from .statistics import Statistics, refitted
 
-__all__ = ['Curve', 'Sensitivity', 'measure_sensitivity']
-
-SHARES = (0.1, 0.25, 0.4, 0.55, 0.7)  # of its units that a structure loses
-IMAGES = 48
-
-
-@dataclass(frozen=True, eq=False)
-class Curve:
-    """What the output loses as one structure gets narrower.
-
-    Attributes:
-        order: Units, the first to go first, shape (units,).
-        removed: Numbers of units that were removed, ascending.
-        divergence: How far the output then was from the dense model's.
-    """
-    order: np.ndarray
-    removed: Tuple[int, ...]
-    divergence: Tuple[float, ...]
-
-    def marginal(self) -> np.ndarray:
-        """What the removal of each unit adds, in their order, never falling, shape (units,)."""
-        at = np.array([0, *self.removed])
-        slopes = np.diff([0.0, *self.divergence]) / np.diff(at)
-        slopes = _non_decreasing(np.maximum(slopes, 1e-12), np.diff(at))
-        middles = (at[1:] + at[:-1]) / 2
-        units = len(self.order)
-        if len(slopes) > 1:  # beyond the last measurement it grows as it did last
-            growth = slopes[-1] / slopes[-2]
-            end = slopes[-1] * max(growth, 1.0) ** ((units - middles[-1]) / (middles[-1] - middles[-2]))
-            middles, slopes = np.append(middles, units), np.append(slopes, end)
-        return np.exp(np.interp(np.arange(units) + 0.5, middles, np.log(slopes)))
-
-
-def _non_decreasing(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The nearest sequence that never falls (pool adjacent violators)."""
-    pools: List[List[float]] = []  # value, weight, length
-    for value, weight in zip(values, weights):
-        pools.append([value, weight, 1])
-        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
-            v, w, n = pools.pop()
-            u = pools[-1]
-            pools[-1] = [(u[0] * u[1] + v * w) / (u[1] + w), u[1] + w, u[2] + n]
-    return np.concatenate([[value] * length for value, _, length in pools])
-
-
-@dataclass(frozen=True, eq=False)
-class Sensitivity:
-    """The curves of all structures.
-
-    Attributes:
-        curves: By structure name.
-    """
-    curves: Dict[str, Curve]
-
-    def scores(self, price: Mapping[str, float]) -> Dict[str, np.ndarray]:
-        """Scores by structure name, shape (units,), higher = keep: what the output loses by the unit, a cost of one.
-
-        Args:
-            price: Cost of one unit, by structure name.
-        """
-        scores = {}
-        for name, curve in self.curves.items():
-            scores[name] = np.empty(len(curve.order))
-            scores[name][curve.order] = curve.marginal() / price[name]
-        return scores
+__all__ = ['measure_sensitivity']
 
 
 @torch.no_grad()
 def measure_sensitivity(
         model: nn.Module,
         structures: Sequence[Structure],
-        batches: Sequence[Tensor],
-        shares: Sequence[float] = SHARES,
+        scores: Mapping[str, np.ndarray],
+        statistics: Statistics,
 ) -> Sensitivity:
-    """Measure the curves of some structures."""
-    consumers = consumers_of(model, structures, batches)
-    images = image_batches(batches, model, IMAGES)
+    """Measure the curves of some structures. A block goes as a whole, and nothing makes up for it.
+
+    Args:
+        model: The model. Its weights are changed and changed back.
+        structures: The structures.
+        scores: The units with the lowest scores go first, by structure name, shape (units,).
+        statistics: Of the same structures.
+
+    Raises:
+        PruningError: The outputs have no values to compare, or not always the same shapes.
+    """
     curves = {}
-    with eval_mode(model):
-        dense = [_output(model(batch)) for batch in images]
+    with eval_mode(model), one_line('sensitivity can\'t be measured on this model'):
+        dense = [_outputs(model(images)) for images, _ in statistics.measure_on]
+        classes = [labels for _, labels in statistics.measure_on]
+        _, _, top1 = _compare(dense, dense, classes)
         for structure in progress(structures, 'measuring sensitivity'):
-            curves[structure.name] = _measure(model, structure, consumers, images, dense, shares)
-    return Sensitivity(curves)
-
-
-def _measure(model, structure, consumers, images, dense, shares) -> Curve:
-    readers = [consumers[name] for name in dict.fromkeys(m.tensor for m in structure.members) if name in consumers]
-    removal = Removal(structure, readers)
-    counts = sorted({max(1, min(round(share * structure.units), structure.units - 1)) for share in shares})
-    divergence = []
-    for count in counts:
-        removal.to(count)
-        with _narrowed(model, structure, removal):
-            outputs = [_output(model(batch)) for batch in images]
-        divergence.append(sum(_divergence(new, old) for new, old in zip(outputs, dense)) / sum(map(len, images)))
-    removal.to(structure.units)
-    return Curve(np.array(removal.order), tuple(counts), tuple(divergence))
+            order = np.argsort(scores[structure.name], kind='stable')
+            rows = []
+            removed = sorted(set(removed_counts(structure.units)))
+            for count in removed:
+                with _narrowed(model, structure, order[:count], statistics) as error:
+                    outputs = [_outputs(model(images)) for images, _ in statistics.measure_on]
+                divergence, same, accuracy = _compare(outputs, dense, classes)
+                rows.append((divergence, error, same, accuracy))
+            curves[structure.name] = Curve(order, tuple(removed), *zip(*rows))
+    return Sensitivity(curves, sum(len(images) for images, _ in statistics.measure_on), top1)
 
 
 @contextmanager
-def _narrowed(model: nn.Module, structure: Structure, removal: Removal) -> Iterator[None]:
+def _narrowed(model: nn.Module, structure: Structure, gone: np.ndarray, statistics: Statistics) -> Iterator[float]:
+    """A model without some units of a structure. Yields the error of the layers that read them."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    weights = removal.weights()
-    changed: Dict[str, Tensor] = {}
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    consumers = statistics.consumers_of(structure)
+    refitted_here = {consumer.name for consumer in consumers}
+    before: Dict[str, Tensor] = {}
+    errors = []
 
     def change(name: str, value: Tensor) -> None:
-        changed.setdefault(name, tensors[name].clone())
+        before.setdefault(name, tensors[name].clone())
         tensors[name].copy_(value)
 
-    gone = removal.order
-    for member in structure.members:
-        if member.role == 'in' and member.tensor not in weights:
-            value = tensors[member.tensor].clone().index_fill_(
-                member.dim, torch.from_numpy(member.index[gone].ravel()), 0)
-            change(member.tensor, value)
-    for state in removal._states:
-        name, (weight, shift) = state.consumer.name, weights[state.consumer.name]
-        change(name, weight)
-        bias, norm = state.consumer.call.bias, state.consumer.reader.norm
-        if bias is not None:
-            names = [n for n, t in tensors.items() if t is bias]
-            change(names[0], bias + shift)
-        elif norm:
-            change(norm, tensors[norm] - shift)
     try:
-        yield
+        for member in structure.members:
+            silences = member.role == 'in' or structure.kind == 'blocks'
+            if silences and member.tensor not in refitted_here:
+                tensor = tensors[member.tensor]
+                index = torch.from_numpy(member.index[gone].ravel()).to(tensor.device)
+                change(member.tensor, tensor.index_fill(member.dim, index, 0))
+        for consumer in consumers:
+            call, norm, old = consumer.reader.call, consumer.reader.norm, consumer.matrix
+            new = refitted(consumer.damped, old, consumer.features(structure)[gone].flatten())
+            change(consumer.name, call.weight_of(new))
+            old_variance, new_variance, lost = (
+                (matrix * (consumer.covariance @ matrix)).sum(1).flatten() for matrix in (old, new, old - new))
+            errors.append(float(lost.sum() / old_variance.sum().clamp_min(1e-30)))
+            shift = torch.einsum('gf,gfo->go', consumer.mean, old - new).flatten()
+            if call.bias is not None:
+                change(names[id(call.bias)], call.bias + shift)
+            elif norm:
+                change(norm, tensors[norm] - shift)
+            if norm:
+                variance = norm[:-len('mean')] + 'var'
+                ratio = torch.where((old_variance > 0) & (new_variance > 0), new_variance / old_variance, 1.0)
+                change(variance, tensors[variance] * ratio)
+        yield float(np.mean(errors)) if errors else np.nan
     finally:
-        for name, value in changed.items():
+        for name, value in before.items():
             tensors[name].copy_(value)
 
 
-def _output(output: Any) -> Tensor:
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values() if isinstance(output, dict) else output))
-    return output
+def _outputs(output: Any) -> List[Tensor]:
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not tensors:
+        raise PruningError('its output holds no tensor of numbers; give criterion= and widths= that need no data')
+    return [tensor.float() for tensor in tensors]
 
 
-def _divergence(new: Tensor, dense: Tensor) -> float:
-    """Kullback-Leibler divergence of logits, summed over images; of other outputs, their relative squared error."""
-    if dense.ndim == 2 and dense.shape[1] > 1:
-        return float(F.kl_div(F.log_softmax(new, 1), F.log_softmax(dense, 1), log_target=True, reduction='sum'))
-    return float((new - dense).square().sum() / dense.square().mean().clamp_min(1e-12) / dense[0].numel())
+def _compare(
+        outputs: Sequence[List[Tensor]],
+        dense: Sequence[List[Tensor]],
+        classes: Sequence[Optional[Tensor]],
+) -> Tuple[float, float, float]:
+    """Divergence, share of the images whose class stays, and top-1 in percent."""
+    if [[t.shape for t in batch] for batch in outputs] != [[t.shape for t in batch] for batch in dense]:
+        raise PruningError(
+            'the shapes of its outputs depend on what it sees; give criterion= and widths= that need no data')
+    if len(dense[0]) > 1 or dense[0][0].ndim != 2 or dense[0][0].shape[1] < 2:
+        errors = [_relative_error(*pair) for parts in zip(outputs, dense) for pair in zip(*parts)]
+        return float(np.mean(errors)), np.nan, np.nan
+    new, old = (torch.cat([batch[0] for batch in side]) for side in (outputs, dense))
+    divergence = F.kl_div(F.log_softmax(new, 1), F.log_softmax(old, 1), log_target=True, reduction='batchmean')
+    same = (new.argmax(1) == old.argmax(1)).float().mean()
+    labelled = [labels for labels in classes if labels is not None]
+    if len(labelled) < len(classes):
+        return float(divergence), float(same), np.nan
+    return float(divergence), float(same), float(100 * (new.argmax(1) == torch.cat(labelled)).float().mean())
+
+
+def _relative_error(new: Tensor, old: Tensor) -> float:
+    return float((new - old).square().mean() / old.square().mean().clamp_min(1e-30))

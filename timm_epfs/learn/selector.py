@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..allocate import Allocation
-from ..core import Budget, Structure, from_first
+from ..core import Budget, Structure, device_of, from_first
 from ..importance import score
 from ..plan import make_plan
 from ..pruner import Allocator
@@ -53,8 +53,16 @@ class Selector:
             self.allocate({s.name: np.ones(s.units) for s in structures})  # raises where the budget can't be met
         self._width_weights: Dict[str, float] = dict(self.allocator.width_weights or {})
         if self.budget is not None and setup.choice.widths not in (None, 'cost'):
-            scores = score(setup.pruner.model, structures, setup.choice.widths)
-            self._set_width_weights(self.allocator.width_weights_by(scores, self.budget))
+            self._set_width_weights(self._widths_by(setup.choice.widths))
+
+    def _widths_by(self, widths: str) -> Dict[str, float]:
+        """Widths by a criterion, or by what the network's output loses, as the first process measures it."""
+        if widths != 'sensitivity':
+            return self.allocator.width_weights_by(score(self._pruner.model, self._structures, widths), self.budget)
+        scores = self._pruner.sensitivity().scores(self.allocator.unit_prices(self.quantity))
+        weights = self.allocator.width_weights_by(scores, self.budget)
+        shared = from_first(np.array([*weights.values()]), device_of(self._pruner.model))
+        return dict(zip(weights, shared.tolist()))
 
     def _share_timings(self) -> None:
         """Take over what the first process measured."""

@@ -89,6 +89,11 @@ class Allocator:
         """Cost of the cut model, given the number of units left of every structure."""
         return self.cost(quantity, self.cost.counts(left))
 
+    def unit_prices(self, quantity: str) -> Dict[str, float]:
+        """What one unit of each structure costs in the dense model, by structure name."""
+        dense = self.cost.counts({s.name: s.units for s in self.structures})
+        return dict(zip(self.cost.names, self.cost.gradient(quantity, dense).tolist()))
+
     def dense(self, quantity: str) -> float:
         """Cost of the dense model."""
         return self.price(quantity, {s.name: s.units for s in self.structures})

@@ -1,5 +1,5 @@
 """The arguments of one cut, checked: a budget, and how the units that stay are chosen."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Integral
 from typing import Any, Mapping, Optional, Tuple, Union
 
@@ -15,7 +15,7 @@ class Choice:
     Raises:
         PruningError: A field is not of its type. What depends on the model is checked later.
     """
-    criterion: str = 'l2'
+    criterion: Optional[str] = None
     scope: str = 'global'
     widths: Optional[str] = None
     round_to: Optional[Union[int, str]] = None
@@ -33,6 +33,14 @@ class Choice:
         if not _is_integer(self.seed):
             raise PruningError(f'seed={self.seed!r} was given; give an integer')
 
+    def for_data(self, has_data: bool) -> 'Choice':
+        """This choice with the best criterion that there is data for, and the best widths, where none was given."""
+        if self.criterion is not None:
+            return self
+        if not has_data:
+            return replace(self, criterion='l2')
+        return replace(self, criterion='obs', widths=self.widths or 'sensitivity')
+
 
 def make_request(
         macs: Optional[Union[float, Budget]] = None,
@@ -40,7 +48,7 @@ def make_request(
         *,
         latency: Optional[Union[float, str]] = None,
         latency_batch_size: int = 1,
-        criterion: str = 'l2',
+        criterion: Optional[str] = None,
         scope: str = 'global',
         widths: Optional[str] = None,
         round_to: Optional[Union[int, str]] = None,

@@ -21,7 +21,7 @@ def prune(
         latency: Optional[Union[float, str]] = None,
         latency_batch_size: int = 1,
         device: Optional[Union[str, torch.device]] = None,
-        criterion: str = 'l2',
+        criterion: Optional[str] = None,
         scope: str = 'global',
         widths: Optional[str] = None,
         round_to: Optional[Union[int, str]] = None,
@@ -61,11 +61,13 @@ def prune(
             until it is within 5 % of the budget.
         latency_batch_size: Number of images in a batch when latency is measured.
         device: Device of a model that is given by name. A module is cut and measured where it is.
-        criterion: How units are scored, one of ``timm_epfs.CRITERIA``.
+        criterion: How units are scored, one of ``timm_epfs.CRITERIA``. None: ``'l2'``; with ``data``, ``'obs'``, and
+            unless ``widths`` is given, it is ``'sensitivity'``.
         scope: Which units are ranked together: ``'global'``, ``'local'`` or ``'isomorphic'``, as in docs/budget.md.
         widths: What decides how many units each structure keeps; the scores then only decide which. None: the scores
-            decide both. ``'cost'``: the cost of a unit (``timm_epfs.allocate.cost_aware_width_weights``). Or another
-            criterion that needs no data.
+            decide both. ``'sensitivity'``: what the network's output loses, measured on ``data``
+            (``Pruner.sensitivity``). ``'cost'``: the cost of a unit (``timm_epfs.allocate.cost_aware_width_weights``).
+            Or another criterion that needs no data.
         round_to: Structures that are cut keep widths that are multiples of this. None: 16 for wide layers, less for
             narrow ones. ``'auto'``: as None, but in place of 16 the multiple at which wide layers are measured to be
             fastest on the device. Under ``latency``, None means ``'auto'``.

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import nn
 
-from ..core import KINDS, PruningError, one_line
+from ..core import KINDS, PruningError, check_place, one_line
 from ..plan import Cut, Plan
 from ..zoo import as_plan
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ['draw', 'draw_layers', 'new_figure', 'plot']
+__all__ = ['check_picture', 'draw', 'draw_layers', 'new_figure', 'plot']
 
 _GREY = '#dcdcdc'
 _COLOURS = {
@@ -93,6 +93,22 @@ def draw(path: Path, size: Tuple[float, float], paint: Callable[['Figure'], None
     pixels = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert('RGB')
     pixels.quantize(64).save(path, optimize=True)  # a third of the size that savefig would write
     return True
+
+
+def check_picture(path: Path, what: str) -> None:
+    """Check before a long computation that a picture of its result can be drawn.
+
+    Args:
+        path: The file.
+        what: What the message starts with.
+
+    Raises:
+        PruningError: It isn't a .png file, it can't be written, or matplotlib isn't installed.
+    """
+    check_place(path, what)
+    if path.suffix != '.png':
+        raise PruningError(f'{what} {path} was given, only .png is drawn; name a .png file')
+    new_figure((1, 1))
 
 
 def new_figure(size: Tuple[float, float]) -> 'Figure':

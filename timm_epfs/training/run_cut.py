@@ -93,8 +93,10 @@ class RunCut:
         """Raise ``PruningError`` if each process of a distributed run would find its own one-shot cut."""
         criterion = CRITERIA.get(self.args.criterion)
         _, options = cut_options(self.args)
-        if criterion is not None and criterion.needs_data:
+        if criterion is not None and criterion.needs:
             cause = f'--criterion {self.args.criterion} scores units on data'
+        elif options.get('widths') == 'sensitivity':
+            cause = '--widths sensitivity measures on data'
         elif self.args.latency is not None:
             cause = '--latency with --method none measures time'
         elif options.get('round_to') == 'auto':
