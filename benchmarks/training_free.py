@@ -154,7 +154,7 @@ def markdown(results: Dict[str, Any]) -> str:
         '| MACs | ranking | cut | BatchNorm recalibrated | BatchNorm corrected | compensated | lost |',
         '|---|---|---|---|---|---|---|',
     ]
-    for name, row in cuts.items():
+    for name, row in sorted(cuts.items(), key=lambda item: -float(item[0].rpartition(' at ')[2])):
         ranking = name.rpartition(' at ')[0]
         values = ' | '.join(f'{row[step]:.2f}' for step in STEPS)
         lost = dense['top1'] - row['compensated']

@@ -377,7 +377,7 @@ def test_a_folder_that_is_taken_is_refused_before_any_work(bad_files, monkeypatc
     def work(*args, **kwargs):
         raise AssertionError('built a model first')
 
-    monkeypatch.setattr('timm_epfs.cli.prune_command.create_model', work)
+    monkeypatch.setattr('timm_epfs.cli.data_arguments.create_model', work)
     monkeypatch.chdir(bad_files)
     assert main('prune test_resnet --macs 0.5 -o TAKEN'.split()) == 2
     assert '--overwrite' in capsys.readouterr().err

@@ -70,7 +70,7 @@ def test_the_default_in_the_help_is_that_of_the_parser(name):
 
 
 @pytest.mark.parametrize('name, default', [
-    ('prune --criterion', Choice().criterion),
+    ('prune --criterion', Choice().for_data(False).criterion),
     ('prune --scope', Choice().scope),
     ('train --scope', Choice().scope),
     ('prune --floor', str(Choice().floor)),

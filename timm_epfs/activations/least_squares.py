@@ -34,18 +34,24 @@ class Sums:
 
     def add(self, x: Tensor, r: Tensor) -> None:
         """Add rows, shapes (groups, rows, features) and (groups, rows, outputs)."""
-        x, r = x.float(), r.float()
-        parts = {
-            'x': x.sum(1), 'r': r.sum(1), 'xx': x.transpose(1, 2) @ x, 'xr': x.transpose(1, 2) @ r,
-            'rr': r.square().sum(1),
+        x, r, count = x.float(), r.float(), x.shape[1]
+        if not count:
+            return
+        # Products of centred rows lose no digits to the means, which are added in double precision.
+        x_mean, r_mean = x.mean(1, keepdim=True), r.mean(1, keepdim=True)
+        x, r = x - x_mean, r - r_mean
+        x_mean, r_mean = x_mean.double(), r_mean.double()
+        products = {
+            'x': count * x_mean[:, 0],
+            'r': count * r_mean[:, 0],
+            'xx': (x.transpose(1, 2) @ x).double() + count * x_mean.transpose(1, 2) * x_mean,
+            'xr': (x.transpose(1, 2) @ r).double() + count * x_mean.transpose(1, 2) * r_mean,
+            'rr': r.square().sum(1).double() + count * r_mean[:, 0].square(),
         }
-        self.count += x.shape[1]
-        for name, part in parts.items():
+        self.count += count
+        for name, product in products.items():
             total = getattr(self, name)
-            if total is None:
-                setattr(self, name, part.double())
-            else:
-                total += part
+            setattr(self, name, product if total is None else total.add_(product))
 
     def over_processes(self) -> 'Sums':
         """The sums over all processes that work together."""

@@ -15,7 +15,7 @@ from ..report import compare, image_loader, random_images, table, top1
 from ..surgery import compensate
 from ..zoo import check_free, save_pretrained
 from .arguments import KeyValues, add_budget_arguments, add_choice_arguments
-from .inputs import (
+from .data_arguments import (
     add_data_arguments,
     add_weight_arguments,
     build_dense,

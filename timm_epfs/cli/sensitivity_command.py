@@ -7,7 +7,7 @@ from ..core import DEFAULT_KINDS, KINDS, check_place, one_line, step, write_whol
 from ..importance import CRITERIA
 from ..pruner import Pruner
 from ..report import check_picture, draw_sensitivity, random_images
-from .inputs import (
+from .data_arguments import (
     add_data_arguments,
     add_weight_arguments,
     build_dense,

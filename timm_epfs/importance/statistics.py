@@ -90,7 +90,8 @@ def gather_statistics(model: nn.Module, structures: Sequence[Structure], data: A
     Raises:
         PruningError: There are no images, or they aren't images that the model can run.
     """
-    batches = labelled_batches(data, model)
+    with torch.random.fork_rng([]):  # a loader that shuffles draws from the global random state
+        batches = labelled_batches(data, model)
     count = sum(len(images) for images, _ in batches)
     pixels = batches[0][0][0, 0].numel() if batches[0][0].ndim > 2 else 1
     every = max(4, -(-count // max(1, min(TO_MEASURE, TO_MEASURE_PIXELS // pixels))))
@@ -172,7 +173,10 @@ def refitted(covariance: Tensor, matrix: Tensor, gone: Tensor) -> Tensor:
     stays = torch.ones(matrix.shape[1], dtype=torch.bool, device=matrix.device)
     stays[gone] = False
     left, lost = covariance[:, stays], matrix[:, ~stays]
-    change = torch.cholesky_solve(left[:, :, ~stays] @ lost, torch.linalg.cholesky(left[:, :, stays]))
+    factor, info = torch.linalg.cholesky_ex(left[:, :, stays])
+    if info.any():  # too little damping for single precision
+        factor = torch.linalg.cholesky(left[:, :, stays].double()).to(matrix)
+    change = torch.cholesky_solve(left[:, :, ~stays] @ lost, factor)
     result = torch.zeros_like(matrix)
     result[:, stays] = matrix[:, stays] + change
     return result
