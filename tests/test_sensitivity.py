@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import randomise
 from sklearn.isotonic import IsotonicRegression
-from test_compensation import PAIRS, Pair
+from test_compensation import PAIRS
 from test_criteria import Attention
 from torch import nn
 

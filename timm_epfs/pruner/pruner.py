@@ -1,8 +1,8 @@
 """``Pruner``: a model, its trace, its scores and its latencies, for any number of cuts."""
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from inspect import signature
-from typing import Any, Callable, Dict, FrozenSet, Iterable, Iterator, Optional, Sequence, Tuple, Union, cast
+from typing import Any, Callable, Dict, FrozenSet, Iterable, Optional, Sequence, Tuple, Union, cast
 
 import numpy as np
 import torch
@@ -11,16 +11,7 @@ from torch.utils._pytree import tree_map
 
 from ..allocate import ALIGN, Allocation, cost_aware_width_weights
 from ..core import DEFAULT_KINDS, Budget, PruningError, refuse_unknown, warn
-from ..importance import (
-    CRITERIA,
-    WITHOUT_DATA,
-    Sensitivity,
-    Statistics,
-    check_criterion,
-    gather_statistics,
-    measure_sensitivity,
-    score,
-)
+from ..importance import WITHOUT_DATA, Sensitivity, check_criterion
 from ..latency import DeviceLatency
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
 from ..surgery import compensate as compensate_cut
@@ -31,6 +22,7 @@ from .dense_model import check_unmasked, prepare_model
 from .inputs import Example, example_for, trace_model
 from .inspection import Report, make_report
 from .request import Choice, make_request
+from .scorer import Scorer, Scores
 from .selection import checked_options, describe_nothing, left_alone
 
 __all__ = ['Pruner']
@@ -38,8 +30,6 @@ __all__ = ['Pruner']
 _STREAMS_ARE_CUT = (
     'to meet the budget, residual streams that are normalised over their channels were cut, which is not exact; '
     'fine-tune the model, or forbid such cuts with streams=False')
-
-Scores = Dict[str, np.ndarray]
 
 
 class Pruner:
@@ -55,8 +45,9 @@ class Pruner:
 
     Args:
         model: timm name, ``'torchvision/<name>'``, ``'local-dir:<folder>'``, ``'hf-hub:<repo>'``, or any module.
-        data: Batches of images, or tuples that start with images: every cut is then compensated. Criteria that need
-            data take batches (images, targets).
+        data: Batches of images, or tuples that start with images. Units and widths are then chosen by what the network
+            makes of these images, unless ``criterion`` is given, and every cut is compensated. Criteria that need
+            targets take batches (images, targets).
         loss_fn: ``loss_fn(output, target)``, for the same criteria. None: cross-entropy.
         exclude: Patterns of layers whose outputs are not cut: names of layers or of modules (``'layer1'``: all layers
             in it), with or without wildcards (``'*.conv3'``, ``'layer?.0'``).
@@ -111,9 +102,7 @@ class Pruner:
         self.trace = trace_model(self.model, example_input, whole_heads)
         self.fixed = self._find_fixed()
         self.structures = tuple(s for s in self.trace.structures if s.name not in self.fixed)
-        self._given_data, self._loss_fn = data, loss_fn
-        self._scores: Dict[Tuple[str, int], Scores] = {}  # by criterion and seed
-        self._sensitivities: Dict[Tuple[str, int], Sensitivity] = {}  # by criterion and seed
+        self._scorer = Scorer(self.model, self.structures, data, loss_fn)
         self._latencies: Dict[int, DeviceLatency] = {}  # by batch size
         self._equal_cuts: Dict[Tuple, float] = {}
 
@@ -125,21 +114,6 @@ class Pruner:
         if self._earlier_plan is not None:
             fixed |= self._earlier_plan.uncomposable(self.trace.structures)
         return frozenset(fixed)
-
-    @cached_property
-    def _data(self) -> Optional[Iterable]:
-        """The data. A stream can be read only once, so it is kept for further criteria and cuts."""
-        data = self._given_data
-        return list(data) or data if isinstance(data, Iterator) else data
-
-    @property
-    def _has_data(self) -> bool:
-        return self._given_data is not None
-
-    @cached_property
-    def _statistics(self) -> Statistics:
-        """What the layers see of the data."""
-        return gather_statistics(self.model, self.structures, self._data)
 
     @property
     def _earlier_plan(self) -> Optional[Plan]:
@@ -176,8 +150,8 @@ class Pruner:
         plan = self._plan_cut(*_request(macs, params, **options))
         slim = cast(PrunedModel, cut_copy(self.model, plan))
         slim.pruning_plan = plan
-        if compensate and self._has_data:
-            compensate_cut(slim, self.model, self._data)
+        if compensate and self._scorer.has_data:
+            compensate_cut(slim, self.model, self._scorer.data)
         slim.pruning_plan = self.composed(slim.pruning_plan)
         return slim
 
@@ -214,7 +188,7 @@ class Pruner:
             PruningError: As for ``plan``.
         """
         budget, choice = _request(macs, **options)
-        choice = choice.for_data(self._has_data)
+        choice = choice.for_data(self._scorer.has_data)
         allocator = self._allocator_of(budget, choice)
         if not budget.in_milliseconds:
             scores = {s.name: np.ones(s.units) for s in self.structures}
@@ -244,13 +218,7 @@ class Pruner:
         Raises:
             PruningError: As for ``timm_epfs.importance.score``.
         """
-        key = (criterion, seed)
-        if key not in self._scores:
-            check_criterion(criterion)
-            self._scores[key] = score(
-                self.model, self.structures, criterion, data=self._data, loss_fn=self._loss_fn, seed=seed,
-                statistics=self._statistics if CRITERIA[criterion].needs == 'images' and self._has_data else None)
-        return self._scores[key]
+        return self._scorer.scores(criterion, seed)
 
     def sensitivity(self, criterion: str = 'obs', seed: int = 0) -> Sensitivity:
         """What the network's output loses as one structure after the other gets narrower, measured on the data.
@@ -271,13 +239,7 @@ class Pruner:
         Raises:
             PruningError: The pruner has no data, or the model's outputs can't be compared.
         """
-        if not self._has_data:
-            raise PruningError('sensitivity needs images, found none; give data=, batches of images')
-        key = (criterion, seed)
-        if key not in self._sensitivities:
-            self._sensitivities[key] = measure_sensitivity(
-                self.model, self.structures, self.scores(criterion, seed), self._statistics)
-        return self._sensitivities[key]
+        return self._scorer.sensitivity(criterion, seed)
 
     def latency(self, batch_size: int = 1) -> DeviceLatency:
         """Latency of the model's cuts on its device. The first call times the layers, for a minute or so.
@@ -338,7 +300,7 @@ class Pruner:
             raise PruningError(
                 f"widths={choice.widths!r} was given; choose 'sensitivity', 'cost', a criterion that needs no data "
                 f'({", ".join(WITHOUT_DATA)}), or None')
-        if choice.widths == 'sensitivity' and not self._has_data:
+        if choice.widths == 'sensitivity' and not self._scorer.has_data:
             raise PruningError("widths='sensitivity' needs images, found none; give data=, batches of images")
         fixed = self.fixed | fixed
         budget_is_latency = quantity == 'latency'
@@ -362,7 +324,7 @@ class Pruner:
 
     def _plan_cut(self, budget: Budget, choice: Choice) -> Plan:
         """The plan that cuts this model to the budget."""
-        choice = choice.for_data(self._has_data)
+        choice = choice.for_data(self._scorer.has_data)
         allocator = self._allocator_of(budget, choice)
         scores, measured = self.scores(choice.criterion, choice.seed), {}
         width_scores = self.scores(choice.widths, choice.seed) if choice.widths in WITHOUT_DATA else None

@@ -81,9 +81,10 @@ def prune(
             without ``'heads'``, the same dims of all heads of a layer are cut.
         streams: Whether to cut residual streams that are normalised over their channels (ViT, ConvNeXt). Such a cut is
             never exact. None: only if the budget can't be met otherwise, with a warning.
-        data: Batches of images, or tuples that start with images: the weights that stay then make up for those that
-            went (``timm_epfs.compensate``). Criteria that need data take batches (images, targets).
-        compensate: Whether to do so.
+        data: Batches of images, or tuples that start with images. They decide which units stay, unless ``criterion`` is
+            given, and the weights that stay make up for those that went (``timm_epfs.compensate``). Criteria that need
+            targets take batches (images, targets).
+        compensate: Whether weights make up for what went, where there is data.
         loss_fn: ``loss_fn(output, target)``, for the same criteria. None: cross-entropy.
         seed: Seed of ``criterion='random'``, and of the targets that ``'obdc'`` draws.
         example_input: Input of the forward, for models that don't declare it: a tensor, a tuple of positional or a dict
