@@ -86,6 +86,8 @@ def _training_free() -> Iterator[Sequence[str]]:
             ('the same, BatchNorm recalibrated', '`recalibrate_bn(slim, d)`', 'fpgm', 'bn'),
             ('the same, compensated', "`prune(m, macs=0.5, criterion='fpgm', data=d)`", 'fpgm', 'compensated'),
             ('the same, compensated, cost-aware widths', "the same, `widths='cost'`", 'fpgm, cost-aware widths',
+             'compensated'),
+            ('units and widths from images, compensated', '`prune(m, macs=0.5, data=d)`', 'obs, measured widths',
              'compensated')):
         lost = ' / '.join(f'{found["dense"]["top1"] - found[f"{ranking} at 0.5"][step]:.2f}' for found in cuts)
         yield name, call, '0', lost, MISSING, '`training_free.py`'
