@@ -19,6 +19,7 @@ from timm_epfs.core import PruningError
 from timm_epfs.importance import criteria
 from timm_epfs.latency import device_latency
 from timm_epfs.pruner import pruner as pruner_file
+from timm_epfs.pruner import scorer
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_scores_are_found_out_once(monkeypatch):
         scored.append(criterion)
         return score(model, structures, criterion, **options)
 
-    monkeypatch.setattr(pruner_file, 'score', noted)
+    monkeypatch.setattr(scorer, 'score', noted)
     pruner = timm_epfs.Pruner('test_resnet')
     for macs in (0.4, 0.6, 0.8):
         pruner(macs=macs)
@@ -343,7 +344,8 @@ def test_data_compensates_each_cut():
     images = [torch.randn(64, 3, 32, 32, generator=torch.Generator().manual_seed(0))]
     model = timm.create_model('resnet20_cifar').eval()
     pruner = timm_epfs.Pruner(model, data=iter(images))  # kept, for each of the cuts
-    plain, first, second = pruner(macs=0.7, compensate=False), pruner(macs=0.7), pruner(macs=0.6)
+    plain = pruner(macs=0.7, criterion='l2', compensate=False)
+    first, second = (pruner(macs=macs, criterion='l2') for macs in (0.7, 0.6))
     assert 'compensated' not in plain.pruning_plan.recipe
     assert first.pruning_plan.recipe['compensated'] == second.pruning_plan.recipe['compensated'] == {'images': 64}
     loss = [F.mse_loss(slim.eval()(images[0]), model(images[0])).item() for slim in (plain, first)]
@@ -355,7 +357,7 @@ def test_data_compensates_each_cut():
 def test_a_model_that_was_pruned_before_is_compensated_for_the_last_cut():
     images = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     first = timm_epfs.prune('resnet20_cifar', macs=0.8).eval()
-    second = timm_epfs.prune(first, macs=0.8, data=images)
+    second = timm_epfs.prune(first, macs=0.8, criterion='l2', data=images)
     steps = second.pruning_plan.recipe['steps']
     assert [step.get('compensated') for step in steps] == [None, {'images': 24}]
 

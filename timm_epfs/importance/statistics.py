@@ -15,6 +15,8 @@ TO_MEASURE, TO_MEASURE_PIXELS = 512, 2 ** 21  # images that are kept to measure 
 HELD_OUT = 8  # of all others, every eighth image is held out to choose the damping on
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)  # shares of the mean of a covariance's diagonal that are added to it
 
+Batches = List[Tuple[Tensor, Optional[Tensor]]]  # images and their classes, where they are known
+
 
 @dataclass(frozen=True, eq=False)
 class Consumer:
@@ -62,11 +64,11 @@ class Statistics:
 
     Attributes:
         consumers: The layers that read units, by the names of their weights.
-        measure_on: Batches of images that weren't used for these, and their classes, where they are known.
+        measure_on: Batches of images that weren't used for these.
         images: Number of images that were used for these.
     """
     consumers: Dict[str, Consumer]
-    measure_on: List[Tuple[Tensor, Optional[Tensor]]]
+    measure_on: Batches
     images: int
 
     def consumers_of(self, structure: Structure) -> List[Consumer]:
@@ -95,17 +97,33 @@ def gather_statistics(model: nn.Module, structures: Sequence[Structure], data: A
     count = sum(len(images) for images, _ in batches)
     pixels = batches[0][0][0, 0].numel() if batches[0][0].ndim > 2 else 1
     every = max(4, -(-count // max(1, min(TO_MEASURE, TO_MEASURE_PIXELS // pixels))))
-    rest, measure_on, first = [], [], 0
-    for images, classes in batches:
-        kept = (torch.arange(len(images), device=images.device) + first) % every == every - 1
-        first += len(images)
-        rest.append(images[~kept])
-        measure_on.append((images[kept], None if classes is None else classes[kept]))
-    names = {m.tensor for s in structures for m in s.members if m.role == 'in'}
-    consumers = _consumers(model, names, [images for images in rest if len(images)])
     if count < every:
-        measure_on = batches  # too few to hold any out
-    return Statistics(consumers, [batch for batch in measure_on if len(batch[0])], count)
+        rest, kept = [images for images, _ in batches], batches  # too few to keep any
+    else:
+        rest, kept = _split(batches, every)
+    names = {m.tensor for s in structures for m in s.members if m.role == 'in'}
+    return Statistics(_consumers(model, names, rest), kept, count)
+
+
+def _split(batches: Batches, every: int) -> Tuple[List[Tensor], Batches]:
+    """The images of some batches without every so-many-th, and these in batches of the same size."""
+    rest: List[Tensor] = []
+    kept: Dict[Tuple[int, ...], Batches] = {}
+    first = 0
+    for images, classes in batches:
+        chosen = (torch.arange(len(images), device=images.device) + first) % every == every - 1
+        first += len(images)
+        rest.append(images[~chosen])
+        labels = None if classes is None else classes[chosen]
+        kept.setdefault(tuple(images.shape[1:]), []).append((images[chosen], labels))
+    merged: Batches = []
+    for alike in kept.values():
+        size = max(map(len, rest))
+        parts = torch.cat([images for images, _ in alike]).split(size)
+        known = [classes for _, classes in alike if classes is not None]
+        labelled = len(known) == len(alike)
+        merged += zip(parts, torch.cat(known).split(size) if labelled else [None] * len(parts))
+    return [images for images in rest if len(images)], [batch for batch in merged if len(batch[0])]
 
 
 def _consumers(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) -> Dict[str, Consumer]:
