@@ -114,13 +114,16 @@ class Sensitivity:
         for name, curve in self.curves.items():
             half = int(np.argmin([abs(count - curve.units / 2) for count in curve.removed]))
             quality = f'{curve.top1[half]:.1f}' if has_top1 else _percent(curve.same_class[half])
-            at = {count: f'{value:.4f}' for count, value in zip(curve.removed, curve.divergence)}
+            at = {count: f'{value:.2g}' for count, value in zip(curve.removed, curve.divergence)}
             cells = [at[count] for count in removed_counts(curve.units)]
             rows.append((name, str(curve.units), *cells, _percent(curve.error[half]), quality))
-        about = f'top-1 {self.top1:.1f} % when dense' if has_top1 else 'same: images whose class stays'
+        quality = f'top-1, {self.top1:.1f} % when dense' if has_top1 else 'share of the images whose class is the same'
         return '\n'.join([
-            f'divergence of the output on {self.images} images, by the share of its units that a structure loses',
-            f'error of the layers that read it, and {about}: with about half of the units', '', aligned_table(rows)])
+            f'divergence of the output on {self.images} images, by the share of its units that a structure loses;',
+            f'error of the layers that read it and {quality}, both with about half of its units',
+            '',
+            aligned_table(rows),
+        ])
 
 
 def _known(value: float) -> Optional[float]:

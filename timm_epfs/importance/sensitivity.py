@@ -104,7 +104,7 @@ def _outputs(output: Any) -> List[Tensor]:
     tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     if not tensors:
         raise PruningError('its output holds no tensor of numbers; give criterion= and widths= that need no data')
-    return [tensor.float() for tensor in tensors]
+    return [tensor.double() for tensor in tensors]  # small divergences would drown in rounding errors
 
 
 def _compare(
