@@ -274,6 +274,67 @@ def test_learners_take_measured_widths(net, images):
     assert learner.plan().recipe['widths'] == 'sensitivity'
 
 
+class Computed(TwoLayers):
+    """Its second layer has no bias, one that the forward computes (as BEiT does), or one that the third has, too."""
+
+    def __init__(self, bias):
+        super().__init__(hidden=16, classes=8)
+        self.kind = bias
+        self.third = nn.Linear(8, 3)
+        self.halves = nn.ParameterList([torch.randn(4), torch.randn(4)])
+        if bias == 'tied':
+            self.third = nn.Linear(8, 8)
+            self.third.bias = self.second.bias
+        elif bias == 'none':
+            self.second.bias = None
+
+    def forward(self, x):
+        bias = torch.cat([*self.halves]) if self.kind == 'computed' else self.second.bias
+        return self.third(F.linear(self.first(x).relu() + 0.5, self.second.weight, bias).relu())
+
+
+@pytest.mark.parametrize('bias', ['none', 'computed', 'tied'])
+def test_a_layer_without_a_bias_of_its_own_makes_up_for_what_went_without_one(bias, images):
+    torch.manual_seed(0)
+    net = Computed(bias).eval()
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    pruner = timm_epfs.Pruner(net, example_input=images[:1], data=images, only=['first'])
+    consumer, = gather_statistics(net, pruner.structures, images).consumers_of(pruner.structures[0])
+    rows = (net.first(images).relu() + 0.5).detach().numpy().astype(np.float64)
+    kept = np.arange(400) % 4 != 3
+    np.testing.assert_allclose(consumer.covariance[0], rows[kept].T @ rows[kept] / kept.sum(), rtol=1e-4)
+    curve = pruner.sensitivity().curves['first']
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    slim = pruner(params=0.9)
+    zeroed = pruner(params=0.9, compensate=False)
+    with torch.no_grad():
+        assert divergence(slim(images), net(images)) < divergence(zeroed(images), net(images))
+    assert np.isfinite(curve.divergence).all()
+
+
+def test_of_a_single_image_what_reads_a_single_row_has_no_say():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    image = torch.randn(1, 3, 8, 8)
+    scores = score(model.eval(), structures_of(model, image), 'obs', data=image)
+    assert np.isfinite(scores['0']).all() and (scores['0'] < 1e6).all()
+
+
+def test_labels_that_say_unknown_are_none(net, images):
+    unknown = [(images, -torch.ones(400, dtype=torch.long))]
+    assert np.isnan(timm_epfs.Pruner(net, example_input=images[:1], data=unknown).sensitivity().top1)
+
+
+def test_outputs_that_are_not_finite_are_refused(images):
+    class Masked(TwoLayers):
+        def forward(self, x):
+            return super().forward(x) / 0
+
+    pruner = timm_epfs.Pruner(Masked().eval(), example_input=images[:1], data=images)
+    with pytest.raises(PruningError, match='output isn\'t finite on these images; give criterion='):
+        pruner(params=0.7)
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     from PIL import Image
@@ -303,6 +364,7 @@ def test_the_command_prints_a_table_and_writes_json_and_a_picture(folder, tmp_pa
     (['--json', 'nowhere/found.json'], 'there is no folder nowhere'),
     (['--plot', 'found.jpg'], 'only .png is drawn'),
     (['--criterion', 'obd'], "unknown criterion 'obd'"),
+    (['--exclude', '*'], 'nothing is left to measure'),
 ])
 def test_the_command_refuses_what_would_fail_later(folder, arguments, message, capsys):
     data = ['--data-dir', str(folder), '-j', '0', '--only', 'layer3']

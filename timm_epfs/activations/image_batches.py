@@ -35,7 +35,7 @@ def labelled_batches(
 ) -> List[Tuple[Tensor, Optional[Tensor]]]:
     """Batches as those of ``image_batches``, each with the classes of its images, shape (images,).
 
-    The classes are None where the second entry of a batch isn't one whole number per image.
+    The classes are None where the second entry of a batch isn't one whole number of at least 0 per image.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     batches: List[Tuple[Tensor, Optional[Tensor]]] = []
@@ -59,7 +59,7 @@ def labelled_batches(
 def _classes(batch: Any) -> Optional[Tensor]:
     classes = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
     whole = isinstance(classes, Tensor) and classes.ndim == 1 and not classes.is_floating_point()
-    return classes if whole and len(classes) == len(batch[0]) else None
+    return classes if whole and len(classes) == len(batch[0]) and bool((classes >= 0).all()) else None
 
 
 def _iterate(data: Iterable[Any]) -> Iterable[Any]:

@@ -1,6 +1,7 @@
 """Lists the calls of one forward that read the model's own weights and BatchNorm statistics."""
+from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Callable, Dict, List, Tuple
+from typing import Callable, Dict, List, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,17 @@ class Reader:
         call: The call that reads it, without its input.
         norm: For a weight: name of the running mean of the BatchNorm that reads what the call returns. Empty if
             something else does.
+        bias: For a weight: name of the bias that the call adds. Empty if it adds none, one that is computed (as in
+            BEiT), or one that another call adds, too.
     """
     call: Call
     norm: str = ''
+    bias: str = ''
+
+    @property
+    def has_intercept(self) -> bool:
+        """Whether a constant can be added to what the call returns."""
+        return bool(self.norm or self.bias)
 
     @property
     def is_norm(self) -> bool:
@@ -60,4 +69,17 @@ def list_readers(model: nn.Module, images: Tensor) -> Tuple[Dict[str, Reader], L
 
     with torch.no_grad(), Watch(model, len(images), note):
         model(images)
-    return {name: reader for name, reader in readers.items() if name not in shared}, list(dict.fromkeys(shared))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    biases = Counter(names.get(id(reader.call.bias)) for reader in readers.values() if not reader.is_norm)
+    own = {
+        name: replace(
+            reader,
+            norm='' if reader.norm in shared else reader.norm,
+            bias=_once(names.get(id(reader.call.bias)), biases) if not reader.is_norm else '')
+        for name, reader in readers.items() if name not in shared
+    }
+    return own, list(dict.fromkeys(shared))
+
+
+def _once(name: Optional[str], counts: Mapping[Optional[str], int]) -> str:
+    return name if name and counts[name] == 1 else ''

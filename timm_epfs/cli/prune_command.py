@@ -101,6 +101,8 @@ def _check(args: argparse.Namespace) -> None:
     criterion = CRITERIA.get(args.criterion)
     if criterion and criterion.needs and not args.data_dir:
         raise PruningError(f'criterion {args.criterion!r} needs images, none were given; give --data-dir')
+    if args.widths == 'sensitivity' and not args.data_dir:
+        raise PruningError('--widths sensitivity needs images, none were given; give --data-dir')
 
 
 def _loaders(args: argparse.Namespace, model: nn.Module, images: torch.Tensor) -> Tuple[Any, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..core import aligned_table, percent
 
-__all__ = ['Curve', 'Sensitivity', 'removed_counts']
+__all__ = ['Curve', 'SHARES', 'Sensitivity', 'removed_counts']
 
 SHARES = (0.1, 0.25, 0.4, 0.55, 0.7, 0.85)  # of its units that a structure loses
 
@@ -19,7 +19,8 @@ class Curve:
         order: Units, the first to go first, shape (units,).
         removed: Numbers of units that were removed, ascending.
         divergence: Mean Kullback-Leibler divergence of the classes' probabilities from the dense model's, in nats. For
-            outputs other than logits: squared error, as a share of the mean square of the dense output.
+            outputs that aren't of shape (images, two or more): squared error, as a share of the dense output's mean
+            square.
         error: Share of the variance of the outputs of the layers that read the units that is lost, the mean over these
             layers. NaN where it isn't known.
         same_class: Share of the images whose class stays the same. NaN where there are no classes.
@@ -119,7 +120,8 @@ class Sensitivity:
             rows.append((name, str(curve.units), *cells, _percent(curve.error[half]), quality))
         quality = f'top-1, {self.top1:.1f} % when dense' if has_top1 else 'share of the images whose class is the same'
         return '\n'.join([
-            f'divergence of the output on {self.images} images, by the share of its units that a structure loses;',
+            f'divergence of the output on {self.images} images, by the share of its units that a structure loses (at '
+            f'least one);',
             f'error of the layers that read it and {quality}, both with about half of its units',
             '',
             aligned_table(rows),

@@ -13,7 +13,7 @@ Source: Hassibi and Stork, Second order derivatives for network pruning: Optimal
 5 and 6; for blocks of weights Kurtic et al., The Optimal BERT Surgeon, EMNLP 2022, equation 3; H of single layers'
 outputs: Meng et al., OSSCAR, ICML 2024.
 """
-from typing import Sequence
+from typing import List, Sequence
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ def energy(structure: Structure, consumers: Sequence[Consumer]) -> np.ndarray:
         consumers: The layers that read its units, one or more.
     """
     total = torch.zeros(structure.units)
-    for consumer in consumers:
+    for consumer in _that_vary(consumers):
         variance = consumer.covariance.diagonal(dim1=1, dim2=2)[..., None] * consumer.matrix.square()
         by_unit = variance.sum((0, 2))[consumer.features(structure)].sum(1)
         total += (by_unit / _output_variance(consumer, consumer.matrix)).cpu()
@@ -49,7 +49,9 @@ def obs(structure: Structure, consumers: Sequence[Consumer]) -> np.ndarray:
         structure: The structure.
         consumers: The layers that read its units, one or more.
     """
-    states = [_State(consumer, structure) for consumer in consumers]
+    states = [_State(consumer, structure) for consumer in _that_vary(consumers)]
+    if not states:
+        return np.zeros(structure.units)
     left, reached = np.arange(structure.units), 0.0
     scores = np.empty(structure.units)
     step = max(1, int(AT_ONCE * structure.units))
@@ -63,6 +65,11 @@ def obs(structure: Structure, consumers: Sequence[Consumer]) -> np.ndarray:
             state.remove(torch.from_numpy(left[chosen]))
         left = np.delete(left, chosen)
     return scores
+
+
+def _that_vary(consumers: Sequence[Consumer]) -> List[Consumer]:
+    """Those whose outputs aren't always the same: of one image, what reads pooled features sees a single row."""
+    return [consumer for consumer in consumers if consumer.covariance.any()]
 
 
 def _output_variance(consumer: Consumer, matrix: Tensor) -> Tensor:

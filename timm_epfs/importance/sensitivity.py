@@ -43,6 +43,9 @@ def measure_sensitivity(
     with eval_mode(model), one_line('sensitivity can\'t be measured on this model'):
         dense = [_outputs(model(images)) for images, _ in statistics.measure_on]
         classes = [labels for _, labels in statistics.measure_on]
+        if not all(tensor.isfinite().all() for batch in dense for tensor in batch):
+            raise PruningError(
+                'its output isn\'t finite on these images; give criterion= and widths= that need no data')
         _, _, top1 = _compare(dense, dense, classes)
         for structure in progress(structures, 'measuring sensitivity'):
             order = np.argsort(scores[structure.name], kind='stable')
@@ -61,7 +64,6 @@ def measure_sensitivity(
 def _narrowed(model: nn.Module, structure: Structure, gone: np.ndarray, statistics: Statistics) -> Iterator[float]:
     """A model without some units of a structure. Yields the error of the layers that read them."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    names = {id(tensor): name for name, tensor in tensors.items()}
     consumers = statistics.consumers_of(structure)
     refitted_here = {consumer.name for consumer in consumers}
     before: Dict[str, Tensor] = {}
@@ -79,15 +81,15 @@ def _narrowed(model: nn.Module, structure: Structure, gone: np.ndarray, statisti
                 index = torch.from_numpy(member.index[gone].ravel()).to(tensor.device)
                 change(member.tensor, tensor.index_fill(member.dim, index, 0))
         for consumer in consumers:
-            call, norm, old = consumer.reader.call, consumer.reader.norm, consumer.matrix
+            call, bias, norm, old = consumer.reader.call, consumer.reader.bias, consumer.reader.norm, consumer.matrix
             new = refitted(consumer.damped, old, consumer.features(structure)[gone].flatten())
             change(consumer.name, call.weight_of(new))
             old_variance, new_variance, lost = (
                 (matrix * (consumer.covariance @ matrix)).sum(1).flatten() for matrix in (old, new, old - new))
             errors.append(float(lost.sum() / old_variance.sum().clamp_min(1e-30)))
             shift = torch.einsum('gf,gfo->go', consumer.mean, old - new).flatten()
-            if call.bias is not None:
-                change(names[id(call.bias)], call.bias + shift)
+            if bias:
+                change(bias, tensors[bias] + shift)
             elif norm:
                 change(norm, tensors[norm] - shift)
             if norm:

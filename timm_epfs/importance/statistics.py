@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import Call, LinearCall, Reader, Sums, Watch, labelled_batches, list_readers, sample_positions
-from ..core import Structure, eval_mode, progress
+from ..core import PruningError, Structure, eval_mode, progress
 
 __all__ = ['Consumer', 'Statistics', 'gather_statistics', 'refitted']
 
@@ -25,7 +25,8 @@ class Consumer:
     Attributes:
         name: Name of its weight.
         reader: How it is called.
-        covariance: Covariance of its inputs, shape (groups, features, features), float32.
+        covariance: Covariance of its inputs, shape (groups, features, features), float32. Where no constant can make up
+            for their mean, it is the mean of their products.
         mean: Mean of its inputs, shape (groups, features).
         damping: What is to be added to the covariance's diagonal, as a share of its mean.
     """
@@ -152,23 +153,29 @@ def _consumers(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]
 
 def _consumer(name: str, reader: Reader, fit: Sums, held_out: Sums) -> Consumer:
     whole = fit + held_out
-    covariance = (whole.centred().xx / whole.count).float()
+    centred = reader.has_intercept
+    covariance = ((whole.centred() if centred else whole).xx / whole.count).float()
+    if not covariance.isfinite().all():
+        raise PruningError(
+            f'{name} reads values that are not finite; run the model in float32, or give criterion= and widths= that '
+            f'need no data')
     consumer = Consumer(name, reader, covariance, (whole.x / whole.count).float())
-    return replace(consumer, damping=_damping(consumer.matrix, fit, held_out))
+    return replace(consumer, damping=_damping(consumer.matrix, fit, held_out, centred))
 
 
-def _damping(matrix: Tensor, fit: Sums, held_out: Sums) -> float:
+def _damping(matrix: Tensor, fit: Sums, held_out: Sums, centred: bool) -> float:
     """The damping at which a layer without half of its features comes nearest to its outputs on rows held out."""
     if not (fit.count and held_out.count):
         return max(DAMPINGS)
-    train = (fit.centred().xx / fit.count).float()
+    train = ((fit.centred() if centred else fit).xx / fit.count).float()
+    to_mean = (fit.x / fit.count).float() if centred else torch.zeros_like(fit.x).float()
     test, mean = (held_out.xx / held_out.count).float(), (held_out.x / held_out.count).float()
     energy = (train.diagonal(dim1=1, dim2=2)[..., None] * matrix.square()).sum((0, 2))
     gone = energy.argsort()[:len(energy) // 2]
     errors = []
     for damping in DAMPINGS:
         lost = matrix - refitted(_damped(train, damping), matrix, gone)
-        to_bias = torch.einsum('gf,gfo->go', (fit.x / fit.count).float(), lost)
+        to_bias = torch.einsum('gf,gfo->go', to_mean, lost)
         on_average = torch.einsum('gf,gfo->go', mean, lost)
         errors.append(float((lost * (test @ lost)).sum() + (to_bias.square() - 2 * to_bias * on_average).sum()))
     return DAMPINGS[int(np.argmin(errors))]

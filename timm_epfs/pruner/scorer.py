@@ -71,6 +71,8 @@ class Scorer:
         """As ``Pruner.sensitivity``."""
         if not self.has_data:
             raise PruningError('sensitivity needs images, found none; give data=, batches of images')
+        if not self._structures:
+            raise PruningError('nothing is left to measure; check exclude=, only= and kinds=')
         key = (criterion, seed)
         if key not in self._sensitivities:
             self._sensitivities[key] = measure_sensitivity(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core import percent
-from ..importance import Sensitivity
+from ..importance import SHARES, Sensitivity, removed_counts
 from .pictures import draw
 
 if TYPE_CHECKING:
@@ -30,15 +30,15 @@ def draw_sensitivity(path: Path, sensitivity: Sensitivity, title: str = '') -> b
     def paint(figure: 'Figure') -> None:
         from matplotlib.colors import LogNorm
         axis = figure.subplots()
-        most = max(len(curve.divergence) for curve in sensitivity.curves.values())
-        values = np.full((len(names), most), np.nan)
-        for row, curve in zip(values, sensitivity.curves.values()):
-            row[:len(curve.divergence)] = np.maximum(curve.divergence, 1e-5)
+        rows = []
+        for curve in sensitivity.curves.values():
+            at = dict(zip(curve.removed, curve.divergence))
+            rows.append([at[count] for count in removed_counts(curve.units)])
+        values = np.maximum(rows, 1e-5)
         image = axis.imshow(values, aspect='auto', cmap='Blues', norm=LogNorm())
         axis.set_yticks(range(len(names)), names, fontsize='x-small')
-        widest = max(sensitivity.curves.values(), key=lambda curve: curve.units)
-        axis.set_xticks(range(most), [percent(count / widest.units) for count in widest.removed], fontsize='x-small')
-        axis.set_xlabel('share of the units removed')
+        axis.set_xticks(range(len(SHARES)), [percent(share) for share in SHARES], fontsize='x-small')
+        axis.set_xlabel('share of the units removed, one at least')
         axis.set_title(title, fontsize='medium')
         figure.colorbar(image, label='divergence of the output')
 

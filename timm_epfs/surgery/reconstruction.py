@@ -180,13 +180,14 @@ class Reconstruction:
             return
         if whole.count < self._shape(name)[1]:
             self.scarce.append(name)
-        solution = solve_ridge(fit, held_out, call.bias is not None or bool(self._layers[name].norm))
+        reader = self._layers[name]
+        solution = solve_ridge(fit, held_out, reader.has_intercept)
         if solution is not None:
             matrix, intercept = solution
             call.weight.add_(call.weight_of(matrix).to(call.weight))
-            if call.bias is not None:
+            if reader.bias:
                 call.bias.add_(intercept.flatten().to(call.bias))
-        norm = self._norms.get(self._layers[name].norm)
+        norm = self._norms.get(reader.norm)
         if norm is not None:
             _correct(norm, dense, _output_moments(call, whole))
 
