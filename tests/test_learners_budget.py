@@ -154,6 +154,6 @@ def test_widths_without_a_budget_are_the_masks_own():
 @pytest.mark.parametrize('widths', ['taylor', 'nothing'])
 def test_widths_by_what_is_no_criterion_of_weights(widths):
     model = build()
-    with pytest.raises(timm_epfs.PruningError, match=f"widths='{widths}' was given; choose 'cost', a criterion"):
+    with pytest.raises(timm_epfs.PruningError, match=f"widths='{widths}' was given; choose 'sensitivity', 'cost'"):
         timm_epfs.EPFS(model, macs=0.5, steps=10, widths=widths)
     timm_epfs.EPFS(model, macs=0.5, steps=10)  # nothing is left on the model
