@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..core import named_tensors
 from .linear_calls import LINEAR_FUNCTIONS, LinearCall
 
 __all__ = ['Call', 'NormCall', 'Watch']
@@ -55,7 +56,7 @@ class Watch(TorchFunctionMode):
 
     def __init__(self, model: nn.Module, images: int, handler: Callable[[str, Call, Callable], Any]):
         super().__init__()
-        self._names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        self._names = {id(tensor): name for name, tensor in named_tensors(model).items()}
         self._images = images
         self._handler = handler
 

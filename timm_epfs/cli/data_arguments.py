@@ -10,14 +10,14 @@ from timm.data import resolve_data_config
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..core import one_line, progress, step
+from ..core import Repeatable, one_line, progress, step
 from ..report import image_loader, image_splits
 from ..zoo import check_readable, create_model, load_weights
 from .arguments import given_model_args, positive
 
 __all__ = [
-    'add_data_arguments', 'add_weight_arguments', 'build_dense', 'check_weights', 'first_batches', 'read_images',
-    'train_loader', 'with_progress',
+    'add_data_arguments', 'add_weight_arguments', 'build_dense', 'check_weights', 'fit_images', 'read_images',
+    'with_progress',
 ]
 
 
@@ -102,31 +102,12 @@ def read_images(
     return datasets, resolve_data_config({'input_size': tuple(images.shape[1:])}, model=model)
 
 
-def train_loader(dataset: Dataset, config: Dict[str, Any], args: argparse.Namespace) -> Any:
+def fit_images(dataset: Dataset, config: Dict[str, Any], args: argparse.Namespace) -> Repeatable:
     """Batches of as many training images as the options ask for."""
     images = args.num_batches * args.batch_size
-    return image_loader(dataset, config, args.batch_size, args.workers, images, args.seed)
-
-
-def first_batches(loader: Any, args: argparse.Namespace) -> 'FirstBatches':
-    """As many of the loader's batches as the options ask for."""
-    return FirstBatches(loader, args.num_batches)
-
-
-class FirstBatches:
-    """The first batches of a loader, which may be read more than once.
-
-    Args:
-        loader: The loader.
-        count: Largest number of batches.
-    """
-
-    def __init__(self, loader: Any, count: int):
-        self._loader, self._count = loader, count
-
-    def __iter__(self) -> Iterator[Any]:
-        return with_progress(
-            islice(self._loader, self._count), 'reading images', min(self._count, len(self._loader)))
+    loader = image_loader(dataset, config, args.batch_size, args.workers, images, args.seed)
+    count = min(args.num_batches, len(loader))
+    return Repeatable(lambda: with_progress(islice(loader, args.num_batches), 'reading images', count))
 
 
 def with_progress(batches: Iterable[Any], task: str, total: int) -> Iterator[Any]:

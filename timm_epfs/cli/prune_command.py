@@ -20,9 +20,8 @@ from .data_arguments import (
     add_weight_arguments,
     build_dense,
     check_weights,
-    first_batches,
+    fit_images,
     read_images,
-    train_loader,
     with_progress,
 )
 
@@ -70,8 +69,7 @@ def _prune(args: argparse.Namespace) -> None:
     _check(args)
     dense = build_dense(args)
     images = random_images(dense, args.img_size, seed=args.seed)
-    train, val = _loaders(args, dense, images) if args.data_dir else (None, None)
-    fit_on = first_batches(train, args) if train else None
+    fit_on, val = _loaders(args, dense, images) if args.data_dir else (None, None)
 
     options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
     with step(f'cutting {args.model}'):
@@ -80,7 +78,7 @@ def _prune(args: argparse.Namespace) -> None:
             data=fit_on, compensate=False, seed=args.seed, example_input=images, **options,
         )
     before_compensation = slim
-    if train and not args.no_compensate:
+    if fit_on and not args.no_compensate:
         before_compensation = copy.deepcopy(slim)
         compensate(slim, dense, fit_on)
     accuracy = _accuracy(dense, before_compensation, slim, val) if val else {}
@@ -108,7 +106,7 @@ def _check(args: argparse.Namespace) -> None:
 def _loaders(args: argparse.Namespace, model: nn.Module, images: torch.Tensor) -> Tuple[Any, Any]:
     """Batches for scoring and compensation, and batches for evaluation."""
     (train, val), config = read_images(args, model, images, (args.train_split, args.val_split))
-    return train_loader(train, config, args), image_loader(val, config, args.batch_size, args.workers)
+    return fit_images(train, config, args), image_loader(val, config, args.batch_size, args.workers)
 
 
 def _accuracy(

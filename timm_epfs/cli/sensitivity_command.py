@@ -12,9 +12,8 @@ from .data_arguments import (
     add_weight_arguments,
     build_dense,
     check_weights,
-    first_batches,
+    fit_images,
     read_images,
-    train_loader,
 )
 
 __all__ = ['add_sensitivity_arguments']
@@ -51,10 +50,9 @@ def _sensitivity(args: argparse.Namespace) -> None:
     dense = build_dense(args)
     images = random_images(dense, args.img_size, seed=args.seed)
     (train,), config = read_images(args, dense, images, (args.train_split,))
-    loader = train_loader(train, config, args)
     with step(f'measuring the sensitivity of {args.model}'):
         pruner = Pruner(
-            dense, data=first_batches(loader, args), exclude=args.exclude, only=args.only,
+            dense, data=fit_images(train, config, args), exclude=args.exclude, only=args.only,
             kinds=args.kinds or DEFAULT_KINDS, example_input=images)
         sensitivity = pruner.sensitivity(args.criterion, args.seed)
     if args.json:

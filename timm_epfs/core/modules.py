@@ -1,11 +1,11 @@
-"""Helpers for torch modules: evaluation mode for a block of code, and the device of a model."""
+"""Helpers for torch modules: evaluation mode for a block of code, a model's device and its tensors by name."""
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Dict, Iterator
 
 import torch
 from torch import nn
 
-__all__ = ['device_of', 'eval_mode']
+__all__ = ['device_of', 'eval_mode', 'named_tensors']
 
 
 @contextmanager
@@ -23,3 +23,14 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 def device_of(model: nn.Module) -> torch.device:
     """Device of a model's parameters. The CPU where it has no parameters."""
     return next((p.device for p in model.parameters()), torch.device('cpu'))
+
+
+def named_tensors(model: nn.Module, remove_duplicate: bool = True) -> Dict[str, torch.Tensor]:
+    """A model's parameters and buffers by name.
+
+    Args:
+        model: The model.
+        remove_duplicate: Whether tied ones appear under their first name only.
+    """
+    parameters = model.named_parameters(remove_duplicate=remove_duplicate)
+    return {**dict(parameters), **dict(model.named_buffers(remove_duplicate=remove_duplicate))}

@@ -4,11 +4,11 @@ In: structures, weights and, for some criteria, images. Out: one score per unit,
 output loses as each structure gets narrower.
 """
 from .criteria import CRITERIA, WITHOUT_DATA, Criterion, check_criterion, score
-from .curves import SHARES, Curve, Sensitivity, removed_counts
+from .curves import SHARES, Curve, Sensitivity
 from .sensitivity import measure_sensitivity
 from .statistics import Statistics, gather_statistics
 
 __all__ = [
     'CRITERIA', 'Criterion', 'Curve', 'SHARES', 'Sensitivity', 'Statistics', 'WITHOUT_DATA', 'check_criterion',
-    'gather_statistics', 'measure_sensitivity', 'removed_counts', 'score',
+    'gather_statistics', 'measure_sensitivity', 'score',
 ]

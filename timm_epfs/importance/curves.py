@@ -38,6 +38,12 @@ class Curve:
         """Number of units."""
         return len(self.order)
 
+    @property
+    def divergence_by_share(self) -> List[float]:
+        """The divergence at each of ``SHARES``: narrow structures lose the same number of units at several of them."""
+        at = dict(zip(self.removed, self.divergence))
+        return [at[count] for count in removed_counts(self.units)]
+
     def marginal(self) -> np.ndarray:
         """What the removal of each unit adds to the divergence, in their order, growing, shape (units,).
 
@@ -115,8 +121,7 @@ class Sensitivity:
         for name, curve in self.curves.items():
             half = int(np.argmin([abs(count - curve.units / 2) for count in curve.removed]))
             quality = f'{curve.top1[half]:.1f}' if has_top1 else _percent(curve.same_class[half])
-            at = {count: f'{value:.2g}' for count, value in zip(curve.removed, curve.divergence)}
-            cells = [at[count] for count in removed_counts(curve.units)]
+            cells = [f'{value:.2g}' for value in curve.divergence_by_share]
             rows.append((name, str(curve.units), *cells, _percent(curve.error[half]), quality))
         quality = f'top-1, {self.top1:.1f} % when dense' if has_top1 else 'share of the images whose class is the same'
         return '\n'.join([

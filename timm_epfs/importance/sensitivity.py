@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..core import PruningError, Structure, eval_mode, one_line, progress
+from ..core import PruningError, Structure, eval_mode, named_tensors, one_line, progress
 from .curves import Curve, Sensitivity, removed_counts
 from .statistics import Statistics, refitted
 
@@ -63,7 +63,7 @@ def measure_sensitivity(
 @contextmanager
 def _narrowed(model: nn.Module, structure: Structure, gone: np.ndarray, statistics: Statistics) -> Iterator[float]:
     """A model without some units of a structure. Yields the error of the layers that read them."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    tensors = named_tensors(model)
     consumers = statistics.consumers_of(structure)
     refitted_here = {consumer.name for consumer in consumers}
     before: Dict[str, Tensor] = {}

@@ -66,11 +66,9 @@ class Statistics:
     Attributes:
         consumers: The layers that read units, by the names of their weights.
         measure_on: Batches of images that weren't used for these.
-        images: Number of images that were used for these.
     """
     consumers: Dict[str, Consumer]
     measure_on: Batches
-    images: int
 
     def consumers_of(self, structure: Structure) -> List[Consumer]:
         """Those that read units of a structure, and for which it is known which features these are."""
@@ -103,7 +101,7 @@ def gather_statistics(model: nn.Module, structures: Sequence[Structure], data: A
     else:
         rest, kept = _split(batches, every)
     names = {m.tensor for s in structures for m in s.members if m.role == 'in'}
-    return Statistics(_consumers(model, names, rest), kept, count)
+    return Statistics(_consumers(model, names, rest), kept)
 
 
 def _split(batches: Batches, every: int) -> Tuple[List[Tensor], Batches]:
@@ -118,8 +116,8 @@ def _split(batches: Batches, every: int) -> Tuple[List[Tensor], Batches]:
         labels = None if classes is None else classes[chosen]
         kept.setdefault(tuple(images.shape[1:]), []).append((images[chosen], labels))
     merged: Batches = []
+    size = max(map(len, rest))
     for alike in kept.values():
-        size = max(map(len, rest))
         parts = torch.cat([images for images, _ in alike]).split(size)
         known = [classes for _, classes in alike if classes is not None]
         labelled = len(known) == len(alike)

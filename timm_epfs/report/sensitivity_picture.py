@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..core import percent
-from ..importance import SHARES, Sensitivity, removed_counts
+from ..importance import SHARES, Sensitivity
 from .pictures import draw
 
 if TYPE_CHECKING:
@@ -30,11 +30,7 @@ def draw_sensitivity(path: Path, sensitivity: Sensitivity, title: str = '') -> b
     def paint(figure: 'Figure') -> None:
         from matplotlib.colors import LogNorm
         axis = figure.subplots()
-        rows = []
-        for curve in sensitivity.curves.values():
-            at = dict(zip(curve.removed, curve.divergence))
-            rows.append([at[count] for count in removed_counts(curve.units)])
-        values = np.maximum(rows, 1e-5)
+        values = np.maximum([curve.divergence_by_share for curve in sensitivity.curves.values()], 1e-5)
         image = axis.imshow(values, aspect='auto', cmap='Blues', norm=LogNorm())
         axis.set_yticks(range(len(names)), names, fontsize='x-small')
         axis.set_xticks(range(len(SHARES)), [percent(share) for share in SHARES], fontsize='x-small')

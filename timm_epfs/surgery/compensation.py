@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..activations import image_batches
-from ..core import PruningError, complement, eval_mode, first_few, one_line, warn
+from ..core import PruningError, complement, eval_mode, first_few, named_tensors, one_line, warn
 from ..plan import Plan
 from .reconstruction import Reconstruction
 from .tensors import tensor_misfits, wrong_base
@@ -103,7 +103,7 @@ def reconstruct(
     """
     kept = _kept(model, dense, plan)
     batches = image_batches(images, model, num_images)
-    before = {name: tensor.clone() for name, tensor in _tensors(model).items()}
+    before = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
     try:
         with eval_mode(model), eval_mode(dense), \
                 one_line(f'the models can\'t run images of shape {tuple(batches[0].shape[1:])}'):
@@ -111,14 +111,10 @@ def reconstruct(
             reconstruction.run()
     except BaseException:
         with torch.no_grad():
-            for name, tensor in _tensors(model).items():
+            for name, tensor in named_tensors(model).items():
                 tensor.copy_(before[name])
         raise
     return reconstruction, sum(map(len, batches))
-
-
-def _tensors(model: nn.Module) -> Dict[str, torch.Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _kept(model: nn.Module, dense: nn.Module, plan: Plan) -> Dict[Tuple[str, int], np.ndarray]:
@@ -127,10 +123,10 @@ def _kept(model: nn.Module, dense: nn.Module, plan: Plan) -> Dict[Tuple[str, int
     Raises:
         PruningError: The models don't have the shapes of the plan.
     """
-    dense_tensors, kept = _tensors(dense), {}
+    dense_tensors, kept = named_tensors(dense), {}
     problems = tensor_misfits(plan, dense_tensors, may_lack=lambda name: False)
     removed = {} if problems else plan.removed()
-    for name, tensor in {} if problems else _tensors(model).items():
+    for name, tensor in {} if problems else named_tensors(model).items():
         if name not in dense_tensors:
             problems.append(f'{name} is missing')
             continue

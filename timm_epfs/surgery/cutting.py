@@ -5,7 +5,7 @@ from typing import Dict, List, Mapping, Sequence, Set
 import numpy as np
 from torch import Tensor, nn
 
-from ..core import distinct
+from ..core import distinct, named_tensors
 from ..plan import Plan, check_plan
 from .attributes import attribute_misfits, refresh_shapes, repeated_sizes, set_attribute
 from .tensors import cut_tensor, tensor_misfits, wrong_base
@@ -27,7 +27,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         PruningError: The model is not the base that the plan was made for.
     """
     check_plan(plan)
-    tensors = _named_tensors(model)
+    tensors = named_tensors(model, remove_duplicate=False)
     blocks = plan.removed_blocks()
     problems = _misfits(model, tensors, plan, blocks)
     if problems:
@@ -79,14 +79,6 @@ def _is_left_out(model: nn.Module, name: str) -> bool:
         if module is None or isinstance(module, nn.Identity):
             return True
     return False
-
-
-def _named_tensors(model: nn.Module) -> Dict[str, Tensor]:
-    """Parameters and buffers under every name they have: tied ones appear several times."""
-    return {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
 
 
 def _cut_tensors(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> Set[nn.Module]:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..core import named_tensors
 from .blocks import Block, BlockFinder
 from .calls import Calls, tensors_in
 from .copies import call_site, quiet
@@ -91,7 +92,7 @@ class Recorder(TorchDispatchMode):
         self._weights: set = set()
         self._alive: List[torch.Tensor] = []
         self._names: Dict[int, str] = {}
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        for name, tensor in named_tensors(model).items():
             self._names.setdefault(id(tensor), name)
 
     # -- what rules use ---------------------------------------------------------------------------------------------

@@ -1,14 +1,13 @@
 """The cut of a run: by a method that learns while the model is trained, or in one shot by a criterion."""
 import argparse
 import inspect
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, Callable, Dict, Iterable, Iterator
+from typing import Any, Callable, Dict, Iterable
 
 from torch import nn
 
-from ..core import DEFAULT_KINDS, PruningError, one_line, step
+from ..core import DEFAULT_KINDS, PruningError, Repeatable, one_line, step
 from ..importance import CRITERIA
 from ..learn import METHODS, Learner
 from ..pruner import Pruner
@@ -30,7 +29,7 @@ class RunCut:
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, train_batches: Callable[[], Iterable]):
         self.args, self.model = args, model
-        self._scoring_batches = _Repeatable(lambda: islice(train_batches(), _SCORING_BATCHES))
+        self._scoring_batches = Repeatable(lambda: islice(train_batches(), _SCORING_BATCHES))
 
     @cached_property
     def pruner(self) -> Pruner:
@@ -104,12 +103,3 @@ class RunCut:
         else:
             return
         raise PruningError(f'{cause}, and each process would get its own result; run it in one process')
-
-
-@dataclass(frozen=True)
-class _Repeatable:
-    """An iterable that can be iterated over more than once: each time, it calls ``draw`` for new batches."""
-    draw: Callable[[], Iterable]
-
-    def __iter__(self) -> Iterator:
-        return iter(self.draw())
