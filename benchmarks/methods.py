@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from common import RESULTS
+from training_free_table import lost, most_images, rows_by_cut
 
 HERE = Path(__file__).parent
 MODELS = ('resnet20_cifar', 'resnet56_cifar')
@@ -81,16 +82,17 @@ def _row(method: Method) -> Sequence[str]:
 
 def _training_free() -> Iterator[Sequence[str]]:
     """The rows of what ``training_free.py`` measured at half the MACs."""
-    cuts = [json.loads((RESULTS / f'training_free_{model}.json').read_text())['cuts'] for model in MODELS]
+    results = [json.loads((RESULTS / f'training_free_{model}.json').read_text()) for model in MODELS]
     for name, call, ranking, step in (
             ('the same, BatchNorm recalibrated', '`recalibrate_bn(slim, d)`', 'fpgm', 'bn'),
             ('the same, compensated', "`prune(m, macs=0.5, criterion='fpgm', data=d)`", 'fpgm', 'compensated'),
             ('the same, compensated, cost-aware widths', "the same, `widths='cost'`", 'fpgm, cost-aware widths',
              'compensated'),
             ('units and widths from images, compensated', '`prune(m, macs=0.5, data=d)`', 'obs, measured widths',
-             'compensated')):
-        lost = ' / '.join(f'{found["dense"]["top1"] - found[f"{ranking} at 0.5"][step]:.2f}' for found in cuts)
-        yield name, call, '0', lost, MISSING, '`training_free.py`'
+             'compensated'),
+            ('the same, healed', 'the same, `heal=200`', 'obs, measured widths', 'healed')):
+        values = [lost(found, rows_by_cut(found, most_images(found))[ranking, 0.5], step) for found in results]
+        yield name, call, '0', ' / '.join(_mean(seeds) for seeds in values), MISSING, '`training_free.py`'
 
 
 def _results(model: str, experiment: Optional[str]) -> List[Dict[str, Any]]:
@@ -107,10 +109,13 @@ def _epochs(run: Dict[str, Any]) -> str:
 
 
 def _lost(runs: List[Dict[str, Any]], when: str) -> str:
-    if not runs:
+    return _mean([run['top1']['dense'] - run['top1'][when] for run in runs])
+
+
+def _mean(values: List[float]) -> str:
+    if not values:
         return MISSING
-    lost = mean(run['top1']['dense'] - run['top1'][when] for run in runs)
-    return f'{lost:.2f}' + (f' ({len(runs)} seeds)' if len(runs) > 1 else '')
+    return f'{mean(values):.2f}' + (f' ({len(values)} seeds)' if len(values) > 1 else '')
 
 
 def _speed_up(runs: List[Dict[str, Any]]) -> str:

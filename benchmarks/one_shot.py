@@ -71,9 +71,15 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def some(images: Dict[str, torch.Tensor], split: str, config: Dict[str, Any], count: Optional[int]) -> Images:
-    """Batches of ``count`` images of a split, drawn at random with a fixed seed, or of all in a random order."""
-    order = np.random.default_rng(0).permutation(len(images[f'{split}.targets']))[:count]
+def some(
+        images: Dict[str, torch.Tensor],
+        split: str,
+        config: Dict[str, Any],
+        count: Optional[int],
+        seed: int = 0,
+) -> Images:
+    """Batches of ``count`` images of a split, drawn at random with a seed, or of all in a random order."""
+    order = np.random.default_rng(seed).permutation(len(images[f'{split}.targets']))[:count]
     pixels, targets = (images[f'{split}.{what}'][order] for what in ('pixels', 'targets'))
     return Images(pixels, targets, config, BATCH, torch.device('cpu'), training=False)
 

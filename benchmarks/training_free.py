@@ -1,13 +1,16 @@
-"""What a cut model is worth before any training: cut, BatchNorm only, and compensated, at several budgets.
+"""What a cut model is worth before any training: cut, BatchNorm only, compensated, and healed, at several budgets.
 
 ``python benchmarks/training_free.py resnet56_cifar --data-dir cifar10-jpeg`` starts from the dense weights of
 cifar10/results; ``tf_efficientnet_lite0 --checkpoint FILE.safetensors --data-dir FOLDER.tar`` splits a folder of
-ImageNet's images by class id into images to fit on and images to test on. Writes results/training_free_<model>.json and
-.md, one cut after the other, and goes on where it was interrupted.
+ImageNet's images by class id into images to fit on and images to test on. Writes results/training_free_<model>.json,
+.md and .png, one cut after the other, and goes on where it was interrupted. Seeds, numbers of images and ``--heal``
+add to what is there.
 """
 import argparse
 import copy
 import tempfile
+import time
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
@@ -15,38 +18,72 @@ from typing import Any, Dict, List, Tuple
 import numpy as np
 import timm
 import torch
-from common import RESULTS, header_line, measure_missing, write_text
+import torch_pruning as tp
+from common import RESULTS, measure_missing, write_results
 from timm.data import ImageNetInfo, create_dataset, create_transform, resolve_data_config
 from timm.models import load_checkpoint
 from torch import Tensor, nn
+from torch_pruning_recipe import one_shot
+from training_free_table import STEPS, draw, markdown
 
 import timm_epfs
-from timm_epfs.report import top1
+from timm_epfs.report import count_macs, top1
 
 HERE = Path(__file__).parent
+BEST, RIVAL = 'obs, measured widths', 'torch-pruning'
 RANKINGS: Dict[str, Dict[str, Any]] = {
-    'obs, measured widths': {'criterion': 'obs', 'widths': 'sensitivity'},
+    BEST: {'criterion': 'obs', 'widths': 'sensitivity'},
     'fpgm': {'criterion': 'fpgm'},
     'fpgm, cost-aware widths': {'criterion': 'fpgm', 'widths': 'cost'},
+    RIVAL: {},
     'fpgm, blocks': {'criterion': 'fpgm'},
 }
 MACS = (0.9, 0.8, 0.7, 0.6, 0.5)
-STEPS = ('cut', 'bn', 'bn_corrected', 'compensated')
 Batches = List[Tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cut.
+
+    Attributes:
+        ranking: One of ``RANKINGS``.
+        macs: Share of the MACs to keep.
+        images: Number of images to fit on.
+        seed: Seed of the choice of images.
+        heal: Number of steps of healing.
+    """
+    ranking: str
+    macs: float
+    images: int
+    seed: int
+    heal: int = 0
+
+    @property
+    def name(self) -> str:
+        healed = f', healed in {self.heal} steps' if self.heal else ''
+        return f'{self.ranking} at {self.macs:g}, {self.images} images, seed {self.seed}{healed}'
 
 
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     path = args.results / f'training_free_{args.model}.json'
-    job = Job(args)
-    names = [f'{ranking} at {macs:g}' for macs in args.macs for ranking in args.rankings]
+    cells = {
+        cell.name: cell for seed in args.seeds for macs in args.macs for ranking in args.rankings
+        for cell in [Cell(ranking, macs, args.fit_images, seed, args.heal)]}
+    dense = {f'dense, seed {seed}': seed for seed in args.seeds}
+    jobs = {seed: Job(args, seed) for seed in args.seeds}
+
+    def measure(name: str) -> Dict[str, Any]:
+        if name in dense:
+            return jobs[dense[name]].measure_dense()
+        return {**asdict(cells[name]), **jobs[cells[name].seed].measure(cells[name])}
+
     results = measure_missing(
-        path, 'cuts', ['dense', *names], job.measure, model=args.model, fit_images=args.fit_images, seed=args.seed,
-        images=args.data_dir.name)
-    table = markdown(results)
-    write_text(path.with_suffix('.md'), table)
-    print(table)
+        path, 'cuts', [*dense, *cells], measure, model=args.model, images=args.data_dir.name)
+    write_results(path, results, markdown(results))
+    draw(results, path.with_suffix('.png'))
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,9 +94,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--cache', type=Path, default=Path(tempfile.gettempdir()) / 'cifar10.safetensors',
                         help='where decoded CIFAR images are kept')
     parser.add_argument('--fit-images', type=int, default=1024, help='images to compensate with')
+    parser.add_argument('--held-back', type=int, default=400,
+                        help='of a folder of ImageNet images, those that are not tested on; at least --fit-images')
     parser.add_argument('--macs', type=float, nargs='+', default=list(MACS), help='shares of the MACs to keep')
-    parser.add_argument('--rankings', nargs='+', default=list(RANKINGS)[:3], choices=list(RANKINGS))
-    parser.add_argument('--seed', type=int, default=0, help='seed of the split')
+    parser.add_argument('--rankings', nargs='+', default=list(RANKINGS)[:4], choices=list(RANKINGS))
+    parser.add_argument('--heal', type=int, default=0, metavar='STEPS', help='heal what was compensated')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='seeds of the choice of images')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
     return parser.parse_args()
@@ -70,10 +110,11 @@ class Job:
 
     Args:
         args: The options of the command.
+        seed: Seed of the choice of images.
     """
 
-    def __init__(self, args: argparse.Namespace):
-        self._args = args
+    def __init__(self, args: argparse.Namespace, seed: int):
+        self._args, self._seed = args, seed
 
     @cached_property
     def model(self) -> nn.Module:
@@ -103,7 +144,7 @@ class Job:
         from one_shot import load, some
         images = load(self._args.data_dir, self._args.cache)
         config = self.model.pretrained_cfg
-        fit = some(images, 'train', config, self._args.fit_images)
+        fit = some(images, 'train', config, self._args.fit_images, self._seed)
         return list(fit), list(some(images, 'test', config, None))
 
     def _imagenet(self) -> Tuple[Batches, Batches]:
@@ -113,8 +154,8 @@ class Job:
             **{name: config[name] for name in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')})
         ids = {index: name for name, index in dataset.reader.class_name_to_idx.items()}
         labels = ImageNetInfo().label_names()
-        order = np.random.default_rng(self._args.seed).permutation(len(dataset))
-        parts = order[:self._args.fit_images], order[self._args.fit_images:]
+        order = np.random.default_rng(self._seed).permutation(len(dataset))
+        parts = order[:self._args.fit_images], order[self._args.held_back:]
 
         def batches(indices: np.ndarray) -> Batches:
             found = []
@@ -125,41 +166,50 @@ class Job:
 
         return batches(parts[0]), batches(parts[1])
 
-    def measure(self, name: str) -> Dict[str, Any]:
-        """Top-1 of the dense model, or of one cut after each step."""
+    def measure_dense(self) -> Dict[str, Any]:
+        """Top-1 of the dense model."""
+        test = self.batches[1]
+        return {'seed': self._seed, 'top1': top1([self.model], test)[0], 'test_images': sum(len(y) for _, y in test)}
+
+    def measure(self, cell: Cell) -> Dict[str, Any]:
+        """Top-1 of one cut after each step; of a cell to heal, only after healing."""
         fit, test = self.batches
-        if name == 'dense':
-            return {'top1': top1([self.model], test)[0], 'test_images': sum(len(y) for _, y in test)}
-        ranking, _, macs = name.rpartition(' at ')
-        pruner = self.block_pruner if 'blocks' in ranking else self.pruner
-        slim = pruner(macs=float(macs), compensate=False, **RANKINGS[ranking])
-        models = {step: copy.deepcopy(slim) for step in STEPS}
-        timm_epfs.recalibrate_bn(models['bn'], fit)
-        timm_epfs.recalibrate_bn(models['bn_corrected'], fit, dense=self.model)
-        timm_epfs.compensate(models['compensated'], self.model, fit, num_images=self._args.fit_images)
+        if cell.ranking == RIVAL:
+            slim, ratio = self._cut_by_torch_pruning(cell.macs)
+            models = {'cut': slim, 'bn': timm_epfs.recalibrate_bn(copy.deepcopy(slim), fit)}
+            return {'macs_ratio': ratio, **dict(zip(models, top1(list(models.values()), test)))}
+        pruner = self.block_pruner if 'blocks' in cell.ranking else self.pruner
+        slim = pruner(macs=cell.macs, compensate=False, **RANKINGS[cell.ranking])
         kept = {f'{what}_ratio': left / dense for what, (dense, left) in slim.pruning_plan.cost.items()}
-        return {**kept, **dict(zip(models, top1(list(models.values()), test)))}
+        models = {step: copy.deepcopy(slim) for step in list(STEPS)[:4]}
+        start = time.perf_counter()
+        timm_epfs.compensate(models['compensated'], self.model, fit, num_images=cell.images)
+        seconds = {'compensated': time.perf_counter() - start}
+        if cell.heal:
+            start = time.perf_counter()
+            timm_epfs.heal(models['compensated'], self.model, fit, cell.heal, num_images=cell.images)
+            seconds = {'healed': time.perf_counter() - start}
+            models = {'healed': models['compensated']}
+        else:
+            timm_epfs.recalibrate_bn(models['bn'], fit)
+            timm_epfs.recalibrate_bn(models['bn_corrected'], fit, dense=self.model)
+        return {**kept, **dict(zip(models, top1(list(models.values()), test))), 'seconds': seconds}
 
+    def _cut_by_torch_pruning(self, macs: float) -> Tuple[nn.Module, float]:
+        """What torch-pruning's one-shot makes of the model, and the share of the MACs that this leaves."""
+        example = self.batches[0][0][0][:1]
+        dense = count_macs(self.model, (example,), {})
+        importance = tp.importance.GroupMagnitudeImportance(p=2)
 
-def markdown(results: Dict[str, Any]) -> str:
-    cuts = dict(results['cuts'])
-    dense = cuts.pop('dense')
-    lines = [
-        f'# {results["model"]} without any training',
-        '',
-        f'Top-1 on {dense["test_images"]:,} images, dense {dense["top1"]:.2f} %. Fitted on {results["fit_images"]:,} '
-        f'other images ({results["images"]}, seed {results["seed"]}).',
-        header_line(results['machine']),
-        '',
-        '| MACs | ranking | cut | BatchNorm recalibrated | BatchNorm corrected | compensated | lost |',
-        '|---|---|---|---|---|---|---|',
-    ]
-    for name, row in sorted(cuts.items(), key=lambda item: -float(item[0].rpartition(' at ')[2])):
-        ranking = name.rpartition(' at ')[0]
-        values = ' | '.join(f'{row[step]:.2f}' for step in STEPS)
-        lost = dense['top1'] - row['compensated']
-        lines.append(f'| {row["macs_ratio"]:.3f} | {ranking} | {values} | {lost:.2f} |')
-    return '\n'.join(lines) + '\n'
+        def cut(ratio: float) -> Tuple[nn.Module, float]:
+            slim = one_shot(copy.deepcopy(self.model), example, importance, ratio=ratio)
+            return slim, count_macs(slim, (example,), {}) / dense
+
+        low, high = 0.0, 0.9  # the share of the channels that go is all that can be chosen
+        for _ in range(12):
+            ratio = (low + high) / 2
+            low, high = (ratio, high) if cut(ratio)[1] > macs else (low, ratio)
+        return min((cut(low), cut(high)), key=lambda found: abs(found[1] - macs))
 
 
 if __name__ == '__main__':

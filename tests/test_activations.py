@@ -5,7 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_epfs.activations import Lockstep, Sums, Watch, image_batches, list_readers, solve_ridge
+from timm_epfs.activations import (
+    Lockstep,
+    Sums,
+    Watch,
+    fast_format,
+    image_batches,
+    list_readers,
+    places_to_join,
+    solve_ridge,
+)
 from timm_epfs.core import PruningError
 
 LAYERS = {
@@ -173,6 +182,35 @@ def test_lockstep_raises_what_a_task_raised(number):
         lockstep.run([task] * 3)
 
 
+def test_lockstep_lets_others_join():
+    events = []
+
+    def at_meeting(place):
+        events.append(place)
+        lockstep.join(3)
+
+    lockstep = Lockstep(at_meeting)
+
+    def task(number):
+        if number < 2:
+            lockstep.meet(number, 'first')
+        events.append(number)
+        lockstep.meet(number, 'second')
+
+    lockstep.run([task] * 3, joined=2)
+    assert events == ['first', 0, 1, 2, 'second']
+    with pytest.raises(PruningError, match='its end and another layer come at the same time'):
+        Lockstep(lambda place: None).run([lambda number: None] * 3, joined=2)
+
+
+def test_batches_join_where_there_is_room():
+    mega = 2 ** 19
+    assert places_to_join([16 * mega, 8 * mega, 16 * mega], [64, 64, 1]) == [0, 0]  # the last one never fits
+    assert places_to_join([16 * mega, 8 * mega, 4 * mega], [100, 100, 100, 100, 200]) == [0, 1, 2, 2]
+    assert places_to_join([1000 * mega, 0], [500, 500]) == [0, 1]  # the first one joins in any case
+    assert places_to_join([128 * mega, 0], [30, 30, 30]) == [0, 0, 1]  # 64 images always fit
+
+
 def test_lockstep_refuses_other_ways():
     lockstep = Lockstep(lambda place: None)
     with pytest.raises(PruningError, match='another way for other images: first and second'):
@@ -192,7 +230,18 @@ def test_images_come_in_many_forms(data):
 
 
 def test_large_batches_are_split():
-    assert [len(batch) for batch in image_batches(torch.ones(40, 3, 224, 224), nn.Linear(2, 2))] == [20, 20]
+    assert [len(batch) for batch in image_batches(torch.ones(24, 3, 224, 224), nn.Linear(2, 2))] == [20, 4]
+
+
+def test_the_fast_format_is_left_out_where_a_forward_needs_the_other():
+    class Views(nn.Module):
+        def forward(self, x):
+            return x.view(len(x), -1)
+
+    images = torch.rand(2, 3, 4, 4)
+    assert fast_format(images, nn.Conv2d(3, 3, 1)) == torch.channels_last
+    assert fast_format(images, nn.Conv2d(3, 3, 1), Views()) == torch.contiguous_format
+    assert fast_format(torch.rand(2, 3, 4), nn.Linear(4, 4)) == torch.contiguous_format
 
 
 def test_not_more_images_than_needed_are_read():

@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from ..core import PruningError, device_of, one_line
 
-__all__ = ['image_batches', 'labelled_batches']
+__all__ = ['fast_format', 'image_batches', 'labelled_batches']
 
-# More images than this cost more memory than they are worth, larger batches than this too.
+# More images than this cost more memory than they are worth, and larger batches, too.
 IMAGES, PIXELS, BATCH_PIXELS = 1024, 2 ** 24, 2 ** 20
+# On a CPU, tensors of more than 32 MiB are mapped and unmapped each time, which can take as long as the convolutions.
+FAST_BATCH_PIXELS = 2 ** 18
 
 
 def image_batches(data: Any, model: nn.Module, images: Optional[int] = None) -> List[Tensor]:
@@ -25,28 +27,35 @@ def image_batches(data: Any, model: nn.Module, images: Optional[int] = None) -> 
     Raises:
         PruningError: There are no images, or they aren't images that a model can run.
     """
-    return [batch for batch, _ in labelled_batches(data, model, images)]
+    return [batch for batch, _ in labelled_batches(data, model, images, BATCH_PIXELS)]
 
 
 def labelled_batches(
         data: Any,
         model: nn.Module,
         images: Optional[int] = None,
+        batch_pixels: int = FAST_BATCH_PIXELS,
 ) -> List[Tuple[Tensor, Optional[Tensor]]]:
     """Batches as those of ``image_batches``, each with the classes of its images, shape (images,).
 
     The classes are None where the second entry of a batch isn't one whole number of at least 0 per image.
+
+    Args:
+        data, model, images: As in ``image_batches``.
+        batch_pixels: Largest number of pixels of a batch, on a CPU.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    device = device_of(model)
     batches: List[Tuple[Tensor, Optional[Tensor]]] = []
     found = 0
     for given in [data] if isinstance(data, Tensor) else _iterate(data):
         batch, classes = _checked(given), _classes(given)
         pixels = batch[0, 0].numel() if batch.ndim > 2 else 1
         most = min(IMAGES, max(1, PIXELS // pixels)) if images is None else images
-        size, left = max(1, BATCH_PIXELS // pixels), most - found
-        parts = batch[:left].to(device_of(model), dtype).split(size)
-        labels = [None] * len(parts) if classes is None else classes[:left].to(device_of(model)).split(size)
+        size = max(1, (batch_pixels if device.type == 'cpu' else BATCH_PIXELS) // pixels)
+        left = most - found
+        parts = batch[:left].to(device, dtype).split(size)
+        labels = [None] * len(parts) if classes is None else classes[:left].to(device).split(size)
         batches += zip(parts, labels)
         found += len(batch[:left])
         if found >= most:
@@ -54,6 +63,24 @@ def labelled_batches(
     if not batches:
         raise PruningError('found no images; give at least one batch of them')
     return batches
+
+
+def fast_format(images: Tensor, *models: nn.Module) -> torch.memory_format:
+    """The memory format of images that runs fastest: channels last on a CPU, if the models' forwards work with it.
+
+    Args:
+        images: A batch of images.
+        models: The models that get them, in evaluation mode.
+    """
+    if images.ndim != 4 or images.device.type != 'cpu':
+        return torch.contiguous_format
+    try:
+        with torch.no_grad():
+            for model in models:
+                model(images[:1].contiguous(memory_format=torch.channels_last))
+    except Exception:  # a forward that views a map as if it were contiguous, or can't run the images at all
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 def _classes(batch: Any) -> Optional[Tensor]:

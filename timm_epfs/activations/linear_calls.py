@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['LINEAR_FUNCTIONS', 'LinearCall']
+__all__ = ['LINEAR_FUNCTIONS', 'LinearCall', 'empty']
 
 _CONVOLUTION = ('input', 'weight', 'bias', 'stride', 'padding', 'dilation', 'groups')
 _TRANSPOSED = ('input', 'weight', 'bias', 'stride', 'padding', 'output_padding', 'groups', 'dilation')
@@ -66,7 +66,7 @@ class LinearCall:
 
     def without_input(self) -> 'LinearCall':
         """The call with an input that has no entries, so that it keeps no memory."""
-        return replace(self, args={**self.args, 'input': self.input[:0]})
+        return replace(self, args={**self.args, 'input': empty(self.input)})
 
     @property
     def weight(self) -> Tensor:
@@ -201,6 +201,11 @@ class LinearCall:
         valid = valid & ((sources >= 0) & (sources < np.array(size))).all(-1)
         sources = np.where(valid[..., None], sources, 0)
         return np.ravel_multi_index(np.moveaxis(sources, -1, 0), size), valid
+
+
+def empty(tensor: Tensor) -> Tensor:
+    """A tensor without entries. A slice would keep the memory of the whole tensor."""
+    return tensor.new_empty((0, *tensor.shape[1:]))
 
 
 def _tuple(value: Any, length: int) -> Tuple[int, ...]:

@@ -10,10 +10,9 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ..activations import are_logits, divergence, output_tensors
 from ..core import PruningError, Structure, eval_mode, named_tensors, one_line, progress
 from .curves import Curve, Sensitivity, removed_counts
 from .statistics import Statistics, refitted
@@ -103,10 +102,7 @@ def _narrowed(model: nn.Module, structure: Structure, gone: np.ndarray, statisti
 
 
 def _outputs(output: Any) -> List[Tensor]:
-    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not tensors:
-        raise PruningError('its output holds no tensor of numbers; give criterion= and widths= that need no data')
-    return [tensor.double() for tensor in tensors]  # small divergences would drown in rounding errors
+    return [tensor.double() for tensor in output_tensors(output)]  # small divergences would drown in rounding errors
 
 
 def _compare(
@@ -115,20 +111,14 @@ def _compare(
         classes: Sequence[Optional[Tensor]],
 ) -> Tuple[float, float, float]:
     """Divergence, share of the images whose class stays, and top-1 in percent."""
-    if [[t.shape for t in batch] for batch in outputs] != [[t.shape for t in batch] for batch in dense]:
-        raise PruningError(
-            'the shapes of its outputs depend on what it sees; give criterion= and widths= that need no data')
-    if len(dense[0]) > 1 or dense[0][0].ndim != 2 or dense[0][0].shape[1] < 2:
-        errors = [_relative_error(*pair) for parts in zip(outputs, dense) for pair in zip(*parts)]
-        return float(np.mean(errors)), np.nan, np.nan
-    new, old = (torch.cat([batch[0] for batch in side]) for side in (outputs, dense))
-    divergence = F.kl_div(F.log_softmax(new, 1), F.log_softmax(old, 1), log_target=True, reduction='batchmean')
-    same = (new.argmax(1) == old.argmax(1)).float().mean()
+    counts = np.array([len(batch[0]) for batch in dense])
+    divergences = np.array([float(divergence(*pair)) for pair in zip(outputs, dense)])
+    mean = float((counts * divergences).sum() / counts.sum())
+    if not are_logits(dense[0]):
+        return mean, np.nan, np.nan
+    new, old = (torch.cat([batch[0] for batch in side]).argmax(1) for side in (outputs, dense))
+    same = float((new == old).float().mean())
     labelled = [labels for labels in classes if labels is not None]
     if len(labelled) < len(classes):
-        return float(divergence), float(same), np.nan
-    return float(divergence), float(same), float(100 * (new.argmax(1) == torch.cat(labelled)).float().mean())
-
-
-def _relative_error(new: Tensor, old: Tensor) -> float:
-    return float((new - old).square().mean() / old.square().mean().clamp_min(1e-30))
+        return mean, same, np.nan
+    return mean, same, float(100 * (new == torch.cat(labelled)).float().mean())

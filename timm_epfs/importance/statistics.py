@@ -6,7 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..activations import Call, LinearCall, Reader, Sums, Watch, labelled_batches, list_readers, sample_positions
+from ..activations import (
+    Call,
+    LinearCall,
+    Reader,
+    Sums,
+    Watch,
+    fast_format,
+    labelled_batches,
+    list_readers,
+    sample_positions,
+)
 from ..core import PruningError, Structure, eval_mode, progress
 
 __all__ = ['Consumer', 'Statistics', 'gather_statistics', 'refitted']
@@ -92,7 +102,10 @@ def gather_statistics(model: nn.Module, structures: Sequence[Structure], data: A
         PruningError: There are no images, or they aren't images that the model can run.
     """
     with torch.random.fork_rng([]):  # a loader that shuffles draws from the global random state
-        batches = labelled_batches(data, model)
+        labelled = labelled_batches(data, model)
+    with eval_mode(model):
+        memory_format = fast_format(labelled[0][0], model)
+    batches = [(images.contiguous(memory_format=memory_format), classes) for images, classes in labelled]
     count = sum(len(images) for images, _ in batches)
     pixels = batches[0][0][0, 0].numel() if batches[0][0].ndim > 2 else 1
     every = max(4, -(-count // max(1, min(TO_MEASURE, TO_MEASURE_PIXELS // pixels))))

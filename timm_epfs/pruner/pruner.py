@@ -16,6 +16,7 @@ from ..latency import DeviceLatency
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
 from ..surgery import compensate as compensate_cut
 from ..surgery import cut_copy
+from ..surgery import heal as heal_cut
 from ..zoo import base_of
 from .allocator import Allocator
 from .dense_model import check_unmasked, prepare_model
@@ -127,6 +128,7 @@ class Pruner:
             params: Optional[float] = None,
             *,
             compensate: bool = True,
+            heal: int = 0,
             **options: Any,
     ) -> PrunedModel:
         """Cut a copy of the model to a budget. All other arguments, errors and warnings are those of ``plan``.
@@ -136,6 +138,8 @@ class Pruner:
             params: As in ``plan``.
             compensate: Whether the weights that stay make up for those that went, where the pruner has ``data``
                 (``timm_epfs.compensate``).
+            heal: Number of steps in which the cut model then learns to give the dense model's outputs for the
+                ``data`` (``timm_epfs.heal``).
             **options: As in ``plan``.
 
         Returns:
@@ -147,11 +151,15 @@ class Pruner:
         Warns:
             UserWarning: As for ``plan``.
         """
+        if heal and not self._scorer.has_data:
+            raise PruningError(f'heal={heal!r} needs images, found none; give data=, batches of images')
         plan = self._plan_cut(*_request(macs, params, **options))
         slim = cast(PrunedModel, cut_copy(self.model, plan))
         slim.pruning_plan = plan
         if compensate and self._scorer.has_data:
             compensate_cut(slim, self.model, self._scorer.data)
+        if heal:
+            heal_cut(slim, self.model, self._scorer.data, heal)
         slim.pruning_plan = self.composed(slim.pruning_plan)
         return slim
 

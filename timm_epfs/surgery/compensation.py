@@ -3,16 +3,15 @@ from dataclasses import replace
 from typing import Any, Dict, Optional, Tuple
 
 import numpy as np
-import torch
 from torch import nn
 
-from ..activations import image_batches
+from ..activations import fast_format, image_batches
 from ..core import PruningError, complement, eval_mode, first_few, named_tensors, one_line, warn
 from ..plan import Plan
 from .reconstruction import Reconstruction
-from .tensors import tensor_misfits, wrong_base
+from .tensors import tensor_misfits, unchanged_on_error, wrong_base
 
-__all__ = ['compensate', 'plan_of', 'reconstruct']
+__all__ = ['compensate', 'kept_entries', 'plan_of', 'reconstruct']
 
 
 def compensate(
@@ -28,8 +27,8 @@ def compensate(
     equations). What stays as it is: a layer that gets no better on images that were held out, depthwise convolutions,
     layers that the forward uses twice, and weights that are changed before they are used (weight standardisation).
 
-    All images pass through both models side by side, layer by layer, so memory grows with their number: it holds what
-    one layer reads and writes of all of them.
+    All images pass through both models side by side, layer by layer. To hold no more than a gigabyte of activations,
+    some images join where the layers have become small, so the first layers are solved from fewer of them.
 
     Under ``torch.distributed``, each process gives its own images, and all get the same weights.
 
@@ -46,7 +45,7 @@ def compensate(
         images: Images in one tensor, a list of batches, or a loader. A batch is a tensor of images, or a tuple that
             starts with one.
         num_images: Largest number of images to use. None: 1,024, or as many as have 16 million pixels, if these are
-            fewer (334 of 224 x 224).
+            fewer (334 of 224 x 224). Where memory doesn't hold what a layer reads of all of them, fewer are used.
 
     Returns:
         The same model. The recipe of its plan says how many images were used.
@@ -101,23 +100,18 @@ def reconstruct(
     Returns:
         What was done, and the number of images.
     """
-    kept = _kept(model, dense, plan)
+    kept = kept_entries(model, dense, plan)
     batches = image_batches(images, model, num_images)
-    before = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
-    try:
-        with eval_mode(model), eval_mode(dense), \
-                one_line(f'the models can\'t run images of shape {tuple(batches[0].shape[1:])}'):
-            reconstruction = Reconstruction(model, dense, kept, batches, weights)
-            reconstruction.run()
-    except BaseException:
-        with torch.no_grad():
-            for name, tensor in named_tensors(model).items():
-                tensor.copy_(before[name])
-        raise
-    return reconstruction, sum(map(len, batches))
+    with unchanged_on_error(model), eval_mode(model), eval_mode(dense), \
+            one_line(f'the models can\'t run images of shape {tuple(batches[0].shape[1:])}'):
+        memory_format = fast_format(batches[0], model, dense)
+        batches = [batch.contiguous(memory_format=memory_format) for batch in batches]
+        reconstruction = Reconstruction(model, dense, kept, batches, weights)
+        reconstruction.run()
+    return reconstruction, reconstruction.images
 
 
-def _kept(model: nn.Module, dense: nn.Module, plan: Plan) -> Dict[Tuple[str, int], np.ndarray]:
+def kept_entries(model: nn.Module, dense: nn.Module, plan: Plan) -> Dict[Tuple[str, int], np.ndarray]:
     """Entries of the dense model's dims that the cut model has, by tensor and dim.
 
     Raises:

@@ -2,6 +2,7 @@
 import copy
 from typing import Dict, Iterator
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -11,6 +12,7 @@ from .cutting import apply_plan
 __all__ = ['cut_copy']
 
 
+@torch.inference_mode(False)  # so that the copy can be trained
 def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of a model, cut. It shares no tensor with the model, and what is cut away is never copied.
 

@@ -1,9 +1,10 @@
 """Layer-wise reconstruction: weights with which a cut model's layers give the outputs of the dense model's layers.
 
-Dense and cut model run side by side over all images, layer by layer (``Lockstep``). At a linear layer or convolution,
-the weights are changed so that from what the *cut* model passes on to it, it gives what the layer of the *dense* model
-gives, as nearly as a linear layer can. So a layer also makes up for what the layers before it couldn't. With X̂ the
-layer's inputs in the cut model as rows, Y the outputs of the dense layer, and W the weights that are there,
+Dense and cut model run side by side over all images, layer by layer (``Lockstep``); through layers that read large
+maps, first over as many images as memory holds. At a linear layer or convolution, the weights are changed so that from
+what the *cut* model passes on to it, it gives what the layer of the *dense* model gives, as nearly as a linear layer
+can. So a layer also makes up for what the layers before it couldn't. With X̂ the layer's inputs in the cut model as
+rows, Y the outputs of the dense layer, and W the weights that are there,
 
     W' = W + (X̂ᵀX̂ + ρI)⁻¹ X̂ᵀ (Y − X̂ W),
 
@@ -17,6 +18,7 @@ models see the same images (control variates).
 Source: He et al., Channel Pruning for Accelerating Very Deep Neural Networks, ICCV 2017, section 3.1, for the least
 squares. Ridge towards the weights that are there, the held-out rows and the control variates are our reading.
 """
+from bisect import bisect_right
 from typing import Callable, Dict, List, Mapping, Sequence, Tuple
 
 import numpy as np
@@ -31,6 +33,7 @@ from ..activations import (
     Sums,
     Watch,
     list_readers,
+    places_to_join,
     sample_positions,
     solve_ridge,
 )
@@ -64,12 +67,10 @@ class Reconstruction:
             batches: Sequence[Tensor],
             weights: bool = True,
     ):
-        self._model, self._dense, self._kept, self._batches = model, dense, kept, batches
-        counts = torch.tensor(float(sum(map(len, batches))), device=batches[0].device)
-        self._images = int(summed(counts))
-        self._first = np.cumsum([0, *map(len, batches)])
+        self._model, self._dense, self._kept = model, dense, kept
         self.scarce: List[str] = []
         readers, _ = list_readers(model, batches[0][:1])
+        in_dense, _ = list_readers(dense, batches[0][:1])
         # BatchNorm right behind a layer that is reconstructed is corrected together with it.
         solved = {name: reader for name, reader in readers.items() if weights and _may_change(reader.call)}
         behind = {reader.norm for reader in solved.values()}
@@ -78,11 +79,23 @@ class Reconstruction:
             name: reader for name, reader in readers.items()
             if name in solved or reader.is_norm and name not in behind
         }
+        self._numbers = {name: number for number, name in enumerate(self._layers)}
+        held = [reader.held + (in_dense[name].held if name in in_dense else 0) for name, reader in self._layers.items()]
+        self._joins_at = places_to_join(held, list(map(len, batches)))
+        self._batches = batches[:len(self._joins_at)]
+        self._first = np.cumsum([0, *map(len, self._batches)])
+        self._joined = [bisect_right(self._joins_at, number) for number in range(len(self._layers))]
+        self._images = summed(torch.tensor(self._first[self._joined], device=batches[0].device)).tolist()  # by layer
         self._lockstep = Lockstep(self._reconstruct)
         self._targets: Dict[int, Tuple[Tensor, Tensor]] = {}  # by batch: positions, and the dense layer's outputs there
         self._moments: Tuple[List[Tensor], List[Tensor]] = ([], [])  # of what BatchNorm reads, dense and cut
         self._sums = Sums(), Sums()  # of the rows to fit on and of those held out
         self._call: Call
+
+    @property
+    def images(self) -> int:
+        """Number of images that are used."""
+        return int(self._first[-1])
 
     def run(self) -> None:
         """Reconstruct all layers.
@@ -90,19 +103,18 @@ class Reconstruction:
         Raises:
             PruningError: The forward takes different ways for different images or in the two models.
         """
-        count = len(self._batches)
         if self._layers:
             with progress(None, 'compensating', len(self._layers)) as self._bar:
-                self._lockstep.run([self._run_batch] * (2 * count))
+                self._lockstep.run([self._run_batch] * (2 * len(self._batches)), joined=2 * self._joined[0])
 
     def _run_batch(self, number: int) -> None:
-        """Run a batch: through the dense model for the first half of the numbers, through the cut one for the rest."""
-        is_cut, index = divmod(number, len(self._batches))
+        """Run a batch: through the dense model for even numbers, through the cut one for odd numbers."""
+        index, is_cut = divmod(number, 2)
         model, note = (self._model, self._note_cut) if is_cut else (self._dense, self._note_dense)
         batch = self._batches[index]
 
         def handle(name: str, call: Call, run: Callable[[], Tensor]) -> Tensor:
-            if name in self._layers:
+            if self._numbers.get(name, -1) >= self._joins_at[index]:
                 note(index, name, call)
                 self._lockstep.meet(number, name)
             return run()
@@ -115,15 +127,19 @@ class Reconstruction:
             self._moments[0].append(_moments(call.input))
             return
         groups, features, _ = self._shape(name)
-        at = sample_positions(name, call.positions, self._images, groups, features).to(call.input.device)
+        at = sample_positions(name, call.positions, self._images_at(name), groups, features).to(call.input.device)
         self._targets[index] = at, call.outputs(call.rows(at))[..., self._kept_outputs(name, call)].float()
 
     def _note_cut(self, index: int, name: str, call: Call) -> None:
         if isinstance(call, NormCall):
             self._moments[1].append(_moments(call.input))
         else:
-            self._add_rows(index, call)
+            self._add_rows(index, name, call)
         self._call = call
+
+    def _images_at(self, name: str) -> int:
+        """Number of images that a layer is reconstructed from, over all processes."""
+        return self._images[self._numbers[name]]
 
     def _shape(self, name: str) -> Tuple[int, int, int]:
         """Groups, features and outputs of a group of a layer of the cut model."""
@@ -141,14 +157,14 @@ class Reconstruction:
             channels = groups[:, None] * shape[1] + self._kept.get((name, 1), np.arange(shape[1]))
         return torch.from_numpy(channels.ravel()).to(call.weight.device)
 
-    def _add_rows(self, index: int, call: LinearCall) -> None:
+    def _add_rows(self, index: int, name: str, call: LinearCall) -> None:
         at, targets = self._targets.pop(index)
         rows = call.rows(at)
         residuals = call.grouped(targets - call.outputs(rows))
         self._moments[0].append(_moments(targets.flatten(0, 1)))
         _, images, positions, _ = rows.shape
         numbers = torch.arange(images * positions, device=rows.device)
-        if self._images >= HELD_OUT and images == len(self._batches[index]):
+        if self._images_at(name) >= HELD_OUT and images == len(self._batches[index]):
             numbers = numbers // positions + int(self._first[index])
         held_out = numbers % HELD_OUT == HELD_OUT - 1
         for sums, chosen in zip(self._sums, (~held_out, held_out)):
@@ -164,6 +180,9 @@ class Reconstruction:
         else:
             self._solve(name, self._call, dense)
         self._moments, self._sums = ([], []), (Sums(), Sums())
+        following = self._numbers[name] + 1
+        if following < len(self._layers):
+            self._lockstep.join(2 * self._joined[following])
         self._bar.update()
 
     def _solve(self, name: str, call: LinearCall, dense: Tensor) -> None:

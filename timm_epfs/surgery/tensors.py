@@ -1,14 +1,15 @@
 """What a plan does to single tensors, and whether they are those that it was made for."""
-from typing import Callable, Dict, List, Mapping, Sequence, Tuple
+from contextlib import contextmanager
+from typing import Callable, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..core import PruningError, complement, first_few
+from ..core import PruningError, complement, first_few, named_tensors
 from ..plan import Plan
 
-__all__ = ['cut_tensor', 'dense_lengths', 'tensor_misfits', 'wrong_base']
+__all__ = ['cut_tensor', 'dense_lengths', 'tensor_misfits', 'unchanged_on_error', 'wrong_base']
 
 
 def cut_tensor(tensor: Tensor, removed: Mapping[int, np.ndarray]) -> Tensor:
@@ -51,6 +52,19 @@ def tensor_misfits(plan: Plan, tensors: Mapping[str, Tensor], may_lack: Callable
         elif dim >= tensor.ndim or tensor.shape[dim] != length:
             problems.append(f'{name} has shape {tuple(tensor.shape)} where dim {dim} should have {length}')
     return list(dict.fromkeys(problems))
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """On any error inside the block, a model's parameters and buffers get the values that they had before."""
+    before = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, tensor in named_tensors(model).items():
+                tensor.copy_(before[name])
+        raise
 
 
 def wrong_base(plan: Plan, problems: Sequence[str], remedy: str) -> PruningError:

@@ -62,6 +62,7 @@ class Trace:
     calls: Tuple[Call, ...] = ()
 
 
+@torch.inference_mode(False)  # the recorder sees operations of autograd
 def trace(
         model: nn.Module,
         args: Tuple = (),

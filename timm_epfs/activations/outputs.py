@@ -1,0 +1,55 @@
+"""How far a network's output is from another one's."""
+from typing import Any, List, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..core import PruningError
+
+__all__ = ['are_logits', 'divergence', 'output_tensors']
+
+_ADVICE = 'give criterion= and widths= that need no data, and don\'t heal'
+
+
+def output_tensors(output: Any) -> List[Tensor]:
+    """All tensors of numbers in what a model returned.
+
+    Raises:
+        PruningError: There are none.
+    """
+    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not tensors:
+        raise PruningError(f'the model\'s output holds no tensor of numbers; {_ADVICE}')
+    return tensors
+
+
+def are_logits(outputs: Sequence[Tensor]) -> bool:
+    """Whether they are one tensor of shape (images, two or more)."""
+    return len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1
+
+
+def divergence(outputs: Sequence[Tensor], dense: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    """How far outputs are from the dense model's.
+
+    Args:
+        outputs: Tensors of shape (images, …).
+        dense: Tensors of the same shapes.
+        temperature: Softmax temperature.
+
+    Returns:
+        Of logits, the mean Kullback-Leibler divergence of the classes' probabilities from the dense model's, in nats,
+        times the square of the temperature (Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section
+        2). Otherwise the mean squared error, as a share of the dense output's mean square: the mean over the tensors.
+
+    Raises:
+        PruningError: The shapes differ.
+    """
+    if [t.shape for t in outputs] != [t.shape for t in dense]:
+        raise PruningError(f'the shapes of the model\'s outputs depend on what it sees; {_ADVICE}')
+    if are_logits(outputs):
+        new, old = (F.log_softmax(side[0] / temperature, 1) for side in (outputs, dense))
+        return F.kl_div(new, old, log_target=True, reduction='batchmean') * temperature ** 2
+    errors = [(new - old).square().mean() / old.square().mean().clamp_min(1e-30) for new, old in zip(outputs, dense)]
+    return torch.stack(errors).mean()
