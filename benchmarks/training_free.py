@@ -19,7 +19,7 @@ import numpy as np
 import timm
 import torch
 import torch_pruning as tp
-from common import RESULTS, measure_missing, write_results
+from common import RESULTS, measure_missing, one_line, write_results
 from timm.data import ImageNetInfo, create_dataset, create_transform, resolve_data_config
 from timm.models import load_checkpoint
 from torch import Tensor, nn
@@ -175,7 +175,10 @@ class Job:
         """Top-1 of one cut after each step; of a cell to heal, only after healing."""
         fit, test = self.batches
         if cell.ranking == RIVAL:
-            slim, ratio = self._cut_by_torch_pruning(cell.macs)
+            try:
+                slim, ratio = self._cut_by_torch_pruning(cell.macs)
+            except Exception as error:
+                return {'error': one_line(error, 120)}
             models = {'cut': slim, 'bn': timm_epfs.recalibrate_bn(copy.deepcopy(slim), fit)}
             return {'macs_ratio': ratio, **dict(zip(models, top1(list(models.values()), test)))}
         pruner = self.block_pruner if 'blocks' in cell.ranking else self.pruner

@@ -32,6 +32,10 @@ def markdown(results: Dict[str, Any]) -> str:
     found = rows_by_cut(results, images)
     for ranking, macs in sorted(found, key=lambda key: (-key[1], key[0])):
         seeds = found[ranking, macs]
+        errors = [row['error'] for row in seeds.values() if 'error' in row]
+        if errors:
+            lines.append(f'| – | {ranking} at {macs:g} fails: {errors[0]} |{" – |" * (len(STEPS) + 1)}')
+            continue
         ratio = np.mean([row['macs_ratio'] for row in seeds.values()])
         steps = ' | '.join(spread(row[step] for row in seeds.values() if step in row) for step in STEPS)
         lines.append(f'| {ratio:.3f} | {ranking} | {steps} | {spread(lost(results, seeds))} |')
@@ -66,7 +70,7 @@ def draw(results: Dict[str, Any], path: Path) -> None:
     curves = [(ranking, step) for ranking in rankings for step in ('compensated', 'healed', 'bn')]
     for ranking, step in curves:
         points = [
-            (np.mean([row['macs_ratio'] for row in seeds.values()]),
+            (np.mean([row['macs_ratio'] for row in seeds.values() if step in row]),
              np.mean([row[step] for row in seeds.values() if step in row]))
             for (name, _), seeds in found.items() if name == ranking and any(step in row for row in seeds.values())]
         if points:
