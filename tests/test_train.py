@@ -234,10 +234,16 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, caps
     assert error(capsys) == f'--resume: all 2 checkpoints in {newest.parent} are damaged; start again with --overwrite'
 
 
-def test_a_one_shot_cut_that_is_trained_next_is_not_compensated(tmp_path):
-    assert train(tmp_path / 'run') == 0
-    slim = timm.create_model(f'local-dir:{tmp_path / "run" / "pruned"}', pretrained=True)
-    assert slim.pruning_plan.recipe['criterion'] == 'l2' and 'compensated' not in slim.pruning_plan.recipe
+def test_a_cut_is_compensated_before_fine_tuning_if_asked(tmp_path):
+    recipes, changes = {}, {}
+    for name, options in {'plain': (), 'compensated': ('--compensate',)}.items():
+        assert train(tmp_path / name, '--method', 'bn_sfp', '--sparse-epochs', '1', *options) == 0
+        slim = timm.create_model(f'local-dir:{tmp_path / name / "pruned"}', pretrained=True)
+        recipes[name] = slim.pruning_plan.recipe
+        losses = {row['phase']: float(row['eval_loss']) for row in history(tmp_path / name)}
+        changes[name] = abs(losses['cut'] - losses['dense'])
+    assert 'compensated' not in recipes['plain'] and recipes['compensated']['compensated']['images'] > 100
+    assert changes['compensated'] < 0.5 * changes['plain']
 
 
 def error(capsys):

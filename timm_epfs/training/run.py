@@ -19,7 +19,7 @@ from ..core import one_line, progress, step, write_whole
 from ..latency import latencies, latency_note
 from ..plan import Plan
 from ..report import Rows, compare, top1
-from ..surgery import rebuild
+from ..surgery import compensate, rebuild
 from ..zoo import save_pretrained
 from .checkpoints import Checkpoints
 from .data import Batches, count_classes, describe, open_batches
@@ -151,6 +151,8 @@ class Run:
         averaged = phase.task.get_trainable_module(ema=True).module if has_ema else None
         if name == 'sparse':
             self.model = phase.learner.export(averaged) if phase else self._one_shot()
+            if self.args.compensate:
+                compensate(self.model, self.dense_weights.saved_model(), self._cut.some_batches)
             self._record('cut', evaluate(self.args, self._task('cut'), self.batches.validation))
         elif averaged is not None:
             self.model.load_state_dict(averaged.state_dict())

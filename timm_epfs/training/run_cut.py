@@ -15,7 +15,7 @@ from .options import budget, cut_options
 
 __all__ = ['RunCut']
 
-_SCORING_BATCHES = 32  # for a criterion that needs data
+_SOME_BATCHES = 32  # for criteria, widths and compensation
 
 
 class RunCut:
@@ -24,12 +24,15 @@ class RunCut:
     Args:
         args: The options of ``timm-epfs train``.
         model: The dense model on its device.
-        train_batches: Returns the training batches. It is called when a criterion needs them.
+        train_batches: Returns the training batches. It is called when they are needed.
+
+    Attributes:
+        some_batches: Training batches to score units on, and to compensate with.
     """
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, train_batches: Callable[[], Iterable]):
         self.args, self.model = args, model
-        self._scoring_batches = Repeatable(lambda: islice(train_batches(), _SCORING_BATCHES))
+        self.some_batches = Repeatable(lambda: islice(train_batches(), _SOME_BATCHES))
 
     @cached_property
     def pruner(self) -> Pruner:
@@ -38,7 +41,7 @@ class RunCut:
         options, _ = cut_options(self.args)
         options.setdefault('kinds', method.default_kinds if method else DEFAULT_KINDS)
         with step(f'tracing {self.args.model}'), one_line(f'--method {self.args.method} can\'t be set up'):
-            return Pruner(self.model, data=self._scoring_batches, **options)
+            return Pruner(self.model, data=self.some_batches, **options)
 
     def check(self) -> None:
         """Raise ``PruningError`` before any training, if the model can't be cut as the options say."""
@@ -70,7 +73,7 @@ class RunCut:
             return method(pruner, budget(self.args), steps, **options)
 
     def one_shot(self) -> nn.Module:
-        """A copy of the model, cut by a criterion. It isn't compensated, since it is trained next.
+        """A copy of the model, cut by a criterion.
 
         Raises:
             PruningError: The model can't be cut to the budget.
