@@ -46,7 +46,7 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         '--heal', type=positive, default=0, metavar='STEPS',
         help='with --data-dir, steps in which the cut model learns to give the dense model\'s outputs for these images '
-             '(default: none)')
+             '(default: %(default)s)')
     parser.set_defaults(run=_prune)
 
 

@@ -14,7 +14,8 @@ from .tensors import unchanged_on_error
 __all__ = ['heal']
 
 BATCH = 32  # images of a step
-LEARNING_RATE, TEMPERATURE = 3e-4, 2.0
+VECTOR_RATE, RATE = 1e-3, 3e-4  # learning rates of biases and the weights of norms, and of all other weights
+TEMPERATURE = 2.0
 HELD_OUT = 8  # every eighth image
 
 
@@ -29,11 +30,12 @@ def heal(
     """Train a cut model for a few hundred steps, in place, to give the outputs of its dense model.
 
     Each step takes 32 images, crops and flips them at random, and lowers the divergence of the outputs from those of
-    the dense model on the same crops (knowledge distillation, no labels). BatchNorm's statistics stay as they are. An
-    eighth of the images is held out: if the outputs for these don't come nearer, the model stays as it was.
+    the dense model on the same crops (knowledge distillation, no labels). In the first half of the steps, only biases
+    and the weights of norms are trained: they are few, so a few hundred images suffice. Then all parameters are.
+    BatchNorm's statistics stay as they are. An eighth of the images is held out: each half counts only if it brings
+    the outputs for these nearer to the dense model's.
 
-    Call it after ``compensate``, which does most of the work in less time. It's worth its time where the images show
-    most of what the network knows: a thousand for CIFAR-10, but not a few hundred for ImageNet.
+    Call it after ``compensate``, which does most of the work in less time.
 
     Under ``torch.distributed``, each process gives its own images, and all get the same weights.
 
@@ -76,18 +78,13 @@ def heal(
     with torch.inference_mode(False), torch.random.fork_rng(), unchanged_on_error(model), \
             eval_mode(model), eval_mode(dense), one_line('the model can\'t be healed'):
         torch.manual_seed(seed)
-        before = [parameter.detach().clone() for parameter in model.parameters()]
-        healing = _Healing(model, dense, pool)
-        first = healing.error()
-        healing.run(steps)
-        if not healing.error() < first:
-            with torch.no_grad():
-                for parameter, value in zip(model.parameters(), before):
-                    parameter.copy_(value)
-            warn('heal: outputs for images that were held out didn\'t come nearer to the dense model\'s, so the model '
-                 'stays as it was; give more images')
-            return model
-    model.pruning_plan = replace(plan, recipe={**plan.recipe, 'healed': {'steps': steps, 'images': len(pool)}})
+        kept = _Healing(model, dense, pool).run(steps)
+    if not kept:
+        warn(
+            'heal: outputs for images that were held out didn\'t come nearer to the dense model\'s, so the model stays '
+            'as it was; give more images')
+        return model
+    model.pruning_plan = replace(plan, recipe={**plan.recipe, 'healed': {'steps': kept, 'images': len(pool)}})
     return model
 
 
@@ -107,22 +104,44 @@ class _Healing:
         self._format = fast_format(pool[0][None], model, dense)
         self._transform = _crops(pool[0])
 
-    def run(self, steps: int) -> None:
-        """Train all parameters of the cut model, those that are frozen, too."""
+    def run(self, steps: int) -> int:
+        """Train in two halves. Returns the number of steps of those that were kept."""
         parameters = [p for p in self._model.parameters() if p.is_floating_point()]
+        vectors, others = ([p for p in parameters if (p.ndim < 2) == few] for few in (True, False))
         trainable = [p.requires_grad for p in parameters]
-        optimizer = torch.optim.AdamW(parameters, LEARNING_RATE, weight_decay=0)
-        schedule = OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1, pct_start=0.1, cycle_momentum=False)
+        first = steps // 2 if vectors else 0
+        lowest, kept = self._error(), 0
         try:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            for _ in progress(range(steps), 'healing'):
-                self._step(parameters)
-                optimizer.step()
-                schedule.step()
+            with progress(None, 'healing', steps) as self._bar:
+                for slow, count in (([], first), (others, steps - first)):
+                    before = [p.detach().clone() for p in parameters]
+                    self._train(vectors, slow, count)
+                    error = self._error()
+                    if error < lowest:
+                        lowest, kept = error, kept + count
+                    else:
+                        torch._foreach_copy_([p.detach() for p in parameters], before)
         finally:
             for parameter, was_trainable in zip(parameters, trainable):
                 parameter.requires_grad_(was_trainable).grad = None
+        return kept
+
+    def _train(self, fast: List[nn.Parameter], slow: List[nn.Parameter], steps: int) -> None:
+        parameters = [*fast, *slow]
+        if not (parameters and steps):
+            return
+        self._model.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(
+            [{'params': fast, 'lr': VECTOR_RATE}, {'params': slow, 'lr': RATE}], weight_decay=0)
+        schedule = OneCycleLR(
+            optimizer, [VECTOR_RATE, RATE], total_steps=steps + 1, pct_start=0.1, cycle_momentum=False)
+        for _ in range(steps):
+            self._step(parameters)
+            optimizer.step()
+            schedule.step()
+            self._bar.update()
 
     def _step(self, parameters: List[nn.Parameter]) -> None:
         """Give the parameters their gradients."""
@@ -137,7 +156,7 @@ class _Healing:
             if parameter.grad is not None:
                 summed(parameter.grad.div_(world_size()))
 
-    def error(self) -> float:
+    def _error(self) -> float:
         """Divergence of the outputs for the images that were held out."""
         total, count = 0.0, len(self._held_out)
         with torch.no_grad():
