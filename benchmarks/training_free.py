@@ -2,9 +2,11 @@
 
 ``python benchmarks/training_free.py resnet56_cifar --data-dir cifar10-jpeg`` starts from the dense weights of
 cifar10/results; ``tf_efficientnet_lite0 --checkpoint FILE.safetensors --data-dir FOLDER.tar`` splits a folder of
-ImageNet's images by class id into images to fit on and images to test on. Writes results/training_free_<model>.json,
-.md and .png, one cut after the other, and goes on where it was interrupted. Seeds, numbers of images and ``--heal``
-add to what is there.
+ImageNet's images by class id into images to fit on and images to test on. A folder that has imagenette_train.tar and
+imagenette_val.tar is fitted on the one and tested on the other, over the model's classes: all of ImageNet's, or its ten
+(``--model-kwargs num_classes=10``). Writes results/training_free_<model>.json, .md and .png (of Imagenette
+training_free_<model>_imagenette), one cut after the other, and goes on where it was interrupted. Seeds, numbers of
+images and ``--heal`` add to what is there.
 """
 import argparse
 import copy
@@ -22,6 +24,7 @@ import torch_pruning as tp
 from common import RESULTS, measure_missing, one_line, write_results
 from timm.data import ImageNetInfo, create_dataset, create_transform, resolve_data_config
 from timm.models import load_checkpoint
+from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch_pruning_recipe import one_shot
 from training_free_table import STEPS, draw, markdown
@@ -68,7 +71,8 @@ class Cell:
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
-    path = args.results / f'training_free_{args.model}.json'
+    suffix = '_imagenette' if has_imagenette(args.data_dir) else ''
+    path = args.results / f'training_free_{args.model}{suffix}.json'
     cells = {
         cell.name: cell for seed in args.seeds for macs in args.macs for ranking in args.rankings
         for cell in [Cell(ranking, macs, args.fit_images, seed, args.heal)]}
@@ -81,7 +85,7 @@ def main() -> None:
         return {**asdict(cells[name]), **jobs[cells[name].seed].measure(cells[name])}
 
     results = measure_missing(
-        path, 'cuts', [*dense, *cells], measure, model=args.model, images=args.data_dir.name)
+        path, 'cuts', [*dense, *cells], measure, model=args.model, images='Imagenette' if suffix else args.data_dir.name)
     write_results(path, results, markdown(results))
     draw(results, path.with_suffix('.png'))
 
@@ -91,6 +95,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('model')
     parser.add_argument('--data-dir', type=Path, required=True, help='CIFAR-10, or a folder or .tar of ImageNet images')
     parser.add_argument('--checkpoint', type=Path, help='dense weights (default: those in cifar10/results)')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
     parser.add_argument('--cache', type=Path, default=Path(tempfile.gettempdir()) / 'cifar10.safetensors',
                         help='where decoded CIFAR images are kept')
     parser.add_argument('--fit-images', type=int, default=1024, help='images to compensate with')
@@ -103,6 +108,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
     return parser.parse_args()
+
+
+def has_imagenette(folder: Path) -> bool:
+    return (folder / 'imagenette_val.tar').exists()
 
 
 class Job:
@@ -119,7 +128,7 @@ class Job:
     @cached_property
     def model(self) -> nn.Module:
         """The dense model in evaluation mode, in single precision."""
-        model = timm.create_model(self._args.model)
+        model = timm.create_model(self._args.model, **self._args.model_kwargs)
         default = HERE / 'cifar10' / 'results' / self._args.model / 'dense-0.safetensors'
         load_checkpoint(model, str(self._args.checkpoint or default))
         return model.float().eval()
@@ -137,8 +146,9 @@ class Job:
     @cached_property
     def batches(self) -> Tuple[Batches, Batches]:
         """Images to fit on and images to test on."""
-        load = self._cifar if self._args.model.endswith('_cifar') else self._imagenet
-        return load()
+        if self._args.model.endswith('_cifar'):
+            return self._cifar()
+        return self._imagenette() if has_imagenette(self._args.data_dir) else self._imagenet()
 
     def _cifar(self) -> Tuple[Batches, Batches]:
         from one_shot import load, some
@@ -148,23 +158,37 @@ class Job:
         return list(fit), list(some(images, 'test', config, None))
 
     def _imagenet(self) -> Tuple[Batches, Batches]:
-        config = resolve_data_config({}, model=self.model)
-        dataset = create_dataset('', root=str(self._args.data_dir))
+        dataset = self._dataset(self._args.data_dir)
+        order = np.random.default_rng(self._seed).permutation(len(dataset))
+        return self._read(dataset, order[:self._args.fit_images]), self._read(dataset, order[self._args.held_back:])
+
+    def _imagenette(self) -> Tuple[Batches, Batches]:
+        train, val = (self._dataset(self._args.data_dir / f'imagenette_{split}.tar') for split in ('train', 'val'))
+        order = np.random.default_rng(self._seed).permutation(len(train))
+        return self._read(train, order[:self._args.fit_images]), self._read(val, np.arange(len(val)))
+
+    def _dataset(self, root: Path) -> Any:
+        """Images as the model gets them when it is tested."""
+        size = self._args.model_kwargs.get('img_size') or self.model.pretrained_cfg['input_size'][-1]
+        config = resolve_data_config({'input_size': (3, size, size)}, model=self.model)
+        dataset = create_dataset('', root=str(root))
         dataset.transform = create_transform(
             **{name: config[name] for name in ('input_size', 'interpolation', 'mean', 'std', 'crop_pct')})
-        ids = {index: name for name, index in dataset.reader.class_name_to_idx.items()}
-        labels = ImageNetInfo().label_names()
-        order = np.random.default_rng(self._seed).permutation(len(dataset))
-        parts = order[:self._args.fit_images], order[self._args.held_back:]
+        return dataset
 
-        def batches(indices: np.ndarray) -> Batches:
-            found = []
-            for part in np.array_split(indices, max(1, len(indices) // 20)):
-                images, targets = zip(*(dataset[int(i)] for i in part))
-                found.append((torch.stack(images), torch.tensor([labels.index(ids[t]) for t in targets])))
-            return found
-
-        return batches(parts[0]), batches(parts[1])
+    def _read(self, dataset: Any, indices: np.ndarray) -> Batches:
+        """Some images, with the indices of their classes in the model."""
+        classes = dataset.reader.class_name_to_idx
+        if self.model.num_classes == 1000:
+            labels = ImageNetInfo().label_names()
+            numbers = {index: labels.index(name) for name, index in classes.items()}
+        else:
+            numbers = {index: index for index in classes.values()}
+        batches = []
+        for part in np.array_split(indices, max(1, len(indices) // 20)):
+            images, targets = zip(*(dataset[int(i)] for i in part))
+            batches.append((torch.stack(images), torch.tensor([numbers[target] for target in targets])))
+        return batches
 
     def measure_dense(self) -> Dict[str, Any]:
         """Top-1 of the dense model."""
