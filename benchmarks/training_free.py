@@ -84,8 +84,8 @@ def main() -> None:
             return jobs[dense[name]].measure_dense()
         return {**asdict(cells[name]), **jobs[cells[name].seed].measure(cells[name])}
 
-    results = measure_missing(
-        path, 'cuts', [*dense, *cells], measure, model=args.model, images='Imagenette' if suffix else args.data_dir.name)
+    images = 'Imagenette' if suffix else args.data_dir.name
+    results = measure_missing(path, 'cuts', [*dense, *cells], measure, model=args.model, images=images)
     write_results(path, results, markdown(results))
     draw(results, path.with_suffix('.png'))
 
