@@ -9,7 +9,7 @@ from statistics import mean
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
 from common import RESULTS
-from training_free_table import lost, most_images, rows_by_cut
+from training_free_table import lost, rows_by_cut, usual_images
 
 HERE = Path(__file__).parent
 MODELS = ('resnet20_cifar', 'resnet56_cifar')
@@ -91,7 +91,7 @@ def _training_free() -> Iterator[Sequence[str]]:
             ('units and widths from images, compensated', '`prune(m, macs=0.5, data=d)`', 'obs, measured widths',
              'compensated'),
             ('the same, healed', 'the same, `heal=200`', 'obs, measured widths', 'healed')):
-        values = [lost(found, rows_by_cut(found, most_images(found))[ranking, 0.5], step) for found in results]
+        values = [lost(found, rows_by_cut(found, usual_images(found))[ranking, 0.5], step) for found in results]
         yield name, call, '0', ' / '.join(_mean(seeds) for seeds in values), MISSING, '`training_free.py`'
 
 

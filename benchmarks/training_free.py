@@ -107,7 +107,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='seeds of the choice of images')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.model.endswith('_cifar') and not has_imagenette(args.data_dir) and args.fit_images > args.held_back:
+        parser.error(f'--fit-images {args.fit_images} would be tested on: give --held-back as many')
+    return args
 
 
 def has_imagenette(folder: Path) -> bool:

@@ -17,7 +17,7 @@ Rows = Dict[Tuple[str, float], Dict[int, Dict[str, float]]]  # top-1 and ratios 
 def markdown(results: Dict[str, Any]) -> str:
     """All cuts by budget and ranking, and what more images give."""
     dense = list(dense_rows(results).values())
-    images = most_images(results)
+    images = usual_images(results)
     lines = [
         f'# {results["model"]} without any training',
         '',
@@ -64,7 +64,7 @@ def by_images(results: Dict[str, Any]) -> List[str]:
 
 def draw(results: Dict[str, Any], path: Path) -> None:
     """Top-1 against MACs: each ranking after its last step, and the best one after each."""
-    found = rows_by_cut(results, most_images(results))
+    found = rows_by_cut(results, usual_images(results))
     figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
     rankings = sorted({ranking for ranking, _ in found})
     curves = [(ranking, step) for ranking in rankings for step in ('compensated', 'healed', 'bn')]
@@ -108,7 +108,7 @@ def dense_rows(results: Dict[str, Any]) -> Dict[int, Dict[str, Any]]:
     return {row['seed']: row for row in results['cuts'].values() if 'ranking' not in row}
 
 
-def most_images(results: Dict[str, Any]) -> int:
+def usual_images(results: Dict[str, Any]) -> int:
     """The number of images that most cuts were fitted on."""
     numbers = [row['images'] for row in cuts(results)]
     return max(set(numbers), key=numbers.count)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import timm_epfs
+from timm_epfs.activations import lockstep, places_to_join
 from timm_epfs.core import PruningError
 from timm_epfs.plan import make_plan
-from timm_epfs.surgery import cut_copy
+from timm_epfs.surgery import cut_copy, reconstruction
 from timm_epfs.trace import trace
 
 
@@ -235,6 +236,29 @@ class Forking(nn.Module):
     def forward(self, x):
         x = self.first(x)
         return self.dark(x) if x.device.type == 'cpu' and x.mean() < 0 else self.light(x)
+
+
+def test_images_that_join_late_count(resnet, images, monkeypatch):
+    """Layers are solved from the images that are there: so a network of twins is recovered whenever they come."""
+    dense = twins(copy.deepcopy(resnet))
+    keep = {
+        name: np.arange(0, module.out_channels, 2) for name, module in dense.named_modules() if name.endswith('.conv1')}
+    slim = cut(dense, keep, images[:1])
+    monkeypatch.setattr(lockstep, 'HELD', 8_000_000)
+    monkeypatch.setattr(lockstep, 'FEWEST', 8)
+    places = []
+
+    def note(*args):
+        places.extend(places_to_join(*args))
+        return places
+
+    monkeypatch.setattr(reconstruction, 'places_to_join', note)
+    timm_epfs.compensate(slim, dense, images.split(8))
+    assert places[0] == 0 and len(places) == 8 and len(set(places)) > 2
+    assert slim.pruning_plan.recipe['compensated'] == {'images': 64}
+    fresh = torch.randn(16, 3, 32, 32)
+    expected = dense(fresh)
+    assert (slim(fresh) - expected).abs().max() < 1e-3 * expected.abs().max()
 
 
 def test_errors_leave_the_model_as_it_was(resnet, images):

@@ -237,7 +237,7 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_is_used(tmp_path, caps
 def test_a_cut_is_compensated_before_fine_tuning_if_asked(tmp_path):
     recipes, changes = {}, {}
     for name, options in {'plain': (), 'compensated': ('--compensate',)}.items():
-        assert train(tmp_path / name, '--method', 'bn_sfp', '--sparse-epochs', '1', *options) == 0
+        assert train(tmp_path / name, *options) == 0
         slim = timm.create_model(f'local-dir:{tmp_path / name / "pruned"}', pretrained=True)
         recipes[name] = slim.pruning_plan.recipe
         losses = {row['phase']: float(row['eval_loss']) for row in history(tmp_path / name)}

@@ -74,10 +74,11 @@ def fast_format(images: Tensor, *models: nn.Module) -> torch.memory_format:
     """
     if images.ndim != 4 or images.device.type != 'cpu':
         return torch.contiguous_format
+    two = images[:1].expand(2, -1, -1, -1).contiguous(memory_format=torch.channels_last)  # a view of one always works
     try:
         with torch.no_grad():
             for model in models:
-                model(images[:1].contiguous(memory_format=torch.channels_last))
+                model(two)
     except Exception:  # a forward that views a map as if it were contiguous, or can't run the images at all
         return torch.contiguous_format
     return torch.channels_last

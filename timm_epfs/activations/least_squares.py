@@ -36,6 +36,8 @@ class Sums:
         """Add rows, shapes (groups, rows, features) and (groups, rows, outputs)."""
         x, r, count = x.float(), r.float(), x.shape[1]
         if not count:
+            if self.xx is None:  # other processes may have rows
+                self._set_zero(x, r)
             return
         # Products of centred rows lose no digits to the means, which are added in double precision.
         x_mean, r_mean = x.mean(1, keepdim=True), r.mean(1, keepdim=True)
@@ -52,6 +54,13 @@ class Sums:
         for name, product in products.items():
             total = getattr(self, name)
             setattr(self, name, product if total is None else total.add_(product))
+
+    def _set_zero(self, x: Tensor, r: Tensor) -> None:
+        groups, features, outputs = len(x), x.shape[-1], r.shape[-1]
+        shapes = {'x': (features,), 'r': (outputs,), 'xx': (features, features), 'xr': (features, outputs),
+                  'rr': (outputs,)}
+        for name, shape in shapes.items():
+            setattr(self, name, x.new_zeros((groups, *shape), dtype=torch.float64))
 
     def over_processes(self) -> 'Sums':
         """The sums over all processes that work together."""

@@ -13,7 +13,7 @@ from ..core import PruningError
 
 __all__ = ['Lockstep', 'places_to_join']
 
-HELD, FEWEST = 2 ** 30, 64  # bytes that are held of all images together, and images that are held in any case
+HELD, FEWEST = 2 ** 30, 64  # bytes that are held of all images together; so many images are held in any case
 
 
 def places_to_join(held: Sequence[float], batches: Sequence[int]) -> List[int]:
@@ -30,10 +30,10 @@ def places_to_join(held: Sequence[float], batches: Sequence[int]) -> List[int]:
         Indices of the places, by batch, ascending. Batches that never fit are left out.
     """
     largest_to_come = np.maximum.accumulate(np.array(held[::-1]))[::-1]
-    room = np.maximum(HELD // np.maximum(largest_to_come, 1), FEWEST)
+    room = HELD // np.maximum(largest_to_come, 1)
     places: List[int] = []
-    for images in np.cumsum(batches):
-        place = int(np.searchsorted(room, images)) if places else 0
+    for images, total in zip(batches, np.cumsum(batches)):
+        place = 0 if total - images < FEWEST else int(np.searchsorted(room, total))
         if place == len(room):
             break
         places.append(place)

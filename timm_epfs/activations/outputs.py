@@ -3,12 +3,12 @@ from typing import Any, List, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..core import PruningError
 
-__all__ = ['are_logits', 'divergence', 'output_tensors']
+__all__ = ['are_logits', 'divergence', 'has_classes', 'output_tensors']
 
 _ADVICE = 'give criterion= and widths= that need no data, and don\'t heal'
 
@@ -25,17 +25,28 @@ def output_tensors(output: Any) -> List[Tensor]:
     return tensors
 
 
-def are_logits(outputs: Sequence[Tensor]) -> bool:
-    """Whether they are one tensor of shape (images, two or more)."""
-    return len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1
+def has_classes(model: nn.Module) -> bool:
+    """Whether a model's outputs may be logits: a timm model without classifier returns features."""
+    return getattr(model, 'num_classes', None) != 0
 
 
-def divergence(outputs: Sequence[Tensor], dense: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+def are_logits(outputs: Sequence[Tensor], may_be: bool = True) -> bool:
+    """Whether they are one tensor of shape (images, two or more), and may be logits."""
+    return may_be and len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1
+
+
+def divergence(
+        outputs: Sequence[Tensor],
+        dense: Sequence[Tensor],
+        may_be_logits: bool = True,
+        temperature: float = 1.0,
+) -> Tensor:
     """How far outputs are from the dense model's.
 
     Args:
         outputs: Tensors of shape (images, …).
         dense: Tensors of the same shapes.
+        may_be_logits: As ``has_classes`` says.
         temperature: Softmax temperature.
 
     Returns:
@@ -48,7 +59,7 @@ def divergence(outputs: Sequence[Tensor], dense: Sequence[Tensor], temperature: 
     """
     if [t.shape for t in outputs] != [t.shape for t in dense]:
         raise PruningError(f'the shapes of the model\'s outputs depend on what it sees; {_ADVICE}')
-    if are_logits(outputs):
+    if are_logits(outputs, may_be_logits):
         new, old = (F.log_softmax(side[0] / temperature, 1) for side in (outputs, dense))
         return F.kl_div(new, old, log_target=True, reduction='batchmean') * temperature ** 2
     errors = [(new - old).square().mean() / old.square().mean().clamp_min(1e-30) for new, old in zip(outputs, dense)]

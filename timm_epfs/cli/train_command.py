@@ -59,8 +59,8 @@ def _add_phase_arguments(group: argparse._ArgumentGroup) -> None:
              '(default: 0.4 of the epochs after the dense phase; 0 for --method none)')
     group.add_argument(
         '--compensate', action='store_true',
-        help='before fine-tuning, let the weights that stay make up for those that went, as far as training images '
-             'show it (default: off)')
+        help='with --method none: before fine-tuning, let the weights that stay make up for those that went, as far as '
+             'training images show it (default: off)')
     group.add_argument(
         '--distill', action='store_true', help='fine-tune with the dense model as the teacher (default: off)')
     group.add_argument(

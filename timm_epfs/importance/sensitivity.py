@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..activations import are_logits, divergence, output_tensors
+from ..activations import are_logits, divergence, has_classes, output_tensors
 from ..core import PruningError, Structure, eval_mode, named_tensors, one_line, progress
 from .curves import Curve, Sensitivity, removed_counts
 from .statistics import Statistics, refitted
@@ -45,7 +45,8 @@ def measure_sensitivity(
         if not all(tensor.isfinite().all() for batch in dense for tensor in batch):
             raise PruningError(
                 'its output isn\'t finite on these images; give criterion= and widths= that need no data')
-        _, _, top1 = _compare(dense, dense, classes)
+        may_be_logits = has_classes(model)
+        _, _, top1 = _compare(dense, dense, classes, may_be_logits)
         for structure in progress(structures, 'measuring sensitivity'):
             order = np.argsort(scores[structure.name], kind='stable')
             rows = []
@@ -53,7 +54,7 @@ def measure_sensitivity(
             for count in removed:
                 with _narrowed(model, structure, order[:count], statistics) as error:
                     outputs = [_outputs(model(images)) for images, _ in statistics.measure_on]
-                divergence, same, accuracy = _compare(outputs, dense, classes)
+                divergence, same, accuracy = _compare(outputs, dense, classes, may_be_logits)
                 rows.append((divergence, error, same, accuracy))
             curves[structure.name] = Curve(order, tuple(removed), *zip(*rows))
     return Sensitivity(curves, sum(len(images) for images, _ in statistics.measure_on), top1)
@@ -109,12 +110,13 @@ def _compare(
         outputs: Sequence[List[Tensor]],
         dense: Sequence[List[Tensor]],
         classes: Sequence[Optional[Tensor]],
+        may_be_logits: bool,
 ) -> Tuple[float, float, float]:
     """Divergence, share of the images whose class stays, and top-1 in percent."""
     counts = np.array([len(batch[0]) for batch in dense])
-    divergences = np.array([float(divergence(*pair)) for pair in zip(outputs, dense)])
+    divergences = np.array([float(divergence(*pair, may_be_logits)) for pair in zip(outputs, dense)])
     mean = float((counts * divergences).sum() / counts.sum())
-    if not are_logits(dense[0]):
+    if not are_logits(dense[0], may_be_logits):
         return mean, np.nan, np.nan
     new, old = (torch.cat([batch[0] for batch in side]).argmax(1) for side in (outputs, dense))
     same = float((new == old).float().mean())

@@ -86,8 +86,8 @@ def prune(
             given, and the weights that stay make up for those that went (``timm_epfs.compensate``). Criteria that need
             targets take batches (images, targets).
         compensate: Whether weights make up for what went, where there is data.
-        heal: Number of steps in which the cut model then learns to give the dense model's outputs for the data
-            (``timm_epfs.heal``).
+        heal: Number of steps in which norms and biases of the cut model then learn to give the dense model's outputs
+            for the data (``timm_epfs.heal``). 0: none.
         loss_fn: ``loss_fn(output, target)``, for the same criteria. None: cross-entropy.
         seed: Seed of ``criterion='random'``, and of the targets that ``'obdc'`` draws.
         example_input: Input of the forward, for models that don't declare it: a tensor, a tuple of positional or a dict

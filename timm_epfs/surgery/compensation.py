@@ -13,6 +13,8 @@ from .tensors import tensor_misfits, unchanged_on_error, wrong_base
 
 __all__ = ['compensate', 'kept_entries', 'plan_of', 'reconstruct']
 
+BATCH = 64  # largest number of images that run through the models at once
+
 
 def compensate(
         model: nn.Module,
@@ -27,8 +29,9 @@ def compensate(
     equations). What stays as it is: a layer that gets no better on images that were held out, depthwise convolutions,
     layers that the forward uses twice, and weights that are changed before they are used (weight standardisation).
 
-    All images pass through both models side by side, layer by layer. To hold no more than a gigabyte of activations,
-    some images join where the layers have become small, so the first layers are solved from fewer of them.
+    All images pass through both models side by side, layer by layer. To hold no more than a gigabyte of activations
+    (or 64 images, if these have more), some images join where the layers have become small, so the first layers are
+    solved from fewer of them.
 
     Under ``torch.distributed``, each process gives its own images, and all get the same weights.
 
@@ -105,7 +108,7 @@ def reconstruct(
     with unchanged_on_error(model), eval_mode(model), eval_mode(dense), \
             one_line(f'the models can\'t run images of shape {tuple(batches[0].shape[1:])}'):
         memory_format = fast_format(batches[0], model, dense)
-        batches = [batch.contiguous(memory_format=memory_format) for batch in batches]
+        batches = [part.contiguous(memory_format=memory_format) for batch in batches for part in batch.split(BATCH)]
         reconstruction = Reconstruction(model, dense, kept, batches, weights)
         reconstruction.run()
     return reconstruction, reconstruction.images

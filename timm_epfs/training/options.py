@@ -46,6 +46,9 @@ def check_options(args: argparse.Namespace) -> None:
     budget(args)
     if args.method != 'none' and args.criterion:
         raise PruningError(f'--criterion needs --method none, --method is {args.method}; drop one of them')
+    if args.method != 'none' and args.compensate:
+        raise PruningError(
+            f'--compensate is for cuts that nothing was learned for, --method is {args.method}; drop one of them')
     if args.amp and args.amp_dtype == 'float16' and args.device == 'cpu':
         raise PruningError('--amp-dtype float16 has no fast kernels on cpu; use bfloat16, or another --device')
     if args.amp and args.device == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2':

@@ -19,7 +19,7 @@ from ..core import one_line, progress, step, write_whole
 from ..latency import latencies, latency_note
 from ..plan import Plan
 from ..report import Rows, compare, top1
-from ..surgery import compensate, rebuild
+from ..surgery import rebuild
 from ..zoo import save_pretrained
 from .checkpoints import Checkpoints
 from .data import Batches, count_classes, describe, open_batches
@@ -150,9 +150,8 @@ class Run:
         has_ema = phase is not None and phase.task.has_ema()
         averaged = phase.task.get_trainable_module(ema=True).module if has_ema else None
         if name == 'sparse':
+            self.batches.set_epoch(0)  # so that a resumed run cuts by the same images
             self.model = phase.learner.export(averaged) if phase else self._one_shot()
-            if self.args.compensate:
-                compensate(self.model, self.dense_weights.saved_model(), self._cut.some_batches)
             self._record('cut', evaluate(self.args, self._task('cut'), self.batches.validation))
         elif averaged is not None:
             self.model.load_state_dict(averaged.state_dict())

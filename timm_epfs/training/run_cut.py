@@ -25,14 +25,11 @@ class RunCut:
         args: The options of ``timm-epfs train``.
         model: The dense model on its device.
         train_batches: Returns the training batches. It is called when they are needed.
-
-    Attributes:
-        some_batches: Training batches to score units on, and to compensate with.
     """
 
     def __init__(self, args: argparse.Namespace, model: nn.Module, train_batches: Callable[[], Iterable]):
         self.args, self.model = args, model
-        self.some_batches = Repeatable(lambda: islice(train_batches(), _SOME_BATCHES))
+        self._some_batches = Repeatable(lambda: islice(train_batches(), _SOME_BATCHES))
 
     @cached_property
     def pruner(self) -> Pruner:
@@ -41,7 +38,7 @@ class RunCut:
         options, _ = cut_options(self.args)
         options.setdefault('kinds', method.default_kinds if method else DEFAULT_KINDS)
         with step(f'tracing {self.args.model}'), one_line(f'--method {self.args.method} can\'t be set up'):
-            return Pruner(self.model, data=self.some_batches, **options)
+            return Pruner(self.model, data=self._some_batches, **options)
 
     def check(self) -> None:
         """Raise ``PruningError`` before any training, if the model can't be cut as the options say."""
@@ -79,7 +76,7 @@ class RunCut:
             PruningError: The model can't be cut to the budget.
         """
         with step(f'cutting {self.args.model}'), one_line('--method none can\'t cut'):
-            return self.pruner(budget(self.args), compensate=False, **self._one_shot_options())
+            return self.pruner(budget(self.args), compensate=self.args.compensate, **self._one_shot_options())
 
     def _one_shot_options(self) -> Dict[str, Any]:
         _, options = cut_options(self.args)
