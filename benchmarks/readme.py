@@ -12,9 +12,8 @@ HERE = Path(__file__).parent
 README = HERE.parent / 'README.md'
 TABLES = {
     'zoo': 'zoo.md',
-    'training_free_resnet20_cifar': 'training_free_resnet20_cifar.md',
-    'training_free_resnet56_cifar': 'training_free_resnet56_cifar.md',
-    'training_free_tf_efficientnet_lite0': 'training_free_tf_efficientnet_lite0.md',
+    **{f'training_free_{name}': f'training_free_{name}.md'
+       for name in ('resnet20_cifar', 'resnet56_cifar', 'tf_efficientnet_lite0', 'cost')},
     'one_shot': 'one_shot_resnet56_cifar.md',
     'exactness': 'exactness.md',
     'latency': 'latency.md',
