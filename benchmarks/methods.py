@@ -89,8 +89,7 @@ def _training_free() -> Iterator[Sequence[str]]:
             ('the same, compensated, cost-aware widths', "the same, `widths='cost'`", 'fpgm, cost-aware widths',
              'compensated'),
             ('units and widths from images, compensated', '`prune(m, macs=0.5, data=d)`', 'obs, measured widths',
-             'compensated'),
-            ('the same, healed', 'the same, `heal=200`', 'obs, measured widths', 'healed')):
+             'compensated')):
         values = [lost(found, rows_by_cut(found, usual_images(found))[ranking, 0.5], step) for found in results]
         yield name, call, '0', ' / '.join(_mean(seeds) for seeds in values), MISSING, '`training_free.py`'
 

@@ -1,12 +1,12 @@
-"""What a cut model is worth before any training: cut, BatchNorm only, compensated, and healed, at several budgets.
+"""What a cut model is worth before any training: cut, BatchNorm only, and compensated, at several budgets.
 
 ``python benchmarks/training_free.py resnet56_cifar --data-dir cifar10-jpeg`` starts from the dense weights of
 cifar10/results; ``tf_efficientnet_lite0 --checkpoint FILE.safetensors --data-dir FOLDER.tar`` splits a folder of
 ImageNet's images by class id into images to fit on and images to test on. A folder that has imagenette_train.tar and
 imagenette_val.tar is fitted on the one and tested on the other, over the model's classes: all of ImageNet's, or its ten
 (``--model-kwargs num_classes=10``). Writes results/training_free_<model>.json, .md and .png (of Imagenette
-training_free_<model>_imagenette), one cut after the other, and goes on where it was interrupted. Seeds, numbers of
-images and ``--heal`` add to what is there.
+training_free_<model>_imagenette), one cut after the other, and goes on where it was interrupted. Seeds and numbers of
+images add to what is there.
 """
 import argparse
 import copy
@@ -54,18 +54,15 @@ class Cell:
         macs: Share of the MACs to keep.
         images: Number of images to fit on.
         seed: Seed of the choice of images.
-        heal: Number of steps of healing.
     """
     ranking: str
     macs: float
     images: int
     seed: int
-    heal: int = 0
 
     @property
     def name(self) -> str:
-        healed = f', healed in {self.heal} steps' if self.heal else ''
-        return f'{self.ranking} at {self.macs:g}, {self.images} images, seed {self.seed}{healed}'
+        return f'{self.ranking} at {self.macs:g}, {self.images} images, seed {self.seed}'
 
 
 def main() -> None:
@@ -75,7 +72,7 @@ def main() -> None:
     path = args.results / f'training_free_{args.model}{suffix}.json'
     cells = {
         cell.name: cell for seed in args.seeds for macs in args.macs for ranking in args.rankings
-        for cell in [Cell(ranking, macs, args.fit_images, seed, args.heal)]}
+        for cell in [Cell(ranking, macs, args.fit_images, seed)]}
     dense = {f'dense, seed {seed}': seed for seed in args.seeds}
     jobs = {seed: Job(args, seed) for seed in args.seeds}
 
@@ -103,7 +100,6 @@ def parse_args() -> argparse.Namespace:
                         help='of a folder of ImageNet images, those that are not tested on; at least --fit-images')
     parser.add_argument('--macs', type=float, nargs='+', default=list(MACS), help='shares of the MACs to keep')
     parser.add_argument('--rankings', nargs='+', default=list(RANKINGS)[:4], choices=list(RANKINGS))
-    parser.add_argument('--heal', type=int, default=0, metavar='STEPS', help='heal what was compensated')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='seeds of the choice of images')
     parser.add_argument('--threads', type=int, default=1)
     parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
@@ -199,7 +195,7 @@ class Job:
         return {'seed': self._seed, 'top1': top1([self.model], test)[0], 'test_images': sum(len(y) for _, y in test)}
 
     def measure(self, cell: Cell) -> Dict[str, Any]:
-        """Top-1 of one cut after each step; of a cell to heal, only after healing."""
+        """Top-1 of one cut after each step."""
         fit, test = self.batches
         if cell.ranking == RIVAL:
             try:
@@ -211,19 +207,13 @@ class Job:
         pruner = self.block_pruner if 'blocks' in cell.ranking else self.pruner
         slim = pruner(macs=cell.macs, compensate=False, **RANKINGS[cell.ranking])
         kept = {f'{what}_ratio': left / dense for what, (dense, left) in slim.pruning_plan.cost.items()}
-        models = {step: copy.deepcopy(slim) for step in list(STEPS)[:4]}
+        models = {step: copy.deepcopy(slim) for step in STEPS}
+        timm_epfs.recalibrate_bn(models['bn'], fit)
+        timm_epfs.recalibrate_bn(models['bn_corrected'], fit, dense=self.model)
         start = time.perf_counter()
         timm_epfs.compensate(models['compensated'], self.model, fit, num_images=cell.images)
-        seconds = {'compensated': time.perf_counter() - start}
-        if cell.heal:
-            start = time.perf_counter()
-            timm_epfs.heal(models['compensated'], self.model, fit, cell.heal, num_images=cell.images)
-            seconds = {'healed': time.perf_counter() - start}
-            models = {'healed': models['compensated']}
-        else:
-            timm_epfs.recalibrate_bn(models['bn'], fit)
-            timm_epfs.recalibrate_bn(models['bn_corrected'], fit, dense=self.model)
-        return {**kept, **dict(zip(models, top1(list(models.values()), test))), 'seconds': seconds}
+        seconds = time.perf_counter() - start
+        return {**kept, **dict(zip(models, top1(list(models.values()), test))), 'seconds_to_compensate': seconds}
 
     def _cut_by_torch_pruning(self, macs: float) -> Tuple[nn.Module, float]:
         """What torch-pruning's one-shot makes of the model, and the share of the MACs that this leaves."""

@@ -9,7 +9,6 @@ from common import header_line
 
 STEPS = {
     'cut': 'cut', 'bn': 'BatchNorm recalibrated', 'bn_corrected': 'BatchNorm corrected', 'compensated': 'compensated',
-    'healed': 'healed',
 }
 Rows = Dict[Tuple[str, float], Dict[int, Dict[str, float]]]  # top-1 and ratios by ranking and MACs, and by seed
 
@@ -63,18 +62,18 @@ def by_images(results: Dict[str, Any]) -> List[str]:
 
 
 def draw(results: Dict[str, Any], path: Path) -> None:
-    """Top-1 against MACs: each ranking after its last step, and the best one after each."""
+    """Top-1 against MACs: each ranking, compensated and with BatchNorm recalibrated."""
     found = rows_by_cut(results, usual_images(results))
     figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
     rankings = sorted({ranking for ranking, _ in found})
-    curves = [(ranking, step) for ranking in rankings for step in ('compensated', 'healed', 'bn')]
+    curves = [(ranking, step) for ranking in rankings for step in ('compensated', 'bn')]
     for ranking, step in curves:
         points = [
             (np.mean([row['macs_ratio'] for row in seeds.values() if step in row]),
              np.mean([row[step] for row in seeds.values() if step in row]))
             for (name, _), seeds in found.items() if name == ranking and any(step in row for row in seeds.values())]
         if points:
-            style = {'compensated': '-', 'healed': '-.', 'bn': ':'}[step]
+            style = {'compensated': '-', 'bn': ':'}[step]
             axes.plot(*zip(*sorted(points)), style, marker='.', label=f'{ranking}, {STEPS[step]}')
     axes.axhline(np.mean([row['top1'] for row in dense_rows(results).values()]), color='grey', linewidth=0.8)
     axes.set(xlabel='share of the MACs', ylabel='top-1, %', title=f'{results["model"]} without any training')
@@ -85,11 +84,11 @@ def draw(results: Dict[str, Any], path: Path) -> None:
 
 
 def rows_by_cut(results: Dict[str, Any], images: int) -> Rows:
-    """The cuts that were fitted on so many images. Healing is a step of the cut that it starts from."""
+    """The cuts that were fitted on so many images."""
     found: Rows = defaultdict(lambda: defaultdict(dict))
     for row in cuts(results):
         if row['images'] == images:
-            found[row['ranking'], row['macs']][row['seed']].update(row)
+            found[row['ranking'], row['macs']][row['seed']] = row
     return found
 
 

@@ -186,14 +186,12 @@ def test_data_adds_top1_and_compensation(images, tmp_path, capsys, splits):
     assert slim.layer3[2].bn2.running_mean.any()  # random weights had zeros
 
 
-def test_compensation_can_be_left_out_and_healing_added(images, tmp_path, capsys):
-    data = ['--data-dir', str(images), '-b', '4', '--num-batches', '3', '-j', '0', '--no-compensate', '--heal', '3']
+def test_compensation_can_be_left_out(images, tmp_path, capsys):
+    data = ['--data-dir', str(images), '-b', '4', '--num-batches', '1', '-j', '0', '--no-compensate']
     model = ['test_vit', '--num-classes', '2']
     assert main(['prune', *model, '--macs', '0.7', *data, '-o', str(tmp_path / 'out')]) == 0
     out, err = capsys.readouterr()
-    assert {'top-1, %', 'top-1 after healing, %'} < set(table(out)) and 'after compensation' not in out + err
-    recipe = timm.create_model(f'local-dir:{tmp_path / "out"}').pruning_plan.recipe
-    assert recipe.get('healed') == {'steps': 3, 'images': 12} or 'stays as it was; give more images' in err
+    assert 'top-1, %' in table(out) and 'after compensation' not in out + err
 
 
 def test_images_for_calibration_are_not_all_of_one_class(images):

@@ -366,3 +366,10 @@ def test_nothing_is_warned_of_where_all_is_well():
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         timm_epfs.prune('test_resnet', macs=0.5)
+
+
+def test_a_model_that_is_cut_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        slim = timm_epfs.prune('resnet20_cifar', macs=0.5)
+    slim(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in slim.parameters())

@@ -347,6 +347,7 @@ def test_folder_of_a_run_is_not_lost_by_mistake(tmp_path, capsys):
     (['--method-kwargs', 'macs=0.3'], "--method none can't cut"),
     (['--method-kwargs', 'scope=magic'], "'magic'"),
     (['--method', 'epfs', '--criterion', 'l1'], '--criterion needs --method none, --method is epfs'),
+    (['--method', 'epfs', '--compensate'], '--compensate is for cuts that nothing was learned for, --method is epfs'),
     (['--method', 'epfs', '--sparse-epochs', '0'], '--method epfs learns in the sparse phase, which has 0 epochs'),
     (['--dense-epochs', '3'], '3 dense and 0 sparse epochs were asked for, --epochs is 2 for all phases'),
     (['--method', 'epfs', '--sparse-epochs', '1', '--method-kwargs', 'centre=1'], 'did you mean center=?'),

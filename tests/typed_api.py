@@ -51,7 +51,6 @@ assert_type(timm_epfs.CRITERIA['l2'], Criterion)
 timm_epfs.recalibrate_bn(slim, batches)
 timm_epfs.recalibrate_bn(slim, batches, dense=model)
 timm_epfs.compensate(slim, model, batches)
-timm_epfs.heal(slim, model, batches, steps=100)
 timm_epfs.register('half', slim.pruning_plan, weights='folder')
 timm_epfs.plot(slim).savefig('layers.png')
 try:

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from .plan import Plan, PrunedModel
     from .pruner import Pruner, inspect, prune
     from .report import plot
-    from .surgery import compensate, heal, rebuild, recalibrate_bn, slice_checkpoint
+    from .surgery import compensate, rebuild, recalibrate_bn, slice_checkpoint
     from .zoo import save_pretrained
     from .zoo.variants import register
 
 __all__ = [
     'BNSFP', 'Budget', 'CRITERIA', 'EPFS', 'OneShot', 'Plan', 'PrunedModel', 'Pruner', 'PruningError', 'SFP', 'SSS',
-    'Scratch', '__version__', 'compensate', 'heal', 'inspect', 'plot', 'prune', 'push_to_hub', 'rebuild',
-    'recalibrate_bn', 'register', 'save_pretrained', 'slice_checkpoint',
+    'Scratch', '__version__', 'compensate', 'inspect', 'plot', 'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn',
+    'register', 'save_pretrained', 'slice_checkpoint',
 ]
 
 # Where each name that is loaded on first use lives.
@@ -44,7 +44,6 @@ _HOMES = {
     'SSS': 'learn',
     'Scratch': 'learn',
     'compensate': 'surgery',
-    'heal': 'surgery',
     'inspect': 'pruner',
     'plot': 'report',
     'prune': 'pruner',

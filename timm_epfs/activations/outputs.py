@@ -10,7 +10,7 @@ from ..core import PruningError
 
 __all__ = ['are_logits', 'divergence', 'has_classes', 'output_tensors']
 
-_ADVICE = 'give criterion= and widths= that need no data, and don\'t heal'
+_ADVICE = 'give criterion= and widths= that need no data'
 
 
 def output_tensors(output: Any) -> List[Tensor]:
@@ -35,24 +35,17 @@ def are_logits(outputs: Sequence[Tensor], may_be: bool = True) -> bool:
     return may_be and len(outputs) == 1 and outputs[0].ndim == 2 and outputs[0].shape[1] > 1
 
 
-def divergence(
-        outputs: Sequence[Tensor],
-        dense: Sequence[Tensor],
-        may_be_logits: bool = True,
-        temperature: float = 1.0,
-) -> Tensor:
+def divergence(outputs: Sequence[Tensor], dense: Sequence[Tensor], may_be_logits: bool = True) -> Tensor:
     """How far outputs are from the dense model's.
 
     Args:
         outputs: Tensors of shape (images, …).
         dense: Tensors of the same shapes.
         may_be_logits: As ``has_classes`` says.
-        temperature: Softmax temperature.
 
     Returns:
-        Of logits, the mean Kullback-Leibler divergence of the classes' probabilities from the dense model's, in nats,
-        times the square of the temperature (Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section
-        2). Otherwise the mean squared error, as a share of the dense output's mean square: the mean over the tensors.
+        Of logits, the mean Kullback-Leibler divergence of the classes' probabilities from the dense model's, in nats.
+        Otherwise the mean squared error, as a share of the dense output's mean square: the mean over the tensors.
 
     Raises:
         PruningError: The shapes differ.
@@ -60,7 +53,7 @@ def divergence(
     if [t.shape for t in outputs] != [t.shape for t in dense]:
         raise PruningError(f'the shapes of the model\'s outputs depend on what it sees; {_ADVICE}')
     if are_logits(outputs, may_be_logits):
-        new, old = (F.log_softmax(side[0] / temperature, 1) for side in (outputs, dense))
-        return F.kl_div(new, old, log_target=True, reduction='batchmean') * temperature ** 2
+        new, old = (F.log_softmax(side[0], 1) for side in (outputs, dense))
+        return F.kl_div(new, old, log_target=True, reduction='batchmean')
     errors = [(new - old).square().mean() / old.square().mean().clamp_min(1e-30) for new, old in zip(outputs, dense)]
     return torch.stack(errors).mean()

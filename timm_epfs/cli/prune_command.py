@@ -12,9 +12,9 @@ from ..importance import CRITERIA
 from ..latency import latencies, latency_note
 from ..pruner import prune
 from ..report import compare, image_loader, random_images, table, top1
-from ..surgery import compensate, heal
+from ..surgery import compensate
 from ..zoo import check_free, save_pretrained
-from .arguments import KeyValues, add_budget_arguments, add_choice_arguments, positive
+from .arguments import KeyValues, add_budget_arguments, add_choice_arguments
 from .data_arguments import (
     add_data_arguments,
     add_weight_arguments,
@@ -43,10 +43,6 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
         '--no-compensate', action='store_true',
         help='with --data-dir, leave the weights that stay as they are; else they make up for those that went '
              '(default: off)')
-    data.add_argument(
-        '--heal', type=positive, default=0, metavar='STEPS',
-        help='with --data-dir, steps in which the cut model learns to give the dense model\'s outputs for these images '
-             '(default: %(default)s)')
     parser.set_defaults(run=_prune)
 
 
@@ -81,14 +77,11 @@ def _prune(args: argparse.Namespace) -> None:
             dense, args.macs, args.params, latency=args.latency, latency_batch_size=args.latency_batch_size,
             data=fit_on, compensate=False, seed=args.seed, example_input=images, **options,
         )
-    stages = {'top-1, %': slim}
+    before_compensation = slim
     if fit_on and not args.no_compensate:
-        slim = compensate(copy.deepcopy(slim), dense, fit_on)
-        stages['top-1 after compensation, %'] = slim
-    if args.heal:
-        slim = heal(copy.deepcopy(slim), dense, fit_on, args.heal, seed=args.seed)
-        stages['top-1 after healing, %'] = slim
-    accuracy = _accuracy(dense, stages, val) if val else {}
+        before_compensation = copy.deepcopy(slim)
+        compensate(slim, dense, fit_on)
+    accuracy = _accuracy(dense, before_compensation, slim, val) if val else {}
     with step('measuring latency'):
         latency_ms = latencies([dense, slim], images.to(args.device))
     with step(f'saving to {args.output}'):
@@ -106,8 +99,6 @@ def _check(args: argparse.Namespace) -> None:
     criterion = CRITERIA.get(args.criterion)
     if criterion and criterion.needs and not args.data_dir:
         raise PruningError(f'criterion {args.criterion!r} needs images, none were given; give --data-dir')
-    if args.heal and not args.data_dir:
-        raise PruningError('--heal needs images, none were given; give --data-dir')
     if args.widths == 'sensitivity' and not args.data_dir:
         raise PruningError('--widths sensitivity needs images, none were given; give --data-dir')
 
@@ -118,7 +109,15 @@ def _loaders(args: argparse.Namespace, model: nn.Module, images: torch.Tensor) -
     return fit_images(train, config, args), image_loader(val, config, args.batch_size, args.workers)
 
 
-def _accuracy(dense: nn.Module, stages: Dict[str, nn.Module], val: Any) -> Dict[str, Tuple[float, float]]:
-    """Top-1 in percent of the dense model and of the pruned one at each stage."""
-    dense_top1, *pruned_top1 = top1([dense, *stages.values()], with_progress(val, 'measuring top-1', len(val)))
-    return {label: (dense_top1, value) for label, value in zip(stages, pruned_top1)}
+def _accuracy(
+        dense: nn.Module,
+        before_compensation: nn.Module,
+        slim: nn.Module,
+        val: Any,
+) -> Dict[str, Tuple[float, float]]:
+    """Top-1 in percent of the dense model and of the pruned one, before and, if it was done, after compensation."""
+    pruned = {'top-1, %': before_compensation}
+    if slim is not before_compensation:
+        pruned['top-1 after compensation, %'] = slim
+    dense_top1, *pruned_top1 = top1([dense, *pruned.values()], with_progress(val, 'measuring top-1', len(val)))
+    return {label: (dense_top1, value) for label, value in zip(pruned, pruned_top1)}

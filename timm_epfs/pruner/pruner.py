@@ -14,9 +14,8 @@ from ..core import DEFAULT_KINDS, Budget, PruningError, refuse_unknown, warn
 from ..importance import WITHOUT_DATA, Sensitivity, check_criterion
 from ..latency import DeviceLatency
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
-from ..surgery import check_steps, cut_copy
 from ..surgery import compensate as compensate_cut
-from ..surgery import heal as heal_cut
+from ..surgery import cut_copy
 from ..zoo import base_of
 from .allocator import Allocator
 from .dense_model import check_unmasked, prepare_model
@@ -128,7 +127,6 @@ class Pruner:
             params: Optional[float] = None,
             *,
             compensate: bool = True,
-            heal: int = 0,
             **options: Any,
     ) -> PrunedModel:
         """Cut a copy of the model to a budget. All other arguments, errors and warnings are those of ``plan``.
@@ -138,30 +136,22 @@ class Pruner:
             params: As in ``plan``.
             compensate: Whether the weights that stay make up for those that went, where the pruner has ``data``
                 (``timm_epfs.compensate``).
-            heal: Number of steps in which norms and biases of the cut model then learn to give the dense model's
-                outputs for the ``data`` (``timm_epfs.heal``). 0: none.
             **options: As in ``plan``.
 
         Returns:
             A smaller model of the same class, with its ``pruning_plan``.
 
         Raises:
-            PruningError: As for ``plan``; or there is no data to heal on.
+            PruningError: As for ``plan``.
 
         Warns:
-            UserWarning: As for ``plan``, ``timm_epfs.compensate`` and ``timm_epfs.heal``.
+            UserWarning: As for ``plan``.
         """
-        if heal != 0 or isinstance(heal, bool):
-            check_steps(heal, 'heal')
-            if not self._scorer.has_data:
-                raise PruningError(f'heal={heal} needs images, found none; give data=, batches of images')
         plan = self._plan_cut(*_request(macs, params, **options))
         slim = cast(PrunedModel, cut_copy(self.model, plan))
         slim.pruning_plan = plan
         if compensate and self._scorer.has_data:
             compensate_cut(slim, self.model, self._scorer.data)
-        if heal:
-            heal_cut(slim, self.model, self._scorer.data, heal, seed=options.get('seed', 0))
         slim.pruning_plan = self.composed(slim.pruning_plan)
         return slim
 

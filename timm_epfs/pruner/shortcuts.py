@@ -33,7 +33,6 @@ def prune(
         streams: Optional[bool] = None,
         data: Optional[Iterable] = None,
         compensate: bool = True,
-        heal: int = 0,
         loss_fn: Optional[Callable] = None,
         seed: int = 0,
         example_input: Optional[Example] = None,
@@ -86,8 +85,6 @@ def prune(
             given, and the weights that stay make up for those that went (``timm_epfs.compensate``). Criteria that need
             targets take batches (images, targets).
         compensate: Whether weights make up for what went, where there is data.
-        heal: Number of steps in which norms and biases of the cut model then learn to give the dense model's outputs
-            for the data (``timm_epfs.heal``). 0: none.
         loss_fn: ``loss_fn(output, target)``, for the same criteria. None: cross-entropy.
         seed: Seed of ``criterion='random'``, and of the targets that ``'obdc'`` draws.
         example_input: Input of the forward, for models that don't declare it: a tensor, a tuple of positional or a dict
@@ -111,7 +108,7 @@ def prune(
         example_input=example_input, device=device, pretrained=pretrained, base=base, **model_args,
     )
     return pruner(
-        macs, params, compensate=compensate, heal=heal, latency=latency, latency_batch_size=latency_batch_size,
+        macs, params, compensate=compensate, latency=latency, latency_batch_size=latency_batch_size,
         criterion=criterion, scope=scope, widths=widths, round_to=round_to, floor=floor, ratios=ratios, seed=seed,
     )
 
