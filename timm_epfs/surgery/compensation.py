@@ -11,7 +11,7 @@ from ..plan import Plan
 from .reconstruction import Reconstruction
 from .tensors import tensor_misfits, unchanged_on_error, wrong_base
 
-__all__ = ['compensate', 'kept_entries', 'plan_of', 'reconstruct']
+__all__ = ['compensate', 'plan_of', 'reconstruct']
 
 BATCH = 64  # largest number of images that run through the models at once
 
@@ -103,7 +103,7 @@ def reconstruct(
     Returns:
         What was done, and the number of images.
     """
-    kept = kept_entries(model, dense, plan)
+    kept = _kept_entries(model, dense, plan)
     batches = image_batches(images, model, num_images)
     with unchanged_on_error(model), eval_mode(model), eval_mode(dense), \
             one_line(f'the models can\'t run images of shape {tuple(batches[0].shape[1:])}'):
@@ -114,7 +114,7 @@ def reconstruct(
     return reconstruction, reconstruction.images
 
 
-def kept_entries(model: nn.Module, dense: nn.Module, plan: Plan) -> Dict[Tuple[str, int], np.ndarray]:
+def _kept_entries(model: nn.Module, dense: nn.Module, plan: Plan) -> Dict[Tuple[str, int], np.ndarray]:
     """Entries of the dense model's dims that the cut model has, by tensor and dim.
 
     Raises:
