@@ -17,7 +17,7 @@ import timm_epfs
 from timm_epfs.activations import lockstep, places_to_join
 from timm_epfs.core import PruningError
 from timm_epfs.plan import make_plan
-from timm_epfs.surgery import cut_copy, reconstruction
+from timm_epfs.surgery import compensation, cut_copy, reconstruction
 from timm_epfs.trace import trace
 
 
@@ -244,6 +244,7 @@ def test_images_that_join_late_count(resnet, images, monkeypatch):
     keep = {
         name: np.arange(0, module.out_channels, 2) for name, module in dense.named_modules() if name.endswith('.conv1')}
     slim = cut(dense, keep, images[:1])
+    monkeypatch.setattr(compensation, 'BATCH', 8)
     monkeypatch.setattr(lockstep, 'HELD', 8_000_000)
     monkeypatch.setattr(lockstep, 'FEWEST', 8)
     places = []
@@ -253,7 +254,7 @@ def test_images_that_join_late_count(resnet, images, monkeypatch):
         return places
 
     monkeypatch.setattr(reconstruction, 'places_to_join', note)
-    timm_epfs.compensate(slim, dense, images.split(8))
+    timm_epfs.compensate(slim, dense, images)
     assert places[0] == 0 and len(places) == 8 and len(set(places)) > 2
     assert slim.pruning_plan.recipe['compensated'] == {'images': 64}
     fresh = torch.randn(16, 3, 32, 32)
@@ -282,7 +283,8 @@ def test_errors_leave_the_model_as_it_was(resnet, images):
     assert 'compensated' not in slim.pruning_plan.recipe
 
 
-def test_other_ways_are_said():
+def test_other_ways_are_said(monkeypatch):
+    monkeypatch.setattr(compensation, 'BATCH', 20)
     torch.manual_seed(0)
     dense = Forking().eval()
     slim = cut(dense, {'first': np.arange(5)}, torch.ones(1, 6))

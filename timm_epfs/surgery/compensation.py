@@ -1,9 +1,10 @@
 """``compensate``: weights and BatchNorm statistics with which a cut model makes up for the units that went."""
 from dataclasses import replace
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..activations import fast_format, image_batches
 from ..core import PruningError, complement, eval_mode, first_few, named_tensors, one_line, warn
@@ -13,7 +14,7 @@ from .tensors import tensor_misfits, unchanged_on_error, wrong_base
 
 __all__ = ['compensate', 'plan_of', 'reconstruct']
 
-BATCH = 64  # largest number of images that run through the models at once
+BATCH, BATCH_ELEMENTS = 64, 3 * 2 ** 20  # largest number of images that run through the models at once, and of values
 
 
 def compensate(
@@ -108,10 +109,17 @@ def reconstruct(
     with unchanged_on_error(model), eval_mode(model), eval_mode(dense), \
             one_line(f'the models can\'t run images of shape {tuple(batches[0].shape[1:])}'):
         memory_format = fast_format(batches[0], model, dense)
-        batches = [part.contiguous(memory_format=memory_format) for batch in batches for part in batch.split(BATCH)]
+        batches = [batch.contiguous(memory_format=memory_format) for batch in _of_equal_length(batches)]
         reconstruction = Reconstruction(model, dense, kept, batches, weights)
         reconstruction.run()
     return reconstruction, reconstruction.images
+
+
+def _of_equal_length(batches: Sequence[Tensor]) -> List[Tensor]:
+    """The same images in few batches: each has a thread, and many small ones leave the allocator's memory in pieces."""
+    shapes = dict.fromkeys(batch.shape[1:] for batch in batches)
+    alike = [torch.cat([batch for batch in batches if batch.shape[1:] == shape]) for shape in shapes]
+    return [part for images in alike for part in images.split(max(1, min(BATCH, BATCH_ELEMENTS // images[0].numel())))]
 
 
 def _kept_entries(model: nn.Module, dense: nn.Module, plan: Plan) -> Dict[Tuple[str, int], np.ndarray]:
