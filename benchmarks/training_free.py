@@ -33,9 +33,9 @@ import timm_epfs
 from timm_epfs.report import count_macs, top1
 
 HERE = Path(__file__).parent
-BEST, RIVAL = 'obs, measured widths', 'torch-pruning'
+RIVAL = 'torch-pruning'
 RANKINGS: Dict[str, Dict[str, Any]] = {
-    BEST: {'criterion': 'obs', 'widths': 'sensitivity'},
+    'obs, measured widths': {'criterion': 'obs', 'widths': 'sensitivity'},
     'fpgm': {'criterion': 'fpgm'},
     'fpgm, cost-aware widths': {'criterion': 'fpgm', 'widths': 'cost'},
     RIVAL: {},

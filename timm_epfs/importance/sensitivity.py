@@ -54,8 +54,8 @@ def measure_sensitivity(
             for count in removed:
                 with _narrowed(model, structure, order[:count], statistics) as error:
                     outputs = [_outputs(model(images)) for images, _ in statistics.measure_on]
-                divergence, same, accuracy = _compare(outputs, dense, classes, may_be_logits)
-                rows.append((divergence, error, same, accuracy))
+                diverged, same, accuracy = _compare(outputs, dense, classes, may_be_logits)
+                rows.append((diverged, error, same, accuracy))
             curves[structure.name] = Curve(order, tuple(removed), *zip(*rows))
     return Sensitivity(curves, sum(len(images) for images, _ in statistics.measure_on), top1)
 
