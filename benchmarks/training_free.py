@@ -4,12 +4,15 @@
 cifar10/results; ``tf_efficientnet_lite0 --checkpoint FILE.safetensors --data-dir FOLDER.tar`` splits a folder of
 ImageNet's images by class id into images to fit on and images to test on. A folder that has imagenette_train.tar and
 imagenette_val.tar is fitted on the one and tested on the other, over the model's classes: all of ImageNet's, or its ten
-(``--model-kwargs num_classes=10``). Writes results/training_free_<model>.json, .md and .png (of Imagenette
+(``--model-kwargs num_classes=10``). The ranking ``epfs`` takes the units that a run of cifar10 learned with EPFS, from
+the same dense weights. Writes results/training_free_<model>.json, .md and .png (of Imagenette
 training_free_<model>_imagenette), one cut after the other, and goes on where it was interrupted. Seeds and numbers of
 images add to what is there.
 """
 import argparse
 import copy
+import json
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
@@ -31,8 +34,14 @@ from training_free_table import STEPS, draw, markdown
 
 import timm_epfs
 from timm_epfs.report import count_macs, top1
+from timm_epfs.surgery import cut_copy
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / 'cifar10'))
+
+from records import plan_of  # noqa: E402
+
+LEARNED = 'epfs'
 RIVAL = 'torch-pruning'
 RANKINGS: Dict[str, Dict[str, Any]] = {
     'obs, measured widths': {'criterion': 'obs', 'widths': 'sensitivity'},
@@ -40,6 +49,7 @@ RANKINGS: Dict[str, Dict[str, Any]] = {
     'fpgm, cost-aware widths': {'criterion': 'fpgm', 'widths': 'cost'},
     RIVAL: {},
     'fpgm, blocks': {'criterion': 'fpgm'},
+    LEARNED: {},
 }
 MACS = (0.9, 0.8, 0.7, 0.6, 0.5)
 Batches = List[Tuple[Tensor, Tensor]]
@@ -93,6 +103,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--data-dir', type=Path, required=True, help='CIFAR-10, or a folder or .tar of ImageNet images')
     parser.add_argument('--checkpoint', type=Path, help='dense weights (default: those in cifar10/results)')
     parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    parser.add_argument('--img-size', type=int, help="height and width of a folder's images (default: the model's own)")
     parser.add_argument('--cache', type=Path, default=Path(tempfile.gettempdir()) / 'cifar10.safetensors',
                         help='where decoded CIFAR images are kept')
     parser.add_argument('--fit-images', type=int, default=1024, help='images to compensate with')
@@ -168,7 +179,7 @@ class Job:
 
     def _dataset(self, root: Path) -> Any:
         """Images as the model gets them when it is tested."""
-        size = self._args.model_kwargs.get('img_size') or self.model.pretrained_cfg['input_size'][-1]
+        size = self._args.img_size or self.model.pretrained_cfg['input_size'][-1]
         config = resolve_data_config({'input_size': (3, size, size)}, model=self.model)
         dataset = create_dataset('', root=str(root))
         dataset.transform = create_transform(
@@ -204,16 +215,29 @@ class Job:
                 return {'error': one_line(error, 120)}
             models = {'cut': slim, 'bn': timm_epfs.recalibrate_bn(copy.deepcopy(slim), fit)}
             return {'macs_ratio': ratio, **dict(zip(models, top1(list(models.values()), test)))}
-        pruner = self.block_pruner if 'blocks' in cell.ranking else self.pruner
-        slim = pruner(macs=cell.macs, compensate=False, **RANKINGS[cell.ranking])
+        slim = self._cut(cell)
         kept = {f'{what}_ratio': left / dense for what, (dense, left) in slim.pruning_plan.cost.items()}
-        models = {step: copy.deepcopy(slim) for step in STEPS}
-        timm_epfs.recalibrate_bn(models['bn'], fit)
-        timm_epfs.recalibrate_bn(models['bn_corrected'], fit, dense=self.model)
+        norms = any(isinstance(module, nn.BatchNorm2d) for module in slim.modules())
+        models = {step: copy.deepcopy(slim) for step in STEPS if norms or 'bn' not in step}
+        if norms:
+            timm_epfs.recalibrate_bn(models['bn'], fit)
+            timm_epfs.recalibrate_bn(models['bn_corrected'], fit, dense=self.model)
         start = time.perf_counter()
         timm_epfs.compensate(models['compensated'], self.model, fit, num_images=cell.images)
         seconds = time.perf_counter() - start
         return {**kept, **dict(zip(models, top1(list(models.values()), test))), 'seconds_to_compensate': seconds}
+
+    def _cut(self, cell: Cell) -> nn.Module:
+        """What is left of the model, with the weights that it had."""
+        if cell.ranking == LEARNED:
+            share = round(100 * (1 - cell.macs))
+            run = HERE / 'cifar10' / 'results' / self._args.model / f'epfs_filters_neyman-{share}-{cell.seed}.json'
+            plan = plan_of(json.loads(run.read_text())['plan'])
+            slim = cut_copy(self.model, plan)
+            slim.pruning_plan = plan
+            return slim
+        pruner = self.block_pruner if 'blocks' in cell.ranking else self.pruner
+        return pruner(macs=cell.macs, compensate=False, **RANKINGS[cell.ranking])
 
     def _cut_by_torch_pruning(self, macs: float) -> Tuple[nn.Module, float]:
         """What torch-pruning's one-shot makes of the model, and the share of the MACs that this leaves."""
