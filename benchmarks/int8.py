@@ -23,9 +23,9 @@ from tqdm import tqdm
 from timm_epfs.deploy import Run, onnx_forward, trace_program, write_onnx
 from timm_epfs.zoo import load_model, load_weights
 
-sys.path.insert(0, str(Path(__file__).parent / 'cifar10'))
+sys.path.insert(0, str(Path(__file__).parent / 'comparison'))
 
-from data import Images, load, name_of  # noqa: E402
+from cifar10_images import Images, load, name_of  # noqa: E402
 
 BATCH = 250
 PACKAGES = ('onnx', 'onnxruntime')

@@ -1,6 +1,7 @@
 """The table that opens benchmarks/README.md: what each method costs, in accuracy, in training and in speed.
 
-Every number comes from a committed result of cifar10/run.py or one_shot.py. ``readme.py`` puts the table in its place.
+Every number comes from a committed result of comparison/run.py or training_free.py. ``readme.py`` puts the table in its
+place.
 """
 import json
 from dataclasses import dataclass

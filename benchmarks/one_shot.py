@@ -23,9 +23,9 @@ import timm_epfs
 from timm_epfs.report import top1
 from timm_epfs.zoo.cifar import checkpoint_filter_fn
 
-sys.path.insert(0, str(Path(__file__).parent / 'cifar10'))
+sys.path.insert(0, str(Path(__file__).parent / 'comparison'))
 
-from data import Images, load  # noqa: E402
+from cifar10_images import Images, load  # noqa: E402
 
 BATCH = 128
 RECALIBRATION, TAYLOR, OBDC = 2048, 1024, 256  # training images

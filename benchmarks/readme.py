@@ -27,7 +27,8 @@ LONG = 30  # rows; a longer table is folded
 
 def main() -> None:
     tables = {name: table((RESULTS / file).read_text()) for name, file in TABLES.items() if (RESULTS / file).exists()}
-    fill(HERE / 'README.md', {'methods': methods(), **tables, **cifar10()})
+    comparisons = {images: comparison(images) for images in ('cifar10', 'imagenette')}
+    fill(HERE / 'README.md', {'methods': methods(), **tables, **comparisons})
     fill(README, {'headlines': '\n'.join(headlines())})
 
 
@@ -53,15 +54,15 @@ def table(markdown: str, fold: bool = True) -> str:
     return '\n'.join(lines).strip()
 
 
-def cifar10() -> Dict[str, str]:
-    """Tables and pictures that cifar10/table.py and cifar10/pictures.py made."""
+def comparison(images: str) -> str:
+    """Tables and pictures that comparison/table.py and comparison/pictures.py made of one set of images."""
     parts: List[str] = []
-    for path in sorted((HERE / 'cifar10' / 'results').glob('*.md')):
+    for path in sorted((HERE / images / 'results').glob('*.md')):
         parts += [f'### {path.stem}', '', table(path.read_text(), fold=False), '']
         pictures = [path.with_suffix('.png'), *path.parent.glob(f'{path.stem}-*.png')]
         for picture in sorted(filter(Path.exists, pictures), key=lambda picture: picture.stem):
-            parts += [f'![{picture.stem}](cifar10/results/{picture.name})', '']
-    return {'cifar10': '\n'.join(parts).strip()} if parts else {}
+            parts += [f'![{picture.stem}]({images}/results/{picture.name})', '']
+    return '\n'.join(parts).strip()
 
 
 def headlines() -> List[str]:

@@ -37,7 +37,7 @@ from timm_epfs.report import count_macs, top1
 from timm_epfs.surgery import cut_copy
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE / 'cifar10'))
+sys.path.insert(0, str(HERE / 'comparison'))
 
 from records import plan_of  # noqa: E402
 

@@ -143,7 +143,7 @@ class TestComparison:
 
     @pytest.fixture
     def pictures(self, monkeypatch):
-        monkeypatch.syspath_prepend(str(ROOT / 'benchmarks' / 'cifar10'))
+        monkeypatch.syspath_prepend(str(ROOT / 'benchmarks' / 'comparison'))
         for name in ('pictures', 'table'):
             monkeypatch.delitem(sys.modules, name, raising=False)
         import pictures

@@ -1,7 +1,7 @@
 """The weights that come with timm_epfs: logits on a fixed input, and top-1 where the images are at hand.
 
-``CIFAR10_DIR`` names the images: a folder with test.tar or test/, or torchvision's copy. ``benchmarks/cifar10/ship.py``
-writes what is compared with into shipped.json.
+``CIFAR10_DIR`` names the images: a folder with test.tar or test/, or torchvision's copy. What is compared with comes
+from ``benchmarks/comparison/ship.py``, which writes shipped.json.
 """
 import json
 import os
@@ -101,8 +101,8 @@ def parameters(model):
 @EACH
 @pytest.mark.skipif('CIFAR10_DIR' not in os.environ, reason='CIFAR10_DIR names no images')
 def test_top1_on_the_first_images(name, monkeypatch):
-    monkeypatch.setattr(sys, 'path', [str(ROOT / 'benchmarks' / 'cifar10'), str(ROOT / 'benchmarks'), *sys.path])
-    from data import open_split
+    monkeypatch.setattr(sys, 'path', [str(ROOT / 'benchmarks' / 'comparison'), str(ROOT / 'benchmarks'), *sys.path])
+    from cifar10_images import open_split
 
     model, right, near = shipped(name), 0, 0
     dataset = open_split(Path(os.environ['CIFAR10_DIR']), 'test')

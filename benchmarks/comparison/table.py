@@ -1,7 +1,7 @@
-"""The tables of ``run.py``'s results, and nothing that isn't in them: ``python benchmarks/cifar10/table.py``.
+"""The tables of ``run.py``'s results, and nothing that isn't in them: ``python benchmarks/comparison/table.py``.
 
-Writes results/<model>.md, one table for each set of images; seeds of one experiment are one row, and those of one
-budget stand together, the best first.
+Writes <images>/results/<model>.md, one table for each set of images; seeds of one experiment are one row, and those of
+one budget stand together, the best first.
 """
 import json
 import sys
@@ -20,16 +20,16 @@ COLUMNS = (
     'on training images, %', 'epochs', 'in',
 )
 
-
 Runs = List[Dict[str, Any]]
-RESULTS = HERE / 'results'
+FOLDERS = [path.parent / 'results' for path in sorted(HERE.parent.glob('*/experiments'))]  # of results, by images
 
 
 def main() -> None:
-    for model, runs in read(RESULTS):
-        text = markdown(model, runs)
-        write_text(RESULTS / f'{model}.md', text)
-        print(text)
+    for results in filter(Path.exists, FOLDERS):
+        for model, runs in read(results):
+            text = markdown(model, runs)
+            write_text(results / f'{model}.md', text)
+            print(text)
 
 
 def read(results: Path) -> Iterator[Tuple[str, Runs]]:

@@ -1,6 +1,7 @@
-"""Which experiments of the comparison on CIFAR-10 are run, and what they start from."""
+"""Which experiments of the comparison are run, and what they start from."""
 import json
 import sys
+import tarfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,15 +15,16 @@ import timm_epfs
 from timm_epfs.core import PruningError
 from timm_epfs.training.options import check_options
 
-CIFAR10 = Path(__file__).parents[1] / 'benchmarks' / 'cifar10'
+BENCHMARKS = Path(__file__).parents[1] / 'benchmarks'
+CIFAR10 = BENCHMARKS / 'cifar10'
 DENSE, L1 = 'resnet20_cifar/dense-0', 'resnet20_cifar/l1-50-0'
 
 
 @pytest.fixture
 def script(monkeypatch):
     """``run.py`` as a module, without a trace afterwards."""
-    monkeypatch.setattr(sys, 'path', [str(CIFAR10), *sys.path])
-    modules = ('run', 'ship', 'baselines', 'data', 'records', 'methods', 'common')
+    monkeypatch.setattr(sys, 'path', [str(BENCHMARKS / 'comparison'), *sys.path])
+    modules = ('run', 'ship', 'baselines', 'image_sets', 'cifar10_images', 'records', 'methods', 'common')
     for name in modules:
         monkeypatch.delitem(sys.modules, name, raising=False)
     import run
@@ -46,18 +48,19 @@ def run(script, monkeypatch, tmp_path):
             weights.parent.mkdir(parents=True, exist_ok=True)
             save_file({'weight': torch.tensor([1 / 3]), 'steps': torch.tensor(7)}, weights)
         else:
-            assert script._start(args, experiment, 'resnet20_cifar').is_file()
-        return {'name': name, 'images': script.name_of(images), 'amp': experiment['options'].get('amp', False)}
+            assert script._start(args, experiment, 'resnet20_cifar', images).is_file()
+        return {'name': name, 'images': images.name, 'amp': experiment['options'].get('amp', False)}
 
     def main(*patterns):
         done.clear()
         monkeypatch.setattr(sys, 'argv', [
-            'run.py', *patterns, '--data-dir', '.', '--runs', str(tmp_path / 'runs'), '--results', str(tmp_path)])
+            'run.py', 'cifar10', *patterns, '--data-dir', '.', '--runs', str(tmp_path / 'runs'),
+            '--results', str(tmp_path)])
         script.main()
         return list(done)
 
     monkeypatch.setattr(script, '_run', train)
-    monkeypatch.setattr(script, 'load', lambda *_: {'test.pixels': torch.zeros(1)})
+    monkeypatch.setattr('image_sets.load', lambda *_: {'test.pixels': torch.zeros(1)})
     return main
 
 
@@ -66,9 +69,9 @@ def test_the_dense_baseline_comes_first_and_what_has_a_result_is_left_out(run):
     assert run('resnet20_cifar/l1-50') == run('resnet20_cifar/dense') == []
 
 
-def test_results_of_other_images_are_not_added_to(run, script, monkeypatch):
+def test_results_of_other_images_are_not_added_to(run, monkeypatch):
     run('resnet20_cifar/l1-50')
-    monkeypatch.setattr(script, 'load', lambda *_: {'test.pixels': torch.ones(1)})
+    monkeypatch.setattr('image_sets.load', lambda *_: {'test.pixels': torch.ones(1)})
     with pytest.raises(SystemExit, match=r'images \w+, and resnet20_cifar/dense-0.json was made on .* by --results'):
         run('resnet20_cifar.trials/fpgm-50')
 
@@ -85,14 +88,16 @@ def test_images_are_decoded_once_and_again_where_another_folder_is_named(script,
         return tmp_path / name
 
     first = folder('first')
-    assert script.load(first, cache)['train.pixels'].shape == (3, 3, 32, 32)
+    from cifar10_images import load
+
+    assert load(first, cache)['train.pixels'].shape == (3, 3, 32, 32)
     written = cache.stat().st_mtime_ns
-    script.load(first, cache)
+    load(first, cache)
     assert cache.stat().st_mtime_ns == written
     value = 20
-    assert script.load(folder('second'), cache)['test.pixels'][:, 0].eq(20).all()
+    assert load(folder('second'), cache)['test.pixels'][:, 0].eq(20).all()
     with pytest.raises(SystemExit, match='nowhere has no CIFAR-10 that can be read'):
-        script.load(tmp_path / 'nowhere', cache)
+        load(tmp_path / 'nowhere', cache)
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ['images.safetensors']
 
 
@@ -102,7 +107,7 @@ def test_what_waits_for_a_gpu_is_passed_over_without_one(run, capsys):
 
 
 @pytest.mark.filterwarnings('ignore:--amp on a processor')
-@pytest.mark.parametrize('path', sorted((CIFAR10 / 'experiments').glob('*/*.json')), ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', sorted(BENCHMARKS.glob('*/experiments/*/*.json')), ids=lambda path: path.stem)
 def test_every_experiment_asks_for_what_there_is(script, tmp_path, path):
     experiment = json.loads(path.read_text())
     model = path.parent.name.partition('.')[0]
@@ -136,12 +141,14 @@ def test_lost_dense_weights_are_trained_again_for_what_has_no_result_and_for_not
 
 
 @pytest.fixture
-def really_run(script, tmp_path):
+def really_run(script, monkeypatch, tmp_path):
     """Runs an experiment for an epoch of one batch on noise; returns its result."""
-    images = {}
+    tensors = {}
     for split in ('train', 'test'):
-        images[f'{split}.pixels'] = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
-        images[f'{split}.targets'] = torch.arange(8)
+        tensors[f'{split}.pixels'] = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+        tensors[f'{split}.targets'] = torch.arange(8)
+    monkeypatch.setattr('image_sets.load', lambda *_: tensors)
+    images = script.SETS['cifar10'](Path('.'), tmp_path)
     start = tmp_path / 'resnet20_cifar'
     start.mkdir()
     save_file(script.halved(timm.create_model('resnet20_cifar').state_dict()), start / 'dense-0.safetensors')
@@ -155,6 +162,48 @@ def really_run(script, tmp_path):
         return made
 
     return result
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """A folder as Imagenette's, of two images of each of two classes."""
+    for split in ('train', 'val'):
+        with tarfile.open(tmp_path / f'imagenette_{split}.tar', 'w') as tar:
+            for number, name in enumerate(('n02102040', 'n01440764')):  # springer spaniel, tench
+                for i in range(2):
+                    path = tmp_path / f'{name}_{i}.png'
+                    Image.new('RGB', (16, 16), (250 * number, 20 * i, 0)).save(path)
+                    tar.add(path, f'{name}/{path.name}')
+    return tmp_path
+
+
+def test_photographs_are_told_apart_by_the_rows_that_the_classifier_has_for_their_classes(script, photographs):
+    dense = timm.create_model('test_resnet')
+    save_file(dense.state_dict(), photographs / 'weights.safetensors')
+    images = script.SETS['imagenette'](photographs, photographs)
+    start = images.start('test_resnet', photographs / 'weights.safetensors', photographs / 'start')
+    slim = timm.create_model('test_resnet', num_classes=2)
+    slim.load_state_dict(load_file(start))
+    image = torch.randn(1, 3, 64, 64)
+    assert torch.equal(slim.eval()(image), dense.eval()(image)[:, [0, 217]])  # ImageNet's order: the tench is first
+
+
+def test_photographs_that_are_missing_are_named(script, tmp_path):
+    with pytest.raises(SystemExit, match="imagenette_train.tar is not there: name the folder of Imagenette's two"):
+        script.SETS['imagenette'](tmp_path, tmp_path)
+
+
+def test_the_dense_control_is_trained_on_photographs_with_all_its_units(script, photographs):
+    images = script.SETS['imagenette'](photographs, photographs)
+    (photographs / 'test_resnet').mkdir()
+    weights = timm.create_model('test_resnet', num_classes=2).state_dict()
+    save_file(script.halved(weights), photographs / 'test_resnet' / 'dense-0.safetensors')
+    args = Namespace(runs=photographs / 'runs', results=photographs, data_dir=photographs, device='cpu')
+    options = {'method': 'none', 'macs': 0.995, 'epochs': 1, 'dense-epochs': 0, 'batch-size': 2, 'img-size': 32,
+               'workers': 0}
+    result = script._run(args, {'runner': 'whole', 'options': options}, 'test_resnet/whole-0', 0, images)
+    assert result['macs'][0] == result['macs'][1] and result['plan']['keep'] == {} and result['epochs']['finetune'] == 1
+    assert result['plan']['base_args']['num_classes'] == 2
 
 
 def _cuts(result):

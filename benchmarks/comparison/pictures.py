@@ -1,8 +1,8 @@
-"""The pictures of ``run.py``'s results: ``python benchmarks/cifar10/pictures.py``.
+"""The pictures of ``run.py``'s results: ``python benchmarks/comparison/pictures.py``.
 
-Writes, for each model and set of images, results/<model>.png (top-1, MACs and latency of each experiment, bars:
-standard deviation over its seeds), results/<model>-masks.png (what is alive, and λ, over epochs) and
-results/<model>-layers.png (what the best run left of each layer).
+Writes, for each model and set of images, <model>.png (top-1, MACs and latency of each experiment, bars: standard
+deviation over its seeds), <model>-masks.png (what is alive, and λ, over epochs) and <model>-layers.png (what the best
+run left of each layer), beside the results.
 """
 import argparse
 import math
@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from typing import Any, Callable, Dict, Iterable, List, Mapping, Tuple
 
 from records import plan_of
-from table import RESULTS, Runs, by_experiment, by_images, ranked, read, top1
+from table import FOLDERS, Runs, by_experiment, by_images, ranked, read, top1
 
 from timm_epfs.report import draw, draw_layers
 from timm_epfs.training.run_pictures import masks_over_time
@@ -25,13 +25,14 @@ FAR = 8  # points below dense: what is further down would squeeze the rest, and 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results, and of the pictures')
-    results = parser.parse_args().results
-    for model, runs in read(results):
-        for number, (images, found) in enumerate(by_images(runs).items(), 1):
-            dense, experiments = by_experiment(found)
-            if experiments:
-                _draw(results, model if number == 1 else f'{model}-{number}', images, dense, experiments)
+    parser.add_argument(
+        '--results', type=Path, nargs='+', default=FOLDERS, help='folders of the results, and of the pictures')
+    for results in filter(Path.exists, parser.parse_args().results):
+        for model, runs in read(results):
+            for number, (images, found) in enumerate(by_images(runs).items(), 1):
+                dense, experiments = by_experiment(found)
+                if experiments:
+                    _draw(results, model if number == 1 else f'{model}-{number}', images, dense, experiments)
 
 
 def _draw(results: Path, stem: str, images: str, dense: float, experiments: Mapping[str, Runs]) -> None:

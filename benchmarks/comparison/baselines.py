@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
 
+import numpy as np
 import torch
 import torch_pruning as tp
 from records import plan_of
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from timm_epfs.allocate import top
 from timm_epfs.importance import score
 from timm_epfs.learn.center_loss import CenterLoss, FeatureHook, find_classifier
-from timm_epfs.plan import Plan
+from timm_epfs.plan import Plan, make_plan
+from timm_epfs.pruner import trace_model
 from timm_epfs.surgery import apply_plan
 from timm_epfs.training.phase import Phase
 from timm_epfs.training.run import Run
@@ -44,6 +46,17 @@ class ExperimentRun(Run):
     ):
         self.experiment, self.seed, self.results = experiment, seed, results
         super().__init__(args, model_args)
+
+
+class WholeRun(ExperimentRun):
+    """The dense model with all its units, trained for as long as the others: what papers leave out."""
+
+    def _one_shot(self) -> nn.Module:
+        traced = trace_model(self.model)
+        keep = {structure.name: np.arange(structure.units) for structure in traced.structures}
+        model = copy.deepcopy(self.model)
+        model.pruning_plan = make_plan(traced, keep, {'method': 'none'}, self.args.model, self.model_args)
+        return model
 
 
 class ScratchRun(ExperimentRun):
@@ -112,6 +125,6 @@ class CenteredRun(ExperimentRun):
 
 
 RUNNERS = {
-    'train': ExperimentRun, 'scratch': ScratchRun, 'shape': ShapeRun, 'group_norm': GroupNormRun,
+    'train': ExperimentRun, 'whole': WholeRun, 'scratch': ScratchRun, 'shape': ShapeRun, 'group_norm': GroupNormRun,
     'centered': CenteredRun,
 }

@@ -1,8 +1,10 @@
-"""Every method at equal MACs and equal epochs, from the same dense checkpoint, on CIFAR-10.
+"""Every method at equal MACs and equal epochs, from the same dense checkpoint.
 
-``python benchmarks/cifar10/run.py --all --data-dir DIR --weights-dir DIR`` runs what has no result yet, one after the
-other, and goes on where it was interrupted. An experiment is a file of options of ``timm-epfs train`` in
-experiments/<model>/; its results are results/<model>/<experiment>-<seed>.json. ``table.py`` makes the tables of them.
+``python benchmarks/comparison/run.py cifar10 --all --data-dir DIR --weights-dir DIR`` runs what has no result yet on
+CIFAR-10, one after the other, and goes on where it was interrupted; ``imagenette`` instead of ``cifar10`` does so on
+photographs. An experiment is a file of options of ``timm-epfs train`` in <images>/experiments/<model>/; its results are
+<images>/results/<model>/<experiment>-<seed>.json. ``table.py`` makes the tables of them.
+
 Short runs that a method is tuned by stand apart, in <model>.trials, longer ones of what ships in <model>.long, and in
 <model>.papers those with the budgets of the papers, which wait for a GPU.
 """
@@ -24,8 +26,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from baselines import RUNNERS  # noqa: E402
 from common import header, write_json  # noqa: E402
-from data import Images, halved, load, name_of  # noqa: E402
-from records import plan_record  # noqa: E402
+from image_sets import SETS  # noqa: E402
+from records import halved, plan_record  # noqa: E402
 
 from timm_epfs.cli import parse_args  # noqa: E402
 from timm_epfs.cli.arguments import given_model_args  # noqa: E402
@@ -39,11 +41,11 @@ DENSE = 'dense'
 def main() -> None:
     args = _arguments()
     torch.set_num_threads(args.threads)
-    images = load(args.data_dir, args.runs / 'images.safetensors')
+    images = SETS[args.images](args.data_dir, args.runs)
     chosen = list(_experiments(args))
     if not chosen:
-        sys.exit(f'no experiment is named {" or ".join(args.patterns)}; see {HERE.name}/experiments')
-    _check_images(args, chosen, name_of(images))
+        sys.exit(f'no experiment is named {" or ".join(args.patterns)}; see {args.images}/experiments')
+    _check_images(args, chosen, images.name)
     for path in chosen:
         experiment = json.loads(path.read_text())
         asked = [0] if path.stem == DENSE else args.seeds or experiment['seeds']
@@ -52,11 +54,16 @@ def main() -> None:
         if seeds and torch.device(wanted).type != torch.device(args.device).type:
             print(f'{path.parent.name}/{path.stem} is too long for {args.device}: give --device {wanted}', flush=True)
             continue
-        start = HERE / 'experiments' / _model(path.parent.name) / f'{DENSE}.json'
+        start = _folder(args) / 'experiments' / _model(path.parent.name) / f'{DENSE}.json'
         for seed in seeds:
             if path != start and not _dense_weights(args, start.parent.name).exists():
                 _make(args, start, 0, images)
             _make(args, path, seed, images)
+
+
+def _folder(args: argparse.Namespace) -> Path:
+    """What is committed of a set of images: experiments and results."""
+    return HERE.parent / args.images
 
 
 def _check_images(args: argparse.Namespace, chosen: List[Path], images: str) -> None:
@@ -79,7 +86,7 @@ def _dense_weights(args: argparse.Namespace, model: str) -> Path:
     return args.results / model / f'{DENSE}-0.safetensors'
 
 
-def _make(args: argparse.Namespace, path: Path, seed: int, images: Dict[str, torch.Tensor]) -> None:
+def _make(args: argparse.Namespace, path: Path, seed: int, images: Any) -> None:
     """Run an experiment and write down its result, for a dense baseline with the weights."""
     name = f'{path.parent.name}/{path.stem}-{seed}'
     print(f'== {name}', flush=True)
@@ -94,48 +101,51 @@ def _make(args: argparse.Namespace, path: Path, seed: int, images: Dict[str, tor
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('images', choices=SETS)
     parser.add_argument('patterns', nargs='*', help='experiments, as in resnet20_cifar/epfs*')
     parser.add_argument('--all', action='store_true', help='every experiment')
-    parser.add_argument('--data-dir', type=Path, required=True, help='CIFAR-10: train and test, or torchvision\'s copy')
+    parser.add_argument('--data-dir', type=Path, required=True, help='folder of the images')
     parser.add_argument('--weights-dir', type=Path, help='folder of the weights that dense baselines start from')
     parser.add_argument('--seeds', type=int, nargs='+', help='in place of the experiments\' own')
     parser.add_argument('--device', default='cpu')
     parser.add_argument(
         '--float32', action='store_true', help='without mixed precision, where the processor has no bfloat16')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
-    parser.add_argument('--runs', type=Path, default=HERE / 'runs', help='checkpoints, models and reports')
-    parser.add_argument('--results', type=Path, default=HERE / 'results')
+    parser.add_argument('--runs', type=Path, help='checkpoints, models and reports (default: <images>/runs)')
+    parser.add_argument('--results', type=Path, help='default: <images>/results')
     args = parser.parse_args()
+    args.runs, args.results = args.runs or _folder(args) / 'runs', args.results or _folder(args) / 'results'
     if bool(args.patterns) == args.all:
         parser.error('name experiments, or give --all')
     return args
 
 
 def _experiments(args: argparse.Namespace) -> Iterator[Path]:
-    for path in sorted((HERE / 'experiments').glob('*/*.json')):
+    for path in sorted((_folder(args) / 'experiments').glob('*/*.json')):
         name = f'{path.parent.name}/{path.stem}'
         if args.all or any(fnmatch.fnmatch(name, pattern) for pattern in args.patterns):
             yield path
 
 
-def _run(args: argparse.Namespace, experiment: Dict[str, Any], name: str, seed: int, images: Dict) -> Dict[str, Any]:
+def _run(args: argparse.Namespace, experiment: Dict[str, Any], name: str, seed: int, images: Any) -> Dict[str, Any]:
     group, model = name.partition('/')[0], _model(name)
     folder, commit = args.runs / name, _commit()
-    start = _start(args, experiment, model)
+    start = _start(args, experiment, model, images)
     options = parse_args([
         'train', model, '--output', str(folder), '--data-dir', str(args.data_dir), '--seed', str(seed),
         '--device', args.device, *(['--checkpoint', str(start)] if start else []),
-        *(['--resume'] if folder.exists() else []), *_flags(experiment['options']),
+        *(['--resume'] if folder.exists() else []), *images.flags,
+        *_flags(experiment['options']),
     ])
     check_options(options)
     init_distributed_device(options)
-    runner = _with_images(RUNNERS[experiment.get('runner', 'train')], images)
+    runner = _on_images(RUNNERS[experiment.get('runner', 'train')], images)
     run = runner(
         options, given_model_args(options), experiment=experiment, seed=seed, results=args.results / group)
     result = run()
     plan, rows = run.model.pruning_plan, {label: pair for label, (pair, _) in result.rows.items()}
     return {
-        'name': name, 'seed': seed, 'experiment': experiment, 'images': name_of(images),
+        'name': name, 'seed': seed, 'experiment': experiment, 'images': images.name,
         'top1': {
             'dense': rows['top-1, %'][0],
             'cut': next((row['eval_top1'] for row in result.history if row['phase'] == 'cut'), None),
@@ -153,7 +163,7 @@ def _model(name: str) -> str:
     return name.partition('/')[0].partition('.')[0]
 
 
-def _start(args: argparse.Namespace, experiment: Dict[str, Any], model: str) -> Optional[Path]:
+def _start(args: argparse.Namespace, experiment: Dict[str, Any], model: str, images: Any) -> Optional[Path]:
     """The weights that a run starts from: the dense baseline's, or for that itself what its file names."""
     if 'weights' not in experiment:
         return _dense_weights(args, model)
@@ -161,7 +171,7 @@ def _start(args: argparse.Namespace, experiment: Dict[str, Any], model: str) -> 
         return None
     if args.weights_dir is None:
         sys.exit(f'{model}/{DENSE} starts from {experiment["weights"]}: give --weights-dir')
-    return args.weights_dir / experiment['weights']
+    return images.start(model, args.weights_dir / experiment['weights'], args.runs / model)
 
 
 def _flags(options: Dict[str, Any]) -> List[str]:
@@ -174,24 +184,20 @@ def _flags(options: Dict[str, Any]) -> List[str]:
     return flags
 
 
-def _with_images(runner: type, images: Dict[str, torch.Tensor]) -> type:
-    class InMemory(runner):
-        """A run on images in memory, whose history says how long each epoch took."""
+def _on_images(runner: type, images: Any) -> type:
+    class OnImages(runner):
+        """A run on a set of images, whose history says how long each epoch took."""
 
         def _open_batches(self) -> Batches:
             self._since = time.perf_counter()
-            device = torch.device(self.args.device)
-            train, test = (
-                Images(images[f'{split}.pixels'], images[f'{split}.targets'], self.config, size, device, training)
-                for split, size, training in (('train', self.args.batch_size, True), ('test', 500, False)))
-            return Batches(train, test, test)
+            return images.batches(self)
 
         def _record(self, *args: Any, **values: float) -> None:
             now = time.perf_counter()
             super()._record(*args, seconds=now - self._since, **values)
             self._since = time.perf_counter()
 
-    return InMemory
+    return OnImages
 
 
 def _seconds(history: List[Dict[str, Any]]) -> Dict[str, float]:

@@ -1,6 +1,7 @@
-"""What a result keeps of a plan: the units that stay. The rest of the plan is traced again when it is needed.
+"""What is kept of a run: of its plan the units that stay, of weights half of their precision.
 
-A plan lists every tensor that each structure cuts, thousands of lines that follow from the base model alone.
+A plan lists every tensor that each structure cuts, thousands of lines that follow from the base model alone. They are
+traced again when they are needed.
 """
 import json
 from dataclasses import replace
@@ -8,6 +9,7 @@ from functools import lru_cache
 from typing import Any, Dict, Mapping
 
 import numpy as np
+from torch import Tensor
 
 from timm_epfs.core import PruningError
 from timm_epfs.plan import Plan, make_plan
@@ -16,9 +18,14 @@ from timm_epfs.pruner import trace_model
 from timm_epfs.surgery import build_base
 from timm_epfs.trace import Trace
 
-__all__ = ['plan_of', 'plan_record']
+__all__ = ['halved', 'plan_of', 'plan_record']
 
 _NONE = 'none'  # what a plan's JSON says of a block that goes
+
+
+def halved(weights: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """Weights in half precision, as they are kept in the repository."""
+    return {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
 
 
 def plan_record(plan: Plan) -> Dict[str, Any]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from timm_epfs.core import write_whole
 
-__all__ = ['TAGS', 'Images', 'halved', 'load', 'name_of']
+__all__ = ['TAGS', 'Images', 'load', 'name_of']
 
 PADDING = 4
 # By the fingerprint of the test images: only runs on the same images are compared.
@@ -73,11 +73,6 @@ def name_of(tensors: Mapping[str, Tensor]) -> str:
     """What the images are, or a fingerprint of them."""
     mark = hashlib.sha256(tensors['test.pixels'].numpy().tobytes()).hexdigest()[:8]
     return KNOWN.get(mark, f'images {mark}')
-
-
-def halved(weights: Mapping[str, Tensor]) -> Dict[str, Tensor]:
-    """Weights in half precision, as they are kept in the repository."""
-    return {key: tensor.half() if tensor.is_floating_point() else tensor for key, tensor in weights.items()}
 
 
 class Images:

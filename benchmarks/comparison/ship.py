@@ -1,4 +1,4 @@
-"""Make a run's pruned model a variant: ``python benchmarks/cifar10/ship.py resnet20_cifar/epfs_filters-50-0``.
+"""Make a CIFAR run's pruned model a variant: ``python benchmarks/comparison/ship.py resnet20_cifar/epfs_filters-50-0``.
 
 Writes the plan and the weights into timm_epfs/zoo/variants, the measurements and the card with its picture into
 model_cards, and what the tests compare with into tests/shipped.json. A variant is named for the share of the MACs that
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+from cifar10_images import TAGS, Images, name_of  # noqa: E402
 from common import write_json  # noqa: E402
-from data import TAGS, Images, halved, name_of  # noqa: E402
-from records import plan_of  # noqa: E402
+from records import halved, plan_of  # noqa: E402
 
 from timm_epfs.hub import check_metrics, write_card  # noqa: E402
 from timm_epfs.plan import Plan  # noqa: E402
@@ -31,7 +31,7 @@ from timm_epfs.report import count_macs  # noqa: E402
 from timm_epfs.surgery import build_base, rebuild  # noqa: E402
 from timm_epfs.zoo.variants import plan_path, weights_path  # noqa: E402
 
-ROOT = HERE.parents[1]
+ROOT, CIFAR10 = HERE.parents[1], HERE.parent / 'cifar10'
 CARDS, SHIPPED = ROOT / 'model_cards', ROOT / 'tests' / 'shipped.json'
 OWNER = 'timm-epfs'  # of the repos that the cards name; hub_upload.py makes them again for its own
 MOST = 1_500_000  # bytes that weights in the package may have
@@ -42,8 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('names', nargs='+', metavar='RUN', help='as in results: model/experiment-seed')
     parser.add_argument('--plan-only', action='store_true', help='the plan without the weights')
-    parser.add_argument('--runs', type=Path, default=HERE / 'runs', help='with the decoded images')
-    parser.add_argument('--results', type=Path, default=HERE / 'results')
+    parser.add_argument('--runs', type=Path, default=CIFAR10 / 'runs', help='with the decoded images')
+    parser.add_argument('--results', type=Path, default=CIFAR10 / 'results')
     args = parser.parse_args()
     decoded = args.runs / 'images.safetensors'
     results = [args.results / f'{name}.json' for name in args.names]
@@ -59,7 +59,7 @@ def main() -> None:
 def ship(result: Dict[str, Any], weights: Optional[Dict[str, Tensor]], images: Dict[str, Tensor]) -> str:
     """Returns the variant's name, with the tag where it has weights."""
     experiment = result['name'].rpartition('-')[0]
-    asked = json.loads((HERE / 'experiments' / f'{experiment}.json').read_text())
+    asked = json.loads((CIFAR10 / 'experiments' / f'{experiment}.json').read_text())
     percent = int(100 * (1 - asked['options']['macs']) + 1e-6)
     name = asked.get('variant', f'{experiment.partition("/")[0]}_epfs{percent}')
     plan = _plan(result, experiment)
@@ -87,7 +87,7 @@ def _plan(result: Dict[str, Any], experiment: str) -> Plan:
     origin = {
         'criterion': plan.recipe.get('criterion', 'learned masks'), 'data': result['images'],
         'date': result['machine']['date'], 'epochs': result['epochs'], 'seed': result['seed'],
-        'command': f'python benchmarks/cifar10/run.py {experiment}',
+        'command': f'python benchmarks/comparison/run.py cifar10 {experiment}',
         **({'teacher': 'the dense model'} if result['experiment']['options'].get('distill') else {}),
         **({'finetune_center': result['experiment']['center']} if 'center' in result['experiment'] else {}),
     }
