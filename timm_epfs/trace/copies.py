@@ -1,46 +1,59 @@
-"""Copies of a model without data, and the line of a model's code that runs."""
+"""Copies of a model, without data or with it, and the line of a model's code that runs."""
 import copy
 import sys
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-__all__ = ['call_site', 'meta_copy', 'quiet']
+__all__ = ['call_site', 'copy_to', 'meta_copy', 'quiet']
 
 _HERE = __file__.rsplit('/', 1)[0]
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of a model on the meta device, made without allocating its weights. The model isn't touched."""
+    return copy_to(model, 'meta')
+
+
+def copy_to(model: nn.Module, device: Union[str, torch.device]) -> nn.Module:
+    """A copy of a model on a device, which shares no tensor with the model.
+
+    Args:
+        model: The model. It isn't touched.
+        device: The device. On the meta device, no data is allocated.
+    """
+    device = torch.device(device)
     memo: Dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = _to_meta(tensor)
+                memo[id(tensor)] = _moved(tensor, device)
         for value in vars(module).values():
             for leaf in tree_leaves(value) if isinstance(value, (list, tuple, dict, torch.Tensor)) else ():
                 if isinstance(leaf, torch.Tensor) and id(leaf) not in memo:
-                    memo[id(leaf)] = _to_meta(leaf)
+                    memo[id(leaf)] = _moved(leaf, device)
     return copy.deepcopy(model, memo)
 
 
-def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    empty = torch.empty_like(tensor, device='meta', requires_grad=False)
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
-    return empty
+def _moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    if device.type == 'meta':
+        moved = torch.empty_like(tensor, device=device, requires_grad=False)
+    else:
+        moved = tensor.detach().to(device, copy=True)
+    return nn.Parameter(moved, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else moved
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside the block, a forward runs without gradients and without the fused path of torch's attention modules."""
+    """Inside the block, a forward runs without gradients, without fused attention and leaves the random state alone."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng([]), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

@@ -1,4 +1,4 @@
-"""Watches the forwards of a copy of the model on the meta device and labels every tensor in them.
+"""Watches the forwards of a copy of the model and labels every tensor in them.
 
 Below autograd every model is a few dozen ATen operations; what each does to labels is looked up in the table of rules.
 """
@@ -16,6 +16,7 @@ from .blocks import Block, BlockFinder
 from .calls import Calls, tensors_in
 from .copies import call_site, quiet
 from .follow import CREATES, Follower, WatchIntegers
+from .forwards import is_decided_by_numbers
 from .labels import Label, Labels
 from .provenance import tagged
 from .records import Dim, Operation, Product, RecordedCall
@@ -53,8 +54,9 @@ class Recorder(TorchDispatchMode):
     """Labels the tensors of a model's forwards.
 
     Args:
-        model: A copy on the meta device, made for this. It gets hooks; its integer attributes are tagged during a run.
+        model: A copy, made for this. It gets hooks; its integer attributes are tagged during a run.
         whole_heads: As in ``trace``.
+        has_numbers: Whether the copy has data, and what is decided by numbers is to be kept.
 
     Attributes:
         labels: What is known about the labels.
@@ -70,8 +72,9 @@ class Recorder(TorchDispatchMode):
         name: Name of the operation that is running.
     """
 
-    def __init__(self, model: nn.Module, whole_heads: bool = True):
+    def __init__(self, model: nn.Module, whole_heads: bool = True, has_numbers: bool = False):
         super().__init__()
+        self._has_numbers = has_numbers
         self.labels = Labels(whole_heads)
         self.follower = Follower(self.labels)
         self.operations: List[Operation] = []
@@ -172,6 +175,7 @@ class Recorder(TorchDispatchMode):
                 [self.labels_of(t) for t in inputs],
                 [(tuple(t.shape), dims) for t, dims in zip(outputs, labels)],
                 self._start,
+                out if self._has_numbers and is_decided_by_numbers(func, self.name, args) else None,
             ))
             self.follower.shaped(self.name, labels, self._start)
         return out

@@ -1,6 +1,6 @@
 """Records of a forward: its operations, products and calls."""
 from dataclasses import dataclass
-from typing import Callable, List, NamedTuple, Tuple
+from typing import Any, Callable, List, NamedTuple, Tuple
 
 import numpy as np
 
@@ -21,12 +21,14 @@ class Operation:
         inputs: Labels of the dims of each tensor that it was given.
         outputs: Shape and labels of each tensor that it gave.
         start: Of a slice, the label of what lies before it.
+        outcome: What it gave, if that is decided by numbers: a cut model is given the same.
     """
     name: str
     site: Tuple[str, int]
     inputs: List[List[Label]]
     outputs: List[Tuple[Tuple[int, ...], List[Label]]]
     start: Label = None
+    outcome: Any = None
 
     @property
     def labels(self) -> List[np.ndarray]:

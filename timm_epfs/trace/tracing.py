@@ -16,14 +16,14 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from ..core import CostModel, PruningError, Size, Structure
 from .blocks import Block
 from .build import Proposal, build
 from .calls import Call
-from .copies import meta_copy
 from .costs import build_calls
+from .forwards import Forward
 from .interface import watch_interface
 from .recorder import Recorder
 from .records import Operation
@@ -82,11 +82,10 @@ def trace(
     Raises:
         PruningError: The forward fails, or nothing that was found could be verified.
     """
-    args, kwargs = tree_map(lambda x: x.to('meta') if isinstance(x, torch.Tensor) else x, (args, kwargs or {}))
-    rec, returns = _record(model, whole_heads, args, kwargs)
-    skipped = _training_only(rec, args, kwargs)
+    forward, rec, returns = _record(model, args, kwargs or {}, whole_heads)
+    skipped = _training_only(rec, forward)
     skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
-    verifier = None if cut is None else Verifier(model, cut, rec.operations[:rec.main], args, kwargs)
+    verifier = None if cut is None else Verifier(forward, cut, rec.operations[:rec.main])
     proposal, skipped = _find_verified(rec, verifier, skipped)
     calls = build_calls(rec, proposal.sizer, proposal.blocks)
     return Trace(proposal.structures, proposal.cost, proposal.attributes, tuple(skipped), returns, calls)
@@ -94,37 +93,53 @@ def trace(
 
 # -- record ---------------------------------------------------------------------------------------------------------
 
-def _record(model: nn.Module, whole_heads: bool, args: Tuple, kwargs: Dict[str, Any]) -> Tuple[Recorder, str]:
-    """Record the forward. Returns the recorder and the name of the type that the forward returns."""
-    copy = meta_copy(model).eval()
-    rec = Recorder(copy, whole_heads)
+def _record(
+        model: nn.Module,
+        args: Tuple,
+        kwargs: Dict[str, Any],
+        whole_heads: bool,
+) -> Tuple[Forward, Recorder, str]:
+    """Record the forward, on numbers where it fails without.
+
+    Returns:
+        forward: How the model was run.
+        recorder: What was recorded.
+        returns: Name of the type that the forward returns.
+    """
+    without = Forward.without_data(model, args, kwargs)
+    try:
+        return (without, *_recorded(without, whole_heads))
+    except Exception as e:
+        error = e
+    forward = Forward.on_numbers(model, args, kwargs)
+    try:
+        return (forward, *_recorded(forward, whole_heads))
+    except Exception as e:
+        why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
+        raise PruningError(
+            f"the model's forward fails on {forward}: {why}; give an example_input= that the model accepts") from error
+
+
+def _recorded(forward: Forward, whole_heads: bool) -> Tuple[Recorder, str]:
+    copy = forward.copy()
+    rec = Recorder(copy, whole_heads, forward.has_numbers)
+    args, kwargs = forward.inputs()
     with watch_interface(copy, rec, args):
-        try:
-            out = rec.run(args, kwargs)
-        except Exception as e:
-            why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
-            raise PruningError(
-                f"the model's forward fails on {_shapes(args, kwargs)}: {why}; give an example_input= that the model "
-                f'accepts') from e
+        out = rec.run(args, kwargs)
     return rec, type(out).__name__
 
 
-def _training_only(rec: Recorder, args: Tuple, kwargs: Dict[str, Any]) -> List[Skipped]:
+def _training_only(rec: Recorder, forward: Forward) -> List[Skipped]:
     """Record a forward in training mode, too, if parameters such as an auxiliary head's run there alone."""
     unseen = [name for name in rec.parameters if name not in rec.params]
     if not unseen:
         return []
-    pair = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) else x, (args, kwargs))
+    pair = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) else x, forward.inputs())
     try:
         rec.run_training(*pair)
     except Exception as e:
         return [Skipped(unseen[0], f'runs neither in eval nor in training mode: {type(e).__name__}')]
     return []
-
-
-def _shapes(args: Tuple, kwargs: Dict[str, Any]) -> str:
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    return ', '.join(str(tuple(x.shape)) for x in tensors) or 'no input'
 
 
 # -- propose, verify, tighten ---------------------------------------------------------------------------------------

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from .build import Proposal
-from .copies import meta_copy, quiet
+from .copies import quiet
+from .forwards import Forward
 from .labels import Label
 from .recorder import TRANSPARENT, operation_name, same_name
 from .records import Operation
@@ -44,17 +46,13 @@ class Verifier:
     """Verifies proposals on cut copies.
 
     Attributes:
-        model: The dense model.
-        cut: Cuts a copy of it.
+        forward: The dense model's forward.
+        cut: Cuts a copy of the model.
         operations: What the dense model ran in its forward.
-        args: Positional arguments of the forward.
-        kwargs: Keyword arguments of the forward.
     """
-    model: nn.Module
+    forward: Forward
     cut: Cut
     operations: Sequence[Operation]
-    args: Tuple
-    kwargs: Dict[str, Any]
 
     def verify(self, proposal: Proposal) -> nn.Module:
         """Cut a copy and compare its forward with the recorded one. Returns the copy.
@@ -69,7 +67,7 @@ class Verifier:
             count = 1 if s.kind == 'blocks' else min(max(s.units // 2 + i % 3 - 1, 2), s.units - 1)
             keep[s.name] = np.sort(np.random.default_rng(i).permutation(s.units)[:count])
         left = {name: len(units) for name, units in keep.items()}
-        copy = meta_copy(self.model).eval()
+        copy = self.forward.copy()
         self.cut(copy, proposal.structures, keep, {path: size(left) for path, size in proposal.attributes.items()})
         self._replay(copy, proposal.sizer.lengths(left))
         return copy
@@ -80,18 +78,20 @@ class Verifier:
         if not blocks:
             return True
         self.cut(copy, blocks, {s.name: np.arange(0) for s in blocks}, {})
+        args, kwargs = self.forward.inputs()
         try:
             with quiet():
-                copy(*self.args, **self.kwargs)
+                copy(*args, **kwargs)
         except Exception:
             return False
         return True
 
     def _replay(self, copy: nn.Module, length: Callable[[int, Label], int]) -> None:
         mode = _Replay(self.operations, length)
+        args, kwargs = self.forward.inputs()
         try:
             with quiet(), mode:
-                copy(*self.args, **self.kwargs)
+                copy(*args, **kwargs)
         except Mismatch:
             raise
         except Exception as e:
@@ -138,8 +138,11 @@ class _Replay(TorchDispatchMode):
             here = self._operations[self.blame].name
             raise Mismatch(self.blame, f'{name} where the dense model runs {here}')
         self.index = at
-        out = func(*args, **kwargs)
         recorded = self._operations[at]
+        if recorded.outcome is not None:
+            self.index, self._suspect = at + 1, None
+            return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, recorded.outcome)
+        out = func(*args, **kwargs)
         difference = self._difference(recorded, out) or self._start_difference(recorded, args)
         if difference:
             raise Mismatch(self.blame, f'{name} {difference}')

@@ -1,0 +1,87 @@
+"""How a model is run while it is traced: on the meta device, without data, or where that fails on real numbers.
+
+A detector picks boxes by their scores, and a graph network its edges: which operations run, and on tensors of which
+lengths, depends on numbers that the meta device doesn't have. The recorder then keeps what those operations gave, and a
+cut copy is given the same, so that it takes the same way.
+"""
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, Tuple
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .copies import copy_to
+
+__all__ = ['Forward', 'is_decided_by_numbers']
+
+_CPU, _META = torch.device('cpu'), torch.device('meta')
+_WITHOUT_TAG = frozenset({'torchvision::nms'})  # operations that torch doesn't know to depend on numbers
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A model's forward with one input.
+
+    Attributes:
+        model: The model. It is never run itself, nor are its tensors changed.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        device: Where copies run: the meta device or the CPU.
+    """
+    model: nn.Module
+    args: Tuple
+    kwargs: Dict[str, Any]
+    device: torch.device
+
+    @classmethod
+    def without_data(cls, model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> 'Forward':
+        """On the meta device."""
+        return cls(model, *tree_map(lambda x: x.to(_META) if isinstance(x, torch.Tensor) else x, (args, kwargs)), _META)
+
+    @classmethod
+    def on_numbers(cls, model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> 'Forward':
+        """On the CPU. Inputs without data get random numbers from 0 to 1, integers zeros and masks ones."""
+        return cls(model, *tree_map(_with_numbers, (args, kwargs)), _CPU)
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether there are numbers, not only shapes."""
+        return self.device == _CPU
+
+    def copy(self) -> nn.Module:
+        """A copy of the model on the device, in evaluation mode."""
+        return copy_to(self.model, self.device).eval()
+
+    def inputs(self) -> Tuple[Tuple, Dict[str, Any]]:
+        """Arguments that a forward may change."""
+        return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (self.args, self.kwargs))
+
+    def __str__(self) -> str:
+        tensors = [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, torch.Tensor)]
+        return ', '.join(str(tuple(x.shape)) for x in tensors) or 'no input'
+
+
+def _with_numbers(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not value.is_meta:
+        return value.detach().to(_CPU)
+    if value.is_floating_point():
+        return torch.rand(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(0))
+    return torch.full(value.shape, value.dtype == torch.bool, dtype=value.dtype)
+
+
+def is_decided_by_numbers(func: Callable, name: str, args: Tuple) -> bool:
+    """Whether an operation returns a number, or a tensor whose shape depends on numbers.
+
+    Args:
+        func: The operation.
+        name: Its name.
+        args: Its arguments.
+    """
+    if torch.Tag.data_dependent_output in func.tags or name in _WITHOUT_TAG:
+        return True
+    if name == 'index':
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    return torch.Tag.dynamic_output_shape in func.tags
