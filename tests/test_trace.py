@@ -17,6 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import RmsNorm, StdConv2d
 from torch import nn
+from torch.nn.utils import parametrizations, spectral_norm, weight_norm
+from torch.nn.utils.prune import random_unstructured
+from torchvision.ops import DeformConv2d, nms, roi_align
 
 import timm_epfs
 import timm_epfs.trace
@@ -192,6 +195,43 @@ def attention(net, x):
     return net.proj(out.transpose(1, 2).reshape(b, n, net.heads * net.width))
 
 
+def folded(net, x):
+    b, n, _ = x.shape
+    y = net.a(x).view(b, n, net.heads, net.width).transpose(1, 2).reshape(b * net.heads, n, net.width)
+    y = net.c(y.transpose(1, 2)).transpose(1, 2).reshape(b, net.heads, n, net.width)
+    return net.b(y.transpose(1, 2).reshape(b, n, net.heads * net.width))
+
+
+def assigned(net, x):
+    y = net.a(x).transpose(0, 1)
+    out = torch.zeros_like(y)
+    out[:, [0]] = y[:, :1]
+    z = torch.zeros(2, y.shape[0], device=x.device)
+    z[[0, 1]] = y.mean((2, 3)).t()[:1]
+    return net.b(out.transpose(0, 1) + z[:1, :, None, None])
+
+
+def detected(net, x):
+    y = net.a(x).relu()
+    corners = net.o(y)[0].flatten(1).t().sigmoid() * 4
+    boxes = torch.cat([corners[:, :2], corners[:, :2] + corners[:, 2:] + 1], 1)
+    boxes = boxes[nms(boxes, net.s(y)[0].flatten(), 0.3)]
+    boxes = boxes[torch.where(boxes[:, 0] > 0.5)[0]]
+    return net.b(net.f(roi_align(y[:1], [boxes], 2).flatten(1)).relu()).mean(0)
+
+
+def computed(layer):
+    """A layer whose weight hooks compute, as it is after a forward without gradients: it can be copied."""
+    layer.weight = layer.weight.detach()
+    return layer
+
+
+def repeated(function, times, x):
+    for _ in range(times):
+        x = function(x)
+    return x
+
+
 IMAGE, TOKENS = (2, 3, 8, 8), (2, 5, 12)
 # what it is: the module, its input, and the units found by structure, negative where cutting isn't exact
 RULE_ROWS = {
@@ -290,6 +330,50 @@ RULE_ROWS = {
         Net(lambda m, x: m.b(m.a(x)[0]), a=nn.LSTM(12, 8, batch_first=True), b=nn.Linear(8, 5)), TOKENS, {'a': 8}),
     'attention heads': (
         Net(attention, qkv=nn.Linear(12, 48), proj=nn.Linear(16, 12), heads=4, width=4), TOKENS, {'qkv': 4}),
+    'a convolution over folded heads': (
+        Net(folded, a=nn.Linear(12, 16), c=nn.Conv1d(4, 4, 3, padding=1), b=nn.Linear(16, 5), heads=4, width=4), TOKENS,
+        {'a': 4}),
+    'pixel shuffle': (
+        Net(lambda m, x: m.b(F.pixel_shuffle(m.a(x), 2)), a=conv(3, 32), b=conv(8, 5)), IMAGE, {'a': 8}),
+    'pixel unshuffle': (
+        Net(lambda m, x: m.b(F.pixel_unshuffle(m.a(x), 2)), a=conv(3, 8), b=conv(32, 5)), IMAGE, {'a': 8}),
+    'unit length': (
+        Net(lambda m, x: m.b(F.normalize(m.a(x)) * m.a(x)), a=conv(3, 8), b=conv(8, 5)), IMAGE, {'a': -8}),
+    'expand from one entry': (
+        Net(lambda m, x: m.b(m.a(x) * x.mean((1, 2, 3), keepdim=True).expand_as(m.a(x))), a=conv(3, 8), b=conv(8, 5)),
+        IMAGE, {'a': 8}),
+    'assignment by an index': (
+        Net(assigned, a=conv(3, 8), b=conv(8, 5)), IMAGE, {'a': 8}),
+    'unpooling': (
+        Net(lambda m, x: m.b(F.max_unpool2d(*F.max_pool2d(m.a(x), 2, return_indices=True), 2)), a=conv(3, 8),
+            b=conv(8, 5)), IMAGE, {'a': 8}),
+    'deformable convolution': (
+        Net(lambda m, x: m.b(m.c(m.a(x), m.o(x)).relu()), a=conv(3, 8), o=conv(3, 18), b=conv(6, 5),
+            c=DeformConv2d(8, 6, 3, padding=1)), IMAGE, {'a': 8, 'c': 6}),
+    'weight norm': (
+        nn.Sequential(*map(parametrizations.weight_norm, (conv(3, 8), conv(8, 6, 3))), conv(6, 5)), IMAGE,
+        {'0': 8, '1': 6}),
+    'weight norm by hooks': (
+        nn.Sequential(*map(computed, map(weight_norm, (conv(3, 8), conv(8, 6, 3)))), conv(6, 5)), IMAGE,
+        {'0': 8, '1': 6}),
+    'spectral norm': (
+        nn.Sequential(*map(parametrizations.spectral_norm, (conv(3, 8), conv(8, 6, 3))), conv(6, 5)), IMAGE,
+        {'0': -8, '1': -6}),
+    'spectral norm by hooks': (
+        nn.Sequential(*map(spectral_norm, (conv(3, 8), conv(8, 6, 3))), conv(6, 5)), IMAGE, {'0': -8, '1': -6}),
+    'pruning masks': (
+        nn.Sequential(*map(computed, (random_unstructured(conv(3, 8), 'weight', 0.2),
+                                      random_unstructured(conv(8, 6), 'weight', 0.2))), conv(6, 5)),
+        IMAGE, {'0': 8, '1': 6}),
+    'boxes that are chosen by their scores': (
+        Net(detected, a=conv(3, 8), o=conv(8, 4), s=conv(8, 1), f=nn.Linear(8 * 4, 6), b=nn.Linear(6, 5)), IMAGE,
+        {'a': 8, 'f': 6}),
+    'as many steps as numbers say': (
+        Net(lambda m, x: m.c(repeated(m.a, 1 + int(x.abs().sum() > 0), m.b(x))), a=conv(8, 8), b=conv(3, 8),
+            c=conv(8, 5)), IMAGE, {'b': 8}),
+    'what a mask lets through': (
+        Net(lambda m, x: m.b(m.a(x).movedim(1, -1)[x.mean(1) > 0]).mean(0), a=conv(3, 8), b=nn.Linear(8, 5)), IMAGE,
+        {'a': 8}),
 }
 
 

@@ -43,8 +43,9 @@ class Member:
 
     @property
     def owner(self) -> str:
-        """Name of the module that has the tensor."""
-        return self.tensor.rpartition('.')[0]
+        """Name of the module that has the tensor; of what a parametrisation computes a weight from, of its layer."""
+        layer, parametrized, _ = self.tensor.partition('.parametrizations.')
+        return layer if parametrized else self.tensor.rpartition('.')[0]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,9 @@ from timm.models import FeatureInfo
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 __all__ = ['attribute_misfits', 'refresh_shapes', 'repeated_sizes', 'set_attribute']
 
@@ -21,6 +24,9 @@ _SHAPES: Tuple[Tuple[type, Callable[[nn.Module], Dict[str, Any]]], ...] = (
     (nn.Embedding, lambda m: dict(num_embeddings=m.weight.shape[0], embedding_dim=m.weight.shape[1])),
     (nn.PReLU, lambda m: dict(num_parameters=len(m.weight))),
 )
+
+# Hooks that set an attribute, the weight, before each forward.
+_COMPUTES_WEIGHTS = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 # What timm's modules that can be reparameterised call the sizes of their convolutions.
 _REPEATED = {
@@ -96,6 +102,7 @@ def _with_entry(owner: Any, path: Sequence[str], value: int) -> Any:
 
 def refresh_shapes(module: nn.Module) -> None:
     """Set a layer's size attributes from the shapes of its tensors."""
+    _compute_weights(module)
     for kind, read in _SHAPES:
         if isinstance(module, kind):
             for name, value in read(module).items():
@@ -103,6 +110,16 @@ def refresh_shapes(module: nn.Module) -> None:
             return
     if hasattr(module, 'normalized_shape') and getattr(module, 'weight', None) is not None:
         module.normalized_shape = tuple(module.weight.shape)
+
+
+def _compute_weights(module: nn.Module) -> None:
+    """Compute the weights again that hooks compute before each forward (weight norm, spectral norm, pruning masks)."""
+    training = module.training
+    module.training = False  # spectral norm then leaves its estimate alone
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, _COMPUTES_WEIGHTS):
+            hook(module, ())
+    module.training = training
 
 
 def repeated_sizes(model: nn.Module) -> List[Tuple[nn.Module, str, nn.Module, str]]:

@@ -105,7 +105,7 @@ def _cut_tensors(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) ->
             owner, _, leaf = name.rpartition('.')
             module = modules[owner]
             setattr(module, leaf, cut)
-            changed.add(module)
+            changed.add(modules[owner.partition('.parametrizations.')[0]])
     return changed
 
 

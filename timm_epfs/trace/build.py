@@ -91,10 +91,7 @@ def _members(
     for number, units in enumerate(groups):
         group[units] = number
         rank[units] = np.arange(len(units))
-    contracted = np.zeros(size, dtype=bool)
-    for label in rec.contracted:
-        contracted[label] = True
-
+    read, written = rec.labels.of_weights(rec.contracted), rec.labels.of_weights(rec.written)
     members: List[List[Member]] = [[] for _ in groups]
     for dim in dims:
         owner = np.where(dim.unit >= 0, group[dim.unit], -1)
@@ -104,19 +101,27 @@ def _members(
         for number, at in zip(numbers.tolist(), np.split(order, starts[1:])):
             if number >= 0:
                 index = at.reshape(len(groups[number]), -1)
-                members[number].append(Member(dim.tensor, dim.dim, _role(rec, dim, contracted), index, length))
+                members[number].append(Member(dim.tensor, dim.dim, _role(rec, dim, read, written), index, length))
     return [tuple(found) for found in members]
 
 
-def _role(rec: Recorder, dim: _Dim, contracted: np.ndarray) -> str:
-    """What a dim is to its tensor, as in ``Member``."""
+def _role(rec: Recorder, dim: _Dim, read: np.ndarray, written: np.ndarray) -> str:
+    """What a dim is to its tensor, as in ``Member``.
+
+    Args:
+        rec: The recorder.
+        dim: The dim.
+        read: Whether a product sums over each node of a weight, shape (nodes,).
+        written: Whether a product writes each node of a weight.
+    """
     tensor, labels = rec.params[dim.tensor]
     if tensor.ndim < 2:
         return 'per'
-    if contracted[labels[dim.dim]].any():
+    if read[labels[dim.dim]].any():
         return 'in'
     others = [label for d, label in enumerate(labels) if d != dim.dim and label is not None]
-    is_weight = any(contracted[label].any() for label in others) or dim.tensor.endswith('weight')
+    is_weight = (
+        written[labels[dim.dim]].any() or any(read[label].any() for label in others) or dim.tensor.endswith('weight'))
     return 'out' if is_weight else 'per'
 
 
@@ -150,7 +155,7 @@ def _named(structures: Sequence[Structure], blocks: Sequence[Block]) -> List[Str
     named = []
     for s in structures:
         maker = next((m for m in s.members if m.role == 'out'), s.members[0])
-        name = maker.tensor.rpartition('.')[0] or maker.tensor
+        name = maker.owner or maker.tensor
         used[name] = used.get(name, 0) + 1
         named.append(replace(s, name=name if used[name] == 1 else f'{name}#{used[name]}'))
     return named

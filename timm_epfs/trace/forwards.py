@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .copies import copy_to
 
-__all__ = ['Forward', 'is_decided_by_numbers']
+__all__ = ['Forward', 'decided', 'decided_by_numbers']
 
 _CPU, _META = torch.device('cpu'), torch.device('meta')
 _WITHOUT_TAG = frozenset({'torchvision::nms'})  # operations that torch doesn't know to depend on numbers
@@ -72,16 +72,31 @@ def _with_numbers(value: Any) -> Any:
     return torch.full(value.shape, value.dtype == torch.bool, dtype=value.dtype)
 
 
-def is_decided_by_numbers(func: Callable, name: str, args: Tuple) -> bool:
-    """Whether an operation returns a number, or a tensor whose shape depends on numbers.
+def decided_by_numbers(func: Callable, name: str, args: Tuple, out: Any) -> Any:
+    """What ``decided`` needs to repeat an operation: its output, or its masks. None where no number decides.
+
+    Args:
+        func: The operation. It may return a number, or a tensor whose shape depends on numbers.
+        name: Its name.
+        args: Its arguments.
+        out: What it returned.
+    """
+    if name == 'index':
+        is_masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+        return args[1] if is_masked else None
+    tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    return out if name in _WITHOUT_TAG or tags & set(func.tags) else None
+
+
+def decided(func: Callable, name: str, args: Tuple, outcome: Any) -> Any:
+    """What an operation gives in a cut model, if numbers are to decide as they did in the dense one.
 
     Args:
         func: The operation.
         name: Its name.
-        args: Its arguments.
+        args: Its arguments in the cut model.
+        outcome: What ``decided_by_numbers`` returned in the dense one.
     """
-    if torch.Tag.data_dependent_output in func.tags or name in _WITHOUT_TAG:
-        return True
     if name == 'index':
-        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-    return torch.Tag.dynamic_output_shape in func.tags
+        return func(args[0], outcome)
+    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, outcome)

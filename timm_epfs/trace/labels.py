@@ -50,12 +50,18 @@ class Labels:
 
     Args:
         whole_heads: Cut whole attention heads where possible; otherwise, the same dims of all heads of a layer.
+
+    Attributes:
+        size: Number of nodes. The first is ``PINNED``.
+        among_weights: Whether the operation that is running computes a weight from others.
     """
 
     def __init__(self, whole_heads: bool = True):
-        self.size = 1  # number of nodes; the first is PINNED
+        self.size = 1
         self.whole_heads = whole_heads
+        self.among_weights = False
         self._ties: List[Edges] = []
+        self._ties_among_weights: List[Edges] = []
         self._pins: List[np.ndarray] = [np.array([PINNED])]
         self._equal_counts: List[Edges] = []
         self._reshapes: List[Reshape] = []
@@ -84,6 +90,8 @@ class Labels:
             return None
         if a is not b and not np.array_equal(a, b):
             self._ties.append((a.ravel(), b.ravel()))
+            if self.among_weights:
+                self._ties_among_weights.append(self._ties[-1])
         return a
 
     def tie_counts(self, a: np.ndarray, b: np.ndarray) -> None:
@@ -233,6 +241,11 @@ class Labels:
                     if kinds.get(u) not in ('heads', 'head_dims'):
                         kinds[u] = kind
         return kinds
+
+    def of_weights(self, labels: Sequence[np.ndarray]) -> np.ndarray:
+        """The nodes of some labels of weights, and of what these weights were computed from, shape (nodes,)."""
+        roots = components(np.arange(self.size, dtype=np.int64), self._ties_among_weights)
+        return in_component_of(roots, np.concatenate([np.zeros(0, dtype=np.int64), *map(np.ravel, labels)]))
 
     def residual(self, solution: Solution) -> np.ndarray:
         """Whether each node's unit is part of a residual stream, shape (nodes,)."""

@@ -16,7 +16,7 @@ from .blocks import Block, BlockFinder
 from .calls import Calls, tensors_in
 from .copies import call_site, quiet
 from .follow import CREATES, Follower, WatchIntegers
-from .forwards import is_decided_by_numbers
+from .forwards import decided_by_numbers
 from .labels import Label, Labels
 from .provenance import tagged
 from .records import Dim, Operation, Product, RecordedCall
@@ -65,6 +65,7 @@ class Recorder(TorchDispatchMode):
         products: Matrix products and convolutions of ``run``.
         calls: Torch functions that ``run`` called.
         contracted: Labels of the input dims of weights, over which products sum.
+        written: Labels of the output dims of weights.
         parameters: Parameters of the model by name.
         params: Those that were used, and buffers that were used, with their labels.
         opaque: Operations without a rule, and where each was met first.
@@ -82,6 +83,7 @@ class Recorder(TorchDispatchMode):
         self.products: List[Product] = []
         self.calls: List[RecordedCall] = []
         self.contracted: List[np.ndarray] = []
+        self.written: List[np.ndarray] = []
         self.parameters = dict(model.named_parameters())
         self.params: Dict[str, Tuple[torch.Tensor, List[Label]]] = {}
         self.opaque: Dict[str, Tuple[str, int]] = {}
@@ -132,6 +134,11 @@ class Recorder(TorchDispatchMode):
         if label is not None:
             self.contracted.append(label)
 
+    def mark_output(self, label: Label) -> None:
+        """A product writes the outputs that this dim of a weight has."""
+        if label is not None:
+            self.written.append(label)
+
     def count_product(self, out: torch.Tensor, dims: List[Dim], written: List[Label]) -> None:
         """Count a product in the cost model.
 
@@ -162,8 +169,9 @@ class Recorder(TorchDispatchMode):
         out = func(*args, **kwargs)
         self._block_finder.see(self.name, args, out)
         outputs = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(o, torch.Tensor)]
-        labels = self._apply_rule(func, args, kwargs, inputs, out, outputs)
         from_weights = bool(inputs) and all(id(t) in self._weights for t in inputs)
+        self.labels.among_weights = from_weights
+        labels = self._apply_rule(func, args, kwargs, inputs, out, outputs)
         for tensor, dims in zip(outputs, labels):
             self._remember(tensor, dims)
             if from_weights:
@@ -175,7 +183,7 @@ class Recorder(TorchDispatchMode):
                 [self.labels_of(t) for t in inputs],
                 [(tuple(t.shape), dims) for t, dims in zip(outputs, labels)],
                 self._start,
-                out if self._has_numbers and is_decided_by_numbers(func, self.name, args) else None,
+                decided_by_numbers(func, self.name, args, out) if self._has_numbers else None,
             ))
             self.follower.shaped(self.name, labels, self._start)
         return out

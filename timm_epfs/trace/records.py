@@ -21,7 +21,7 @@ class Operation:
         inputs: Labels of the dims of each tensor that it was given.
         outputs: Shape and labels of each tensor that it gave.
         start: Of a slice, the label of what lies before it.
-        outcome: What it gave, if that is decided by numbers: a cut model is given the same.
+        outcome: What numbers decided (``forwards.py``), so that they decide the same in a cut model. None: nothing.
     """
     name: str
     site: Tuple[str, int]

@@ -1,7 +1,7 @@
 """Pooling, resizing, windows: operations on the height and width of an image."""
 import numpy as np
 
-from .base import RULES, axis, opaque, rule
+from .base import RULES, Dims, axis, rule
 
 
 def _spatial(n: int):
@@ -53,9 +53,39 @@ def _unfold(rec, out, x, dim, size, step):
     return [*labels, None]
 
 
-@rule('pixel_shuffle', 'pixel_unshuffle', 'grid_sampler_2d')
+@rule('pixel_shuffle')
+def _pixel_shuffle(rec, out, x, factor):
+    """(…, C·r·r, H, W) → (…, C, H·r, W·r): the r·r channels that make one go together."""
+    labels = list(rec.labels_of(x))
+    if labels[-3] is not None:
+        labels[-3] = rec.labels.split(labels[-3].reshape(-1, factor * factor))[0]
+    return _without_positions(rec, labels)
+
+
+@rule('pixel_unshuffle')
+def _pixel_unshuffle(rec, out, x, factor):
+    """(…, C, H·r, W·r) → (…, C·r·r, H, W): each channel becomes r·r that go together."""
+    labels = list(rec.labels_of(x))
+    labels[-3] = None if labels[-3] is None else np.repeat(labels[-3], factor * factor)
+    return _without_positions(rec, labels)
+
+
+def _without_positions(rec, labels: Dims) -> Dims:
+    for label in labels[-2:]:
+        rec.labels.pin(label)
+    return [*labels[:-2], None, None]
+
+
+@rule('grid_sampler_2d', 'grid_sampler_3d', 'torchvision::roi_align', 'torchvision::roi_pool')
 def _channels_only(rec, out, x, *args, **kwargs):
-    if rec.name == 'grid_sampler_2d':
-        return [None, rec.labels_of(x)[1], None, None]
-    opaque(rec, (x,), out)
-    return [None] * out.ndim
+    labels = rec.labels_of(x)
+    for label in (labels[0], *labels[2:], *(label for t in rec.tensors(args) for label in rec.labels_of(t))):
+        rec.labels.pin(label)
+    result = [None, labels[1], *[None] * (x.ndim - 2)]
+    return [result, [None] * out[1].ndim] if isinstance(out, tuple) else result
+
+
+@rule('max_unpool2d', 'max_unpool3d')
+def _max_unpool(rec, out, x, indices, *args):
+    channels = rec.labels.tie(rec.labels_of(x)[-out.ndim + 1], rec.labels_of(indices)[-out.ndim + 1])
+    return [None, channels, *[None] * (out.ndim - 2)]

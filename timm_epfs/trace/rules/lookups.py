@@ -1,7 +1,9 @@
 """Indexing by tensors."""
+from typing import List, Optional, Sequence
+
 import torch
 
-from .base import axis, opaque, rule
+from .base import Dims, axis, rule
 
 
 @rule('embedding')
@@ -11,19 +13,47 @@ def _embedding(rec, out, weight, index, *args, **kwargs):
     return [None] * (out.ndim - 1) + [columns]
 
 
-@rule('index', '_unsafe_index')
-def _index(rec, out, x, indices):
-    labels = list(rec.labels_of(x))
-    at = [d for d, index in enumerate(indices) if index is not None]
-    for d in at:
-        rec.labels.pin(labels[d])
-    if any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices):
-        opaque(rec, (x,), out)
-        return [None] * out.ndim
+def _indexed(indices: Sequence[Optional[torch.Tensor]]) -> List[int]:
+    """The dims that are indexed: one by each index, and by a mask as many as it has."""
+    at, d = [], 0
+    for index in indices:
+        taken = index.ndim if index is not None and _is_mask(index) else 1
+        at += [] if index is None else range(d, d + taken)
+        d += taken
+    return at
+
+
+def _is_mask(index: torch.Tensor) -> bool:
+    return index.dtype in (torch.bool, torch.uint8)
+
+
+def _selected(labels: Dims, at: Sequence[int], new: int) -> Dims:
+    """Labels of what an index selects: ``new`` dims stand for those that are indexed."""
     left = [label for d, label in enumerate(labels) if d not in at]
-    new = out.ndim - len(left)
     where = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
     return [*left[:where], *[None] * new, *left[where:]]
+
+
+@rule('index', '_unsafe_index')
+def _index(rec, out, x, indices):
+    labels, at = rec.labels_of(x), _indexed(indices)
+    for d in at:
+        rec.labels.pin(labels[d])
+    return _selected(labels, at, out.ndim - x.ndim + len(at))
+
+
+@rule('index_put', '_unsafe_index_put', '_index_put_impl')
+def _index_put(rec, out, x, indices, values, *args, **kwargs):
+    """``x[indices] = values``: the dims that aren't indexed are those of the values, aligned at the last one."""
+    labels, at = rec.labels_of(x), _indexed(indices)
+    for d in at:
+        rec.labels.pin(labels[d])
+    new = max(1 if _is_mask(index) else index.ndim for index in indices if index is not None)
+    selected = [None] * values.ndim + _selected(labels, at, new)
+    for back, label in enumerate(reversed(rec.labels_of(values)), 1):
+        if values.shape[-back] > 1:
+            rec.labels.tie(selected[-back], label)
+    return [None if d in at else label for d, label in enumerate(labels)]
 
 
 @rule('index_select')

@@ -52,6 +52,14 @@ def _group_norm(rec, out, x, weight, bias, n, c, hw, groups, eps):
     return [labels]
 
 
+@rule('_weight_norm_interface', '_weight_norm')
+def _weight_norm(rec, out, v, g, dim=0):
+    """``g · v / ‖v‖``, with a norm for each entry of one dim. Entries that are zero or gone add as little to it."""
+    labels, of_norm = list(rec.labels_of(v)), [None] * g.ndim
+    of_norm[dim] = labels[dim] = rec.labels.tie(labels[dim], rec.labels_of(g)[dim])
+    return [labels, of_norm] if isinstance(out, tuple) else labels
+
+
 @rule('mean', 'sum', 'var', 'std', 'var_mean', 'amax', 'amin', 'linalg_vector_norm', 'norm', 'logsumexp', 'prod', 'any',
       'all', 'max', 'min', 'argmax', 'argmin', 'nansum', 'aminmax', 'std_mean')
 def _reduce(rec, out, x, *args, **kwargs):

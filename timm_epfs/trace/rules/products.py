@@ -12,17 +12,27 @@ from .base import Dims, rule
 def _contract(rec, a: torch.Tensor, b: torch.Tensor, label_a: Label, label_b: Label) -> None:
     """A product sums over a dim of both tensors."""
     rec.labels.tie(label_a, label_b)
-    if not rec.is_weight(a) and not rec.is_weight(b):
+    weights = rec.is_weight(a), rec.is_weight(b)
+    if not any(weights):
         rec.labels.mark_inexact(label_a, 'two activations are multiplied over it')
-    for tensor, label in ((a, label_a), (b, label_b)):
-        if rec.is_weight(tensor):
-            rec.mark_input(label)
+    elif all(weights):  # spectral norm
+        rec.labels.mark_inexact(label_a, 'a weight is computed by a sum over it')
+    else:
+        rec.mark_input(label_a if weights[0] else label_b)
+
+
+def _write(rec, a: torch.Tensor, b: torch.Tensor, label_a: Label, label_b: Label) -> None:
+    """If one of two factors is a weight, a product writes the dim of it that it doesn't sum over."""
+    weights = rec.is_weight(a), rec.is_weight(b)
+    if any(weights) and not all(weights):
+        rec.mark_output(label_a if weights[0] else label_b)
 
 
 @rule('mm')
 def _mm(rec, out, a, b, **kwargs):
     (m, k_a), (k_b, n) = rec.labels_of(a), rec.labels_of(b)
     _contract(rec, a, b, k_a, k_b)
+    _write(rec, a, b, m, n)
     rec.count_product(out, [(a.shape[0], m), (a.shape[1], k_a), (b.shape[1], n)], [m, n])
     return [m, n]
 
@@ -36,6 +46,7 @@ def _addmm(rec, out, bias, a, b, **kwargs):
 def _bmm(rec, out, a, b, **kwargs):
     (batch_a, m, k_a), (batch_b, k_b, n) = rec.labels_of(a), rec.labels_of(b)
     _contract(rec, a, b, k_a, k_b)
+    _write(rec, a, b, m, n)
     batch = rec.labels.tie(batch_a, batch_b) if a.shape[0] > 1 else None
     if not rec.is_weight(a) and not rec.is_weight(b):
         rec.labels.mark_heads(batch)
@@ -60,7 +71,7 @@ def _addmv(rec, out, bias, a, b, **kwargs):
     return _add_bias(rec, bias, out, _mv(rec, out, a, b))
 
 
-@rule('dot')
+@rule('dot', 'vdot')
 def _dot(rec, out, a, b):
     _contract(rec, a, b, rec.labels_of(a)[0], rec.labels_of(b)[0])
     return []
@@ -78,28 +89,42 @@ def _convolution(rec, out, x, weight, bias, stride, padding, dilation, transpose
     x_labels, w_labels = rec.labels_of(x), rec.labels_of(weight)
     for label in w_labels[2:]:
         rec.labels.pin(label)
-    rec.labels.tie(x_labels[0], None)
 
     if groups > 1:
         channels = (_transposed_groups if transposed else _groups)(rec, x, weight, groups)
     else:
         read, channels = (w_labels[0], w_labels[1]) if transposed else (w_labels[1], w_labels[0])
         _contract(rec, x, weight, x_labels[1], read)
+        _write(rec, x, weight, None, channels)
     if bias is not None:
         channels = rec.labels.tie(channels, rec.labels_of(bias)[0])
 
     spatial = [
         _slide(rec, label, same=x.shape[2 + i] == out.shape[2 + i]) for i, label in enumerate(x_labels[2:])
     ]
-    result = [None, channels, *spatial]
+    result = [x_labels[0], channels, *spatial]  # heads may have been folded into the batch
     positions = (x if transposed else out).shape[2:]  # at each of these, the whole kernel is applied
     labels = x_labels[2:] if transposed else spatial
     rec.count_product(
         out,
-        [(x.shape[0], None), *zip(weight.shape, w_labels), *zip(positions, labels)],
+        [(x.shape[0], x_labels[0]), *zip(weight.shape, w_labels), *zip(positions, labels)],
         result,
     )
     return result
+
+
+@rule('torchvision::deform_conv2d')
+def _deform_convolution(rec, out, x, weight, offset, mask, bias, *args):
+    """A convolution whose kernel is moved by offsets, which are the same for all channels of a group."""
+    groups, offset_groups = args[6:8]
+    for tensor in (offset, mask):
+        for label in rec.labels_of(tensor):
+            rec.labels.pin(label)
+    x_labels = rec.labels_of(x)
+    if offset_groups > 1:
+        rec.labels.pin(x_labels[1])
+    stride, padding, dilation = (list(args[i:i + 2]) for i in (0, 2, 4))
+    return _convolution(rec, out, x, weight, bias, stride, padding, dilation, False, [0, 0], groups)
 
 
 def _slide(rec, label: Label, same: bool) -> Label:

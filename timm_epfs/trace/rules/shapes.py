@@ -104,9 +104,11 @@ def _t(rec, out, x):
 
 @rule('expand')
 def _expand(rec, out, x, size, **kwargs):
-    labels = rec.labels_of(x)
+    """Where one entry is repeated, any of the copies may go."""
     lead = out.ndim - x.ndim
-    return [None] * lead + [labels[i] if x.shape[i] == out.shape[lead + i] else None for i in range(x.ndim)]
+    labels = [None] * lead + list(rec.labels_of(x))
+    shape = [1] * lead + list(x.shape)
+    return [label if n == m else rec.labels.fresh(m) for label, n, m in zip(labels, shape, out.shape)]
 
 
 @rule('unsqueeze')
