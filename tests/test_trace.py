@@ -577,6 +577,25 @@ def test_a_forward_that_fails_is_one_line(fails):
     assert '\n' not in str(e.value) and '(1, 3, 8, 8)' in str(e.value)
 
 
+def test_numbers_decide_where_shapes_do_not_and_nothing_of_them_is_left():
+    module, shape, _ = RULE_ROWS['boxes that are chosen by their scores']
+    image, state = torch.randn(shape)[:1], torch.random.get_rng_state()
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    traced = trace_model(module, image)
+    assert 'nms' in traced.on_numbers and traced.unseen == {}
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    without_data = trace_model(module, image.to('meta'))  # random numbers instead
+    assert [s.name for s in without_data.structures] == [s.name for s in traced.structures]
+    assert 'traced on numbers' in str(timm_epfs.inspect(module, example_input=image))
+
+
+def test_parameters_that_no_forward_uses_are_named_if_they_may_not_fit():
+    net = Net(lambda m, x: m.b(m.a(x)), a=conv(3, 8), b=conv(8, 5), c=conv(8, 7), d=conv(9, 7))
+    with pytest.warns(UserWarning, match='no forward used c.weight, so nothing of them was cut'):
+        timm_epfs.prune(net, macs=0.5, example_input=torch.zeros(1, 3, 8, 8))
+
+
 def test_attention_is_cut_by_dims_of_heads_where_heads_are_not_asked_for():
     model = timm.create_model('test_vit').eval()
     slim = timm_epfs.prune(model, macs=0.7, kinds=['channels', 'head_dims', 'groups'])

@@ -51,6 +51,7 @@ class Report:
         groups: The structures again, those of one shape in one row, as the table shows them.
         skipped: Lines of the model's code around which nothing is cut, and the reasons.
         left_out: Number of further structures, which the pruner's options leave out, or an earlier cut.
+        on_numbers: Where and why the forward can't be traced by shapes alone, if it can't.
     """
     model: str
     macs: float
@@ -61,6 +62,7 @@ class Report:
     groups: Tuple[Row, ...]
     skipped: Tuple[Tuple[str, str], ...] = ()
     left_out: int = 0
+    on_numbers: str = ''
 
     def to_dict(self) -> Dict[str, Any]:
         """The report as JSON values. ``groups`` is left out, since it can be derived from ``structures``."""
@@ -92,6 +94,9 @@ class Report:
         if self.skipped:
             lines += ['', 'nothing is cut around:']
             lines += [shorten(f'  {where}: {why}', _WIDTH) for where, why in self.skipped]
+        if self.on_numbers:
+            lines += ['', 'traced on numbers, since shapes alone don\'t tell which way the forward takes:',
+                      shorten(f'  {self.on_numbers}', _WIDTH)]
         return '\n'.join(lines)
 
 
@@ -115,6 +120,7 @@ def make_report(name: str, traced: Trace, structures: Sequence[Structure]) -> Re
         structures=tuple(_row([s], cost, dense) for s in structures),
         groups=tuple(_row(alike, cost, dense) for alike in _alike(structures)),
         skipped=tuple((s.where, s.why) for s in traced.skipped),
+        on_numbers=traced.on_numbers,
         left_out=len(traced.structures) - len(structures),
     )
 

@@ -2,7 +2,7 @@
 from dataclasses import replace
 from functools import partial
 from inspect import signature
-from typing import Any, Callable, Dict, FrozenSet, Iterable, Optional, Sequence, Tuple, Union, cast
+from typing import Any, Callable, Dict, FrozenSet, Iterable, List, Optional, Sequence, Tuple, Union, cast
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..allocate import ALIGN, Allocation, cost_aware_width_weights
-from ..core import DEFAULT_KINDS, Budget, PruningError, refuse_unknown, warn
+from ..core import DEFAULT_KINDS, Budget, PruningError, first_few, named_tensors, refuse_unknown, warn
 from ..importance import WITHOUT_DATA, Sensitivity, check_criterion
 from ..latency import DeviceLatency
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
@@ -347,6 +347,11 @@ class Pruner:
             warn(problem)
         if self.streams is None and allocator.cuts_streams(allocation):
             warn(_STREAMS_ARE_CUT)
+        unfit = self._may_not_fit(allocation)
+        if unfit:
+            warn(
+                f'no forward used {first_few(unfit)}, so nothing of them was cut, and they have as many entries as '
+                f'something that was; give an example_input= that uses them, or exclude= what they read')
         return self._make_plan(allocation, self._recipe(budget, choice, allocator, **measured))
 
     def _allocator_of(self, budget: Budget, choice: Choice) -> Allocator:
@@ -367,6 +372,13 @@ class Pruner:
             kinds=list(self.kinds) if set(self.kinds) != set(DEFAULT_KINDS) else None,
             seed=choice.seed if choice.criterion == 'random' else None, **measured,
         )
+
+    def _may_not_fit(self, allocation: Allocation) -> List[str]:
+        """Parameters that no forward used, and that may belong to what is cut."""
+        members = [m for s in self.structures if len(allocation.keep[s.name]) < s.units for m in s.members]
+        tensors = named_tensors(self.model) if members and self.trace.unseen else {}
+        lengths = {tensors[m.tensor].shape[m.dim] for m in members if m.tensor in tensors}
+        return [name for name, shape in self.trace.unseen.items() if lengths & set(shape)]
 
     def _make_plan(self, allocation: Allocation, recipe: Dict[str, Any]) -> Plan:
         return make_plan(self.trace, allocation.keep, recipe, *self.base)

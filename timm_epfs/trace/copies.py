@@ -1,6 +1,7 @@
 """Copies of a model, without data or with it, and the line of a model's code that runs."""
 import copy
 import sys
+import traceback
 from contextlib import contextmanager
 from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-__all__ = ['call_site', 'copy_to', 'meta_copy', 'quiet']
+__all__ = ['call_site', 'copy_to', 'meta_copy', 'quiet', 'raised_at']
 
 _HERE = __file__.rsplit('/', 1)[0]
 
@@ -63,8 +64,18 @@ def call_site() -> Tuple[str, int]:
     """File and line of the model's code that called the operation that is running."""
     frame: Optional[Any] = sys._getframe(2)
     while frame is not None:
-        path = frame.f_code.co_filename
-        if '/torch/' not in path and not path.startswith(_HERE) and '<' not in path:
-            return path, frame.f_lineno
+        if _is_models(frame.f_code.co_filename):
+            return frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back
     return '?', 0
+
+
+def raised_at(error: BaseException) -> Tuple[str, int]:
+    """File and line of the model's code that an error comes from."""
+    lines = [(path, line) for path, line, *_ in traceback.extract_tb(error.__traceback__) if _is_models(path)]
+    return lines[-1] if lines else ('?', 0)
+
+
+def _is_models(path: str) -> bool:
+    """Whether a file is part of the model's code, not of torch or of this package."""
+    return '/torch/' not in path and not path.startswith(_HERE) and '<' not in path

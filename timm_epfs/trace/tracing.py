@@ -10,8 +10,8 @@ A proposal that isn't as predicted is followed by another with tighter limits. T
     propose    all that is left
     verify     holds
 """
-from dataclasses import dataclass, replace
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from ..core import CostModel, PruningError, Size, Structure
 from .blocks import Block
 from .build import Proposal, build
 from .calls import Call
+from .copies import raised_at
 from .costs import build_calls
 from .forwards import Forward
 from .interface import watch_interface
@@ -53,6 +54,8 @@ class Trace:
         skipped: Where cutting was given up, and why.
         returns: Name of the type that the forward returns, ``'Tensor'`` for logits.
         calls: The torch functions that the forward calls, in order.
+        on_numbers: Where and why the forward fails without data, if it was recorded on numbers (``forwards.py``).
+        unseen: Shapes of the parameters that no forward used, by name.
     """
     structures: Tuple[Structure, ...]
     cost: CostModel
@@ -60,6 +63,8 @@ class Trace:
     skipped: Tuple[Skipped, ...] = ()
     returns: str = 'Tensor'
     calls: Tuple[Call, ...] = ()
+    on_numbers: str = ''
+    unseen: Mapping[str, Tuple[int, ...]] = field(default_factory=dict)
 
 
 @torch.inference_mode(False)  # the recorder sees operations of autograd
@@ -82,13 +87,15 @@ def trace(
     Raises:
         PruningError: The forward fails, or nothing that was found could be verified.
     """
-    forward, rec, returns = _record(model, args, kwargs or {}, whole_heads)
+    forward, rec, returns, on_numbers = _record(model, args, kwargs or {}, whole_heads)
     skipped = _training_only(rec, forward)
     skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
     verifier = None if cut is None else Verifier(forward, cut, rec.operations[:rec.main])
     proposal, skipped = _find_verified(rec, verifier, skipped)
     calls = build_calls(rec, proposal.sizer, proposal.blocks)
-    return Trace(proposal.structures, proposal.cost, proposal.attributes, tuple(skipped), returns, calls)
+    unseen = {name: tuple(tensor.shape) for name, tensor in rec.parameters.items() if name not in rec.params}
+    return Trace(
+        proposal.structures, proposal.cost, proposal.attributes, tuple(skipped), returns, calls, on_numbers, unseen)
 
 
 # -- record ---------------------------------------------------------------------------------------------------------
@@ -98,26 +105,32 @@ def _record(
         args: Tuple,
         kwargs: Dict[str, Any],
         whole_heads: bool,
-) -> Tuple[Forward, Recorder, str]:
+) -> Tuple[Forward, Recorder, str, str]:
     """Record the forward, on numbers where it fails without.
 
     Returns:
         forward: How the model was run.
         recorder: What was recorded.
         returns: Name of the type that the forward returns.
+        on_numbers: Where and why it fails without numbers, empty if it doesn't.
     """
     without = Forward.without_data(model, args, kwargs)
     try:
-        return (without, *_recorded(without, whole_heads))
+        return (without, *_recorded(without, whole_heads), '')
     except Exception as e:
-        error = e
+        on_numbers = _failure(e)
     forward = Forward.on_numbers(model, args, kwargs)
     try:
-        return (forward, *_recorded(forward, whole_heads))
+        return (forward, *_recorded(forward, whole_heads), on_numbers)
     except Exception as e:
-        why = f'{type(e).__name__}: {(str(e).splitlines() or [""])[0]}'
         raise PruningError(
-            f"the model's forward fails on {forward}: {why}; give an example_input= that the model accepts") from error
+            f"the model's forward fails on {forward} at {_failure(e)}; give an example_input= that the model "
+            f'accepts') from e
+
+
+def _failure(error: Exception) -> str:
+    """The line of the model's code that an error comes from, and its first line."""
+    return f'{_place(raised_at(error))}: {type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
 
 
 def _recorded(forward: Forward, whole_heads: bool) -> Tuple[Recorder, str]:
