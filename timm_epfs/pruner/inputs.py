@@ -59,7 +59,12 @@ def example_for(model: nn.Module, example_input: Optional[Example] = None) -> Tu
             f'the input of this {type(model).__name__} is not known; give example_input=, such as '
             f'torch.empty(1, 3, 224, 224)'
         )
-    return (torch.empty(1, *size, device='meta'),), {}
+    return (torch.empty(1, *size, device='meta', dtype=_dtype(model)),), {}
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The type of a model's first parameter of real numbers, which is what its first layer takes."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def _input_size(model: nn.Module) -> Optional[Tuple[int, ...]]:

@@ -3,7 +3,7 @@
 Below autograd every model is a few dozen ATen operations; what each does to labels is looked up in the table of rules.
 """
 from contextlib import ExitStack
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Collection, Dict, FrozenSet, List, Tuple
 
 import numpy as np
 import torch
@@ -94,6 +94,7 @@ class Recorder(TorchDispatchMode):
         self._model = model
         self._block_finder = BlockFinder(model)
         self._known: Dict[int, List[Label]] = {}
+        self._repeated: Dict[int, FrozenSet[int]] = {}
         self._weights: set = set()
         self._alive: List[torch.Tensor] = []
         self._names: Dict[int, str] = {}
@@ -124,6 +125,14 @@ class Recorder(TorchDispatchMode):
         """Whether this is a parameter, a buffer or computed from nothing else."""
         self.labels_of(tensor)
         return id(tensor) in self._weights
+
+    def note_repeated(self, tensor: torch.Tensor, dims: Collection[int]) -> None:
+        """A tensor repeats one entry in some dims: ``expand`` made it."""
+        self._repeated[id(tensor)] = frozenset(dims)
+
+    def repeats(self, tensor: torch.Tensor, dim: int) -> bool:
+        """Whether a tensor repeats one entry in a dim."""
+        return dim in self._repeated.get(id(tensor), ())
 
     def constant(self, n: int) -> np.ndarray:
         """A label of ``n`` entries that always stay."""

@@ -47,13 +47,18 @@ def axes(dim, ndim: int) -> List[int]:
 
 
 def elementwise(rec, args: Sequence[Any], out: torch.Tensor) -> Dims:
-    """The dims of all operands are tied, aligned at the last one, as broadcasting aligns them."""
+    """The dims of all operands are tied, aligned at the last one, as broadcasting aligns them.
+
+    Where an operand repeats one entry, it says nothing: whatever the others lose, it is repeated less often.
+    """
     result: Dims = [None] * out.ndim
     seen = [False] * out.ndim
     for tensor in rec.tensors(args):
         labels = rec.labels_of(tensor)
         for back in range(1, tensor.ndim + 1):
             if back > out.ndim or tensor.shape[-back] != out.shape[-back] or out.shape[-back] == 1:
+                continue
+            if rec.repeats(tensor, tensor.ndim - back):
                 continue
             result[-back] = rec.labels.tie(result[-back], labels[-back]) if seen[-back] else labels[-back]
             seen[-back] = True

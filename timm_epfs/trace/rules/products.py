@@ -12,13 +12,19 @@ from .base import Dims, rule
 def _contract(rec, a: torch.Tensor, b: torch.Tensor, label_a: Label, label_b: Label) -> None:
     """A product sums over a dim of both tensors."""
     rec.labels.tie(label_a, label_b)
-    weights = rec.is_weight(a), rec.is_weight(b)
-    if not any(weights):
+    if not rec.is_weight(a) and not rec.is_weight(b):
         rec.labels.mark_inexact(label_a, 'two activations are multiplied over it')
-    elif all(weights):  # spectral norm
-        rec.labels.mark_inexact(label_a, 'a weight is computed by a sum over it')
+    for tensor, label in ((a, label_a), (b, label_b)):
+        if rec.is_weight(tensor):
+            rec.mark_input(label)
+
+
+def _contract_vector(rec, a: torch.Tensor, b: torch.Tensor, label_a: Label, label_b: Label) -> None:
+    """As ``_contract``, for a product with a vector. Of weights alone, it is a spectral norm, which reads no units."""
+    if rec.is_weight(a) and rec.is_weight(b):
+        rec.labels.mark_inexact(rec.labels.tie(label_a, label_b), 'a weight is divided by a sum over it')
     else:
-        rec.mark_input(label_a if weights[0] else label_b)
+        _contract(rec, a, b, label_a, label_b)
 
 
 def _write(rec, a: torch.Tensor, b: torch.Tensor, label_a: Label, label_b: Label) -> None:
@@ -62,7 +68,7 @@ def _baddbmm(rec, out, bias, a, b, **kwargs):
 @rule('mv')
 def _mv(rec, out, a, b):
     m, k = rec.labels_of(a)
-    _contract(rec, a, b, k, rec.labels_of(b)[0])
+    _contract_vector(rec, a, b, k, rec.labels_of(b)[0])
     return [m]
 
 
@@ -73,7 +79,7 @@ def _addmv(rec, out, bias, a, b, **kwargs):
 
 @rule('dot', 'vdot')
 def _dot(rec, out, a, b):
-    _contract(rec, a, b, rec.labels_of(a)[0], rec.labels_of(b)[0])
+    _contract_vector(rec, a, b, rec.labels_of(a)[0], rec.labels_of(b)[0])
     return []
 
 

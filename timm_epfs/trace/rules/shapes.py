@@ -104,11 +104,10 @@ def _t(rec, out, x):
 
 @rule('expand')
 def _expand(rec, out, x, size, **kwargs):
-    """Where one entry is repeated, any of the copies may go."""
     lead = out.ndim - x.ndim
-    labels = [None] * lead + list(rec.labels_of(x))
-    shape = [1] * lead + list(x.shape)
-    return [label if n == m else rec.labels.fresh(m) for label, n, m in zip(labels, shape, out.shape)]
+    same = [d for d in range(lead, out.ndim) if x.shape[d - lead] == out.shape[d]]
+    rec.note_repeated(out, set(range(out.ndim)) - set(same))
+    return [rec.labels_of(x)[d - lead] if d in same else None for d in range(out.ndim)]
 
 
 @rule('unsqueeze')
