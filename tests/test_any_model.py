@@ -1,7 +1,8 @@
 """Learning on models that are no classifiers: whatever they return and whatever their loss is, the cut is exact."""
+import copy
 import warnings
-from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import nn
 import timm_epfs
 from timm_epfs.core import PruningError
 from timm_epfs.learn import METHODS
-from timm_epfs.learn.center_loss import find_classifier
+from timm_epfs.report import top1
 
 IMAGE = torch.empty(1, 3, 16, 16)
 
@@ -106,3 +107,127 @@ def test_whatever_is_returned_is_learned_and_cut_exactly(method, net):
     assert distance(flat(masked), flat(cut)) < 1e-5
     dense, left = slim.pruning_plan.cost['macs']
     assert left / dense == pytest.approx(0.5, abs=0.02) and learner.finished
+
+
+def test_center_loss_is_off_with_a_word_where_there_are_no_classes():
+    for net in (Segmenter, Detector):
+        with pytest.warns(UserWarning, match=f'no linear layer of this {net.__name__} .*; center=0') as caught:
+            learner = timm_epfs.EPFS(net(), macs=0.5, steps=5, example_input=IMAGE)
+        assert len(caught) == 1 and '\n' not in str(caught[0].message) and caught[0].filename == __file__
+        assert learner.plan().recipe['center'] == learner.center == 0
+        with pytest.raises(PruningError, match='center=0'):
+            timm_epfs.EPFS(net(), macs=0.5, steps=5, example_input=IMAGE, center=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        timm_epfs.EPFS(Segmenter(), macs=0.5, steps=5, example_input=IMAGE, center=0)
+
+
+class Head(nn.Module):
+    """Convolutions, pooling and a linear layer: for classes or for anything else."""
+
+    def __init__(self, outputs=5):
+        super().__init__()
+        self.body = nn.Sequential(conv(3, 16, 2), conv(16, 16, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.fc = nn.Linear(16, outputs)
+
+    def forward(self, x):
+        return self.fc(self.body(x))
+
+
+@pytest.mark.parametrize('target, found', [
+    (torch.full((4, 5), 3.5), r'a float32 tensor of shape \(4, 5\)'), (None, 'None'),
+])
+def test_center_loss_goes_off_with_a_word_where_the_targets_are_no_classes(target, found):
+    images = torch.randn(4, 3, 16, 16)
+    model = Head()
+    learner = timm_epfs.EPFS(model, macs=0.5, steps=5, example_input=IMAGE)
+    assert learner.center == 0.003
+    with pytest.warns(UserWarning, match=f'goes on without Center Loss: .* got {found}; center=0') as caught:
+        for _ in range(3):
+            (model(images).square().mean() + learner.penalty(target)).backward()
+            learner.step()
+    assert len(caught) == 1 and learner.center == 0 and not model.fc._forward_pre_hooks
+    resumed = timm_epfs.EPFS(Head(), macs=0.5, steps=5, example_input=IMAGE)
+    resumed.load_state_dict(learner.state_dict())
+    assert resumed.center == 0 and resumed.state_dict().keys() == learner.state_dict().keys()
+    given = timm_epfs.EPFS(Head(), macs=0.5, steps=5, example_input=IMAGE, center=0.003)
+    given.model(images)
+    with pytest.raises(PruningError, match='needs class indices, found'):
+        given.penalty(target)
+
+
+def test_classes_in_a_dict_have_center_loss():
+    class Multitask(Head):
+        def forward(self, x):
+            features = self.body(x)
+            return {'class': self.fc(features), 'features': features, 'note': 'text'}
+
+    model = Multitask()
+    learner = timm_epfs.EPFS(model, macs=0.5, steps=5, example_input=IMAGE)
+    images, target = torch.randn(4, 3, 16, 16), torch.arange(4)
+    output = model(images)
+    value = learner.penalty(target)
+    assert value.item() == pytest.approx(0.003 * 0.5 * output['features'].square().sum().item() / 4, rel=1e-4)
+
+
+def test_filters_of_parametrized_weights_are_set_to_zero():
+    class Squashed(nn.Module):
+        def forward(self, weight):
+            return weight.tanh()
+
+    model = Segmenter()
+    plain = copy.deepcopy(model)
+    for layer in (model.stem[0], model.down[0]):
+        nn.utils.parametrize.register_parametrization(layer, 'weight', Squashed())
+    scores = []
+    for each in (plain, model):
+        learner = timm_epfs.SFP(each, ratio=0.5, steps=4, steps_per_epoch=1, example_input=IMAGE)
+        scores.append([np.sort(values) for values in learner._scores().values()])
+    assert all(np.allclose(*pair) for pair in zip(*scores))
+
+
+@pytest.mark.parametrize('criterion', ['taylor', 'obdc'])
+@pytest.mark.parametrize('collate', [torch.stack, list])
+def test_gradients_of_a_loss_of_ones_own(criterion, collate):
+    """Against scores by the same loss of a model that returns it."""
+    class Loss(Segmenter):
+        def forward(self, x):
+            return self.loss(super().forward(x), x)
+
+    model, images = randomise(Segmenter()), [*torch.randn(3, 3, 16, 16)]
+    returned = Loss()
+    returned.load_state_dict(model.state_dict())
+    batches = [(torch.stack(images), {'image': collate(images)})]
+
+    def loss(output, target):
+        return model.loss(output, torch.stack([*target['image']]))
+
+    pruner = timm_epfs.Pruner(model, data=batches, loss_fn=loss, example_input=IMAGE)
+    scores = pruner.scores(criterion)
+    expected = timm_epfs.importance.score(
+        returned, pruner.structures, criterion, batches, loss_fn=lambda output, _: output)
+    assert all(np.allclose(values, expected[name], rtol=1e-4) for name, values in scores.items())
+    assert pruner(macs=0.5, criterion=criterion, compensate=False).pruning_plan.recipe['criterion'] == criterion
+
+
+@pytest.mark.parametrize('call, message', [
+    (lambda model, data: timm_epfs.prune(model, macs=0.5, data=data, criterion='taylor', example_input=IMAGE),
+     "'taylor' takes the cross-entropy .* this Segmenter returns a dict; give loss_fn="),
+    (lambda model, data: timm_epfs.prune(model, macs=0.5, data=data, criterion='obdc', example_input=IMAGE),
+     "'obdc' takes the cross-entropy .* this Segmenter returns a dict; give loss_fn="),
+    (lambda model, data: timm_epfs.prune(
+        model, macs=0.5, data=data, criterion='taylor', example_input=IMAGE, loss_fn=lambda output, _: output),
+     'loss_fn= returned a dict; return the whole loss'),
+    (lambda model, data: top1([model], data), 'top-1 needs a classifier, and this Segmenter returns a dict'),
+    (lambda model, data: top1([model.stem], data), r'returns a float32 tensor of shape \(4, 16, 16, 16\)'),
+])
+def test_what_needs_classes_says_so_in_one_line(call, message):
+    with pytest.raises(PruningError, match=message) as e:
+        call(Segmenter(), [(torch.randn(4, 3, 16, 16), torch.zeros(4, dtype=torch.int64))])
+    assert '\n' not in str(e.value)
+
+
+def test_images_choose_and_compensate_whatever_is_returned():
+    model, images = randomise(Detector()), torch.randn(12, 3, 16, 16)
+    slim = timm_epfs.prune(model, macs=0.7, data=images, example_input=IMAGE)
+    assert slim.pruning_plan.recipe['widths'] == 'sensitivity' and slim(images)['boxes'][2].shape == (12, 4, 16, 16)

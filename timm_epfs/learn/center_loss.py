@@ -5,10 +5,10 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 import torch
 from torch import nn
 
-from ..core import PruningError, one_line
+from ..core import PruningError, kind_of, one_line
 from ..trace import meta_copy, tensors_in
 
-__all__ = ['CenterLoss', 'FeatureHook', 'describe', 'drop_hooks', 'find_classifier', 'names_no_class']
+__all__ = ['CenterLoss', 'FeatureHook', 'drop_hooks', 'find_classifier', 'names_no_class']
 
 # Autograd's names of what makes scores of the same classes out of scores: views, scales, casts and softmaxes.
 _KEEPS_CLASSES = frozenset({
@@ -77,7 +77,7 @@ class CenterLoss:
     def _check(self, features: torch.Tensor, target: Any) -> None:
         if not (isinstance(target, torch.Tensor) and target.ndim == 1 and target.dtype == torch.int64):
             raise PruningError(
-                f'Center Loss needs class indices, found {describe(target)}; give the hard labels to penalty(), or '
+                f'Center Loss needs class indices, found {kind_of(target)}; give the hard labels to penalty(), or '
                 f'switch Center Loss off with center=0')
         if len(target) != len(features):
             raise PruningError(
@@ -102,13 +102,6 @@ class CenterLoss:
     def load_state_dict(self, state: Dict[str, torch.Tensor]) -> None:
         """Resume where ``state_dict`` was called."""
         self.centers, self._sums = state['centers'].clone(), state['sums'].clone()
-
-
-def describe(target: Any) -> str:
-    """What a target is, for messages: its type, and of a tensor its dtype and shape."""
-    if isinstance(target, torch.Tensor):
-        return f'{target.dtype} of shape {tuple(target.shape)}'
-    return type(target).__name__
 
 
 def names_no_class(target: Any) -> bool:
@@ -200,12 +193,12 @@ def find_classifier(model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> Tu
         PruningError: There is no such layer; there are several, and none of them reads what the others compute; or the
             forward fails without data.
     """
-    copy = meta_copy(model).eval()
-    runs: List[_Run] = []
+    copy, runs = meta_copy(model).eval(), []
     for name, layer in _candidates(copy).items():
-        layer.requires_grad_()
+        for parameter in layer.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
         layer.register_forward_hook(lambda layer, inputs, out, name=name: _note(runs, name, layer, inputs, out))
-    with torch.enable_grad(), one_line('the forward fails without data, so no classifier was looked for (see center=0)'):
+    with torch.enable_grad(), one_line('no classifier is known, as the forward fails without data (center=0)'):
         output = copy(*args, **kwargs)
     scores = _scores(output, tensors_in((args, kwargs)))
     if hasattr(copy, 'get_classifier'):

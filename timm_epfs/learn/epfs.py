@@ -4,9 +4,9 @@ from typing import Any, Dict, Mapping, Optional, Tuple, Union
 import torch
 from torch import nn
 
-from ..core import Budget, PruningError, warn
+from ..core import Budget, PruningError, kind_of, warn
 from ..pruner import Pruner
-from .center_loss import CenterLoss, FeatureHook, describe, find_classifier, names_no_class
+from .center_loss import CenterLoss, FeatureHook, find_classifier, names_no_class
 from .proximal_learner import ProximalLearner
 from .setup import Setup
 from .solvers import Fista, prox_elastic, prox_norm
@@ -137,7 +137,7 @@ class EPFS(ProximalLearner):
             return loss
         if not self._center_given and names_no_class(target):
             warn(
-                f'EPFS goes on without Center Loss: it needs class indices, and penalty() got {describe(target)}; '
+                f'EPFS goes on without Center Loss: it needs class indices, and penalty() got {kind_of(target)}; '
                 f'center=0 switches it off')
             self._switch_center_off()
             return loss

@@ -59,11 +59,12 @@ class SFP(RankingLearner):
         if (setup.budget is None) == (ratio is None):
             given = 'neither a budget nor ratio= was' if ratio is None else 'both a budget and ratio= were'
             raise PruningError(f'{given} given; give either a budget (macs=, params=, latency=) or ratio=')
+        parameters = dict(setup.pruner.model.named_parameters(remove_duplicate=False))  # by their names without masks
         super().__init__(setup)
         self.ratio = ratio
         self.steps_per_epoch = steps_per_epoch or max(1, steps // 100)
         self._soft_alive = 1.0  # share of the cost in filters that were not set to zero last time
-        self._parameters = _parameters(self.model)
+        self._parameters = parameters
 
     def _recipe(self) -> Dict[str, Any]:
         return {'ratio': self.ratio, 'steps_per_epoch': self.steps_per_epoch}
@@ -136,13 +137,3 @@ class BNSFP(SFP):
     def _is_scale(self, name: str) -> bool:
         owner, _, leaf = name.rpartition('.')
         return leaf == 'weight' and isinstance(self.model.get_submodule(owner), _BatchNorm)
-
-
-def _parameters(model: nn.Module) -> Dict[str, torch.Tensor]:
-    """The parameters of a masked model, by the names that they have without masks."""
-    def unmasked(name: str) -> str:
-        if '.parametrizations.' not in name:
-            return name
-        return name.replace('.parametrizations.', '.').removesuffix('.original')
-
-    return {unmasked(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}
