@@ -10,7 +10,7 @@ from helpers import distance, flat, randomise
 from torch import nn
 
 import timm_epfs
-from timm_epfs.core import PruningError
+from timm_epfs.core import Member, PruningError, Structure
 from timm_epfs.learn import METHODS
 from timm_epfs.report import top1
 
@@ -184,6 +184,23 @@ def test_filters_of_parametrized_weights_are_set_to_zero():
         learner = timm_epfs.SFP(each, ratio=0.5, steps=4, steps_per_epoch=1, example_input=IMAGE)
         scores.append([np.sort(values) for values in learner._scores().values()])
     assert all(np.allclose(*pair) for pair in zip(*scores))
+
+
+@pytest.mark.filterwarnings('ignore:.*weight_norm')
+@pytest.mark.parametrize('norm, names', [
+    (nn.utils.parametrizations.weight_norm, ('parametrizations.weight.original0', 'parametrizations.weight.original1')),
+    (nn.utils.weight_norm, ('weight_g', 'weight_v')),
+])
+def test_filters_of_normalised_weights_are_set_to_zero_by_their_length(norm, names):
+    """A direction of zero has no norm to divide by."""
+    model = Segmenter()
+    model.extra = norm(nn.Conv2d(3, 4, 1, bias=False))
+    learner = timm_epfs.SFP(model, ratio=0.5, steps=4, example_input=IMAGE)
+    index = np.arange(4)[:, None]
+    learner._set_to_zero(
+        Structure('extra', 'channels', 4, tuple(Member(f'extra.{name}', 0, 'out', index) for name in names)),
+        np.array([1, 3]))
+    assert (model.extra(torch.ones(1, 3, 1, 1)).flatten() == 0).tolist() == [False, True, False, True]
 
 
 @pytest.mark.parametrize('criterion', ['taylor', 'obdc'])

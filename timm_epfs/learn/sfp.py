@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from ..core import Budget, Member, PruningError, Structure
 from ..pruner import Pruner
@@ -92,8 +93,16 @@ class SFP(RankingLearner):
 
     def _zeroed(self, structure: Structure) -> List[Member]:
         """The weights of filters: they are set to zero, and their norm ranks the filters."""
-        return [m for m in structure.members
-                if m.role == 'out' and m.tensor in self._parameters and self._parameters[m.tensor].ndim > 1]
+        weights = [m for m in structure.members
+                   if m.role == 'out' and m.tensor in self._parameters and self._parameters[m.tensor].ndim > 1]
+        return [m for m in weights if not self._is_direction(m.tensor)]
+
+    def _is_direction(self, name: str) -> bool:
+        """Whether it is v of a weight g·v/‖v‖ (weight norm), which isn't defined at v = 0: its g is set to zero."""
+        owner, _, leaf = name.rpartition('.')
+        if leaf == 'original1':
+            return any(isinstance(step, _WeightNorm) for step in self.model.get_submodule(owner))
+        return leaf.endswith('_v') and f'{name[:-1]}g' in self._parameters
 
     def _scores(self) -> Dict[str, np.ndarray]:
         return {s.name: self._norms(self._zeroed(s), s.units) for s in self.structures}
