@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..core import PruningError, kind_of, one_line
-from ..trace import meta_copy, tensors_in
+from ..trace import meta_copy, quiet, tensors_in
 
 __all__ = ['CenterLoss', 'FeatureHook', 'drop_hooks', 'find_classifier', 'names_no_class']
 
@@ -198,7 +198,8 @@ def find_classifier(model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> Tu
         for parameter in layer.parameters():
             parameter.requires_grad_(parameter.is_floating_point())
         layer.register_forward_hook(lambda layer, inputs, out, name=name: _note(runs, name, layer, inputs, out))
-    with torch.enable_grad(), one_line('no classifier is known, as the forward fails without data (center=0)'):
+    without_data = 'no classifier is known, as the forward fails without data (center=0 switches Center Loss off)'
+    with quiet(), torch.enable_grad(), one_line(without_data):
         output = copy(*args, **kwargs)
     scores = _scores(output, tensors_in((args, kwargs)))
     if hasattr(copy, 'get_classifier'):
