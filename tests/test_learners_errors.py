@@ -3,24 +3,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loop import CLASSES, EXAMPLE, batch, build, sgd, small_vgg, train
-from torch import nn
 
 import timm_epfs
 from timm_epfs.core import PruningError
 from timm_epfs.learn import METHODS
 
 
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = build()
-
-    def forward(self, x):
-        return self.net(x), x
-
-
 @pytest.mark.parametrize('make, word', [
-    (lambda: timm_epfs.EPFS(Pair(), macs=0.5, steps=5, example_input=EXAMPLE), 'returns a tuple'),
+    (lambda: timm_epfs.EPFS(build(), macs=0.5, steps=5, center=-1), 'center=-1 was given'),
     (lambda: timm_epfs.EPFS(build(), macs=0.001, steps=5), 'largest possible cut leaves'),
     (lambda: timm_epfs.SSS(build('resnet18'), macs=0.05, steps=5, kinds=('blocks',)), 'largest possible cut leaves'),
     (lambda: timm_epfs.EPFS(build(), macs=0.5), 'steps='),

@@ -13,7 +13,7 @@ from .processes import from_first, summed, world_size
 from .progress_bar import progress, step
 from .repeatable import Repeatable
 from .structure import DEFAULT_KINDS, KINDS, Member, Size, Structure, check_patterns, kinds_named, pattern_list
-from .text import aligned_table, format_count, markdown_table, nearest, percent, shorten
+from .text import aligned_table, format_count, kind_of, markdown_table, nearest, percent, shorten
 from .user_warning import warn
 from .validation import ANYTHING, DICT, FLAG, INTEGER, LIST, TEXT, Rule, check, invalid
 
@@ -21,7 +21,7 @@ __all__ = [
     'ANYTHING', 'BUDGETS', 'Budget', 'CostModel', 'DEFAULT_KINDS', 'DICT', 'FLAG', 'INTEGER', 'KINDS', 'LIST',
     'Member', 'OutOfReach', 'PruningError', 'QUANTITIES', 'Repeatable', 'Rule', 'Size', 'Structure', 'TEXT',
     'aligned_table', 'check', 'check_patterns', 'check_place', 'complement', 'device_of', 'distinct', 'eval_mode',
-    'first_few', 'format_count', 'from_first', 'invalid', 'is_number', 'kinds_named', 'markdown_table',
+    'first_few', 'format_count', 'from_first', 'invalid', 'is_number', 'kind_of', 'kinds_named', 'markdown_table',
     'named_tensors', 'nearest', 'nearest_keyword', 'one_line', 'pattern_list', 'percent', 'progress',
     'refuse_unknown', 'shorten', 'step', 'summed', 'warn', 'whole_folder', 'world_size', 'write_whole',
 ]

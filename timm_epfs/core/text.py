@@ -1,8 +1,10 @@
 """Numbers, names and tables, formatted for people."""
 from difflib import get_close_matches
-from typing import Iterable, List, Sequence
+from typing import Any, Iterable, List, Sequence
 
-__all__ = ['aligned_table', 'format_count', 'markdown_table', 'nearest', 'percent', 'shorten']
+import torch
+
+__all__ = ['aligned_table', 'format_count', 'kind_of', 'markdown_table', 'nearest', 'percent', 'shorten']
 
 
 def percent(share: float) -> str:
@@ -24,6 +26,17 @@ def format_count(value: float) -> str:
         if value >= size:
             return f'{value / size:#.4g} {unit}'
     return f'{value:g}'
+
+
+def kind_of(value: Any) -> str:
+    """What a value is: its type, and of a tensor its dtype and shape.
+
+    >>> kind_of({}), kind_of(None), kind_of(torch.zeros(2, 3))
+    ('a dict', 'None', 'a float32 tensor of shape (2, 3)')
+    """
+    if isinstance(value, torch.Tensor):
+        return f'a {str(value.dtype).removeprefix("torch.")} tensor of shape {tuple(value.shape)}'
+    return 'None' if value is None else f'a {type(value).__name__}'
 
 
 def shorten(text: str, width: int) -> str:

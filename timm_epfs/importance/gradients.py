@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
-from ..core import PruningError, eval_mode
+from ..core import PruningError, eval_mode, kind_of
 
 __all__ = ['gradients_of']
 
@@ -38,10 +39,12 @@ def gradients_of(
     with eval_mode(model), torch.enable_grad(), torch.random.fork_rng([device] if device.type == 'cuda' else []):
         for images, targets in _batches(data, criterion, device):
             outputs = functional_call(model, leaves, (images,))
+            if loss_fn is None:
+                _check_scores(outputs, criterion, model)
             if fisher and loss_fn is None:
                 probabilities = outputs.detach().float().softmax(-1).cpu()
                 targets = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(device)
-            loss = (loss_fn or F.cross_entropy)(outputs, targets)
+            loss = _one_number((loss_fn or F.cross_entropy)(outputs, targets))
             gradients = torch.autograd.grad(loss, list(by_id.values()), allow_unused=True, materialize_grads=True)
             for total, gradient in zip(sums.values(), gradients):
                 total += gradient.float().square() if fisher else gradient
@@ -52,15 +55,36 @@ def gradients_of(
     return {name: sums[id(tensor)] / (count if fisher else 1) for name, tensor in tensors.items()}
 
 
-def _batches(data: Iterable[Any], criterion: str, device: torch.device) -> Iterator[Tuple[torch.Tensor, Any]]:
-    """The batches on the device; for OBD-C, batches of one image."""
+def _check_scores(outputs: Any, criterion: str, model: nn.Module) -> None:
+    """Raise ``PruningError`` if cross-entropy can't be taken of outputs, or no class can be drawn from them."""
+    if not isinstance(outputs, torch.Tensor) or criterion == 'obdc' and outputs.ndim != 2:
+        raise PruningError(
+            f'criterion {criterion!r} takes the cross-entropy of scores of classes, but this {type(model).__name__} '
+            f'returns {kind_of(outputs)}; give loss_fn=, a function of output and target')
+
+
+def _one_number(loss: Any) -> torch.Tensor:
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return loss
+    raise PruningError(f'loss_fn= returned {kind_of(loss)}; return the whole loss, a tensor of one number')
+
+
+def _batches(data: Iterable[Any], criterion: str, device: torch.device) -> Iterator[Tuple[Any, Any]]:
+    """The batches on the device; for OBD-C, batches of one image. Images and targets may be nested."""
     for batch in data:
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             raise PruningError(
-                f'criterion {criterion!r} needs batches of (images, targets), found a {type(batch).__name__}; '
+                f'criterion {criterion!r} needs batches of (images, targets), found {kind_of(batch)}; '
                 f'give a loader that yields both')
-        images, targets = (part.to(device) if isinstance(part, torch.Tensor) else part for part in batch[:2])
+        images, targets = tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, tuple(batch[:2]))
         if criterion == 'obdc':
-            yield from ((images[i:i + 1], targets[i:i + 1]) for i in range(len(images)))
+            yield from ((images[i:i + 1], _at(targets, i)) for i in range(len(images)))
         else:
             yield images, targets
+
+
+def _at(targets: Any, image: int) -> Any:
+    """The targets of one image, of what a loader collates: a tensor, or a list or tuple of one entry per image."""
+    if isinstance(targets, dict):
+        return {name: _at(part, image) for name, part in targets.items()}
+    return targets[image:image + 1]

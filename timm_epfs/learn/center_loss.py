@@ -1,13 +1,20 @@
 """Center Loss on the classifier's input (Wen et al., A Discriminative Feature Learning Approach, ECCV 2016)."""
-from typing import Any, Dict, List, Optional, Tuple
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import nn
 
-from ..core import PruningError
-from ..trace import meta_copy
+from ..core import PruningError, kind_of, one_line
+from ..trace import meta_copy, quiet, tensors_in
 
-__all__ = ['CenterLoss', 'FeatureHook', 'drop_hooks', 'find_classifier']
+__all__ = ['CenterLoss', 'FeatureHook', 'drop_hooks', 'find_classifier', 'names_no_class']
+
+# Autograd's names of what makes scores of the same classes out of scores: views, scales, casts and softmaxes.
+_KEEPS_CLASSES = frozenset({
+    'Alias', 'Clone', 'Div', 'LogSigmoid', 'LogSoftmax', 'Mul', 'ReshapeAlias', 'Sigmoid', 'Softmax', 'Squeeze',
+    'ToCopy', 'UnsafeView', 'Unsqueeze', 'View',
+})
 
 
 class CenterLoss:
@@ -36,6 +43,7 @@ class CenterLoss:
         self.alpha = alpha
         self.centers = torch.zeros(classes, features)
         self._sums = torch.zeros(classes, features + 1)  # by class, since the last update: Σ(c − φ), number of images
+        self._range_checked = False
 
     def __call__(self, features: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of a batch, a scalar, float32. The next ``update`` takes the batch into account.
@@ -68,21 +76,20 @@ class CenterLoss:
 
     def _check(self, features: torch.Tensor, target: Any) -> None:
         if not (isinstance(target, torch.Tensor) and target.ndim == 1 and target.dtype == torch.int64):
-            found = type(target).__name__
-            if isinstance(target, torch.Tensor):
-                found = f'{target.dtype} of shape {tuple(target.shape)}'
             raise PruningError(
-                f'center loss needs class indices, found {found}; give the hard labels to penalty(), or switch center '
-                f'loss off with center=0')
+                f'Center Loss needs class indices, found {kind_of(target)}; give the hard labels to penalty(), or '
+                f'switch Center Loss off with center=0')
         if len(target) != len(features):
             raise PruningError(
                 f'penalty() got {len(target)} targets, but the last forward had {len(features)} images; call penalty() '
                 f'once after each forward')
         # On other devices, reading the range would wait for the device in every step.
-        if target.device.type == 'cpu' and len(target) and not 0 <= target.min() <= target.max() < len(self.centers):
+        check_range = len(target) and (target.device.type == 'cpu' or not self._range_checked)
+        if check_range and not 0 <= target.min() <= target.max() < len(self.centers):
             raise PruningError(
                 f'the targets range from {target.min()} to {target.max()}, but the model has {len(self.centers)} '
-                f'classes; create it with num_classes={target.max() + 1}')
+                f'classes; create it with num_classes={target.max() + 1}, or switch Center Loss off with center=0')
+        self._range_checked = True
 
     def _to(self, device: torch.device) -> None:
         if self.centers.device != device:
@@ -95,6 +102,21 @@ class CenterLoss:
     def load_state_dict(self, state: Dict[str, torch.Tensor]) -> None:
         """Resume where ``state_dict`` was called."""
         self.centers, self._sums = state['centers'].clone(), state['sums'].clone()
+
+
+def names_no_class(target: Any) -> bool:
+    """Whether a target has no classes in it: there is none, or it has real numbers, and they aren't soft labels.
+
+    >>> names_no_class(torch.tensor([[0.5, 12.0]])), names_no_class(torch.tensor([[0.1, 0.9]]))
+    (True, False)
+
+    Args:
+        target: Anything.
+    """
+    if not isinstance(target, torch.Tensor) or not target.is_floating_point():
+        return target is None
+    is_soft = target.ndim == 2 and bool((target >= 0).all()) and bool((target.sum(1) - 1).abs().max() < 0.01)
+    return not is_soft
 
 
 class FeatureHook:
@@ -141,8 +163,23 @@ def drop_hooks(model: nn.Module) -> None:
             del module._forward_pre_hooks[key]
 
 
+@torch.inference_mode(False)  # autograd says what an output was computed from
 def find_classifier(model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> Tuple[str, int, int]:
-    """Find the layer that computes the logits: timm's ``get_classifier``, or the last linear layer that a forward runs.
+    """Find the layer that computes the logits, by a forward in evaluation mode.
+
+    It is the linear layer, or the convolution at a single position, whose output of shape (batch, classes) the model
+    returns: alone or in a tuple, a list or a dict; as it is, scaled or through a softmax. Of a timm model, it is what
+    ``get_classifier`` returns. A layer further inside, such as that of a time embedding, is none, and neither is one
+    that scores pixels, tokens or boxes.
+
+    >>> class Net(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.body, self.fc, self.gate = nn.Linear(8, 6), nn.Linear(6, 3), nn.Linear(8, 6)
+    ...     def forward(self, x):
+    ...         return {'scores': self.fc(self.body(x) * self.gate(x)).log_softmax(1)}
+    >>> find_classifier(Net(), (torch.empty(1, 8, device='meta'),), {})
+    ('fc', 6, 3)
 
     Args:
         model: The model.
@@ -153,33 +190,100 @@ def find_classifier(model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> Tu
         Name of the layer, length of its input, number of classes.
 
     Raises:
-        PruningError: There is no such layer.
+        PruningError: There is no such layer; there are several, and none of them reads what the others compute; or the
+            forward fails without data.
     """
-    copy = meta_copy(model).eval()
-    names = {id(module): name for name, module in copy.named_modules()}
-    ran: List[Tuple[str, torch.Size, torch.Size]] = []
+    copy, runs = meta_copy(model).eval(), []
+    for name, layer in _candidates(copy).items():
+        for parameter in layer.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        layer.register_forward_hook(lambda layer, inputs, out, name=name: _note(runs, name, layer, inputs, out))
+    without_data = 'no classifier is known, as the forward fails without data (center=0 switches Center Loss off)'
+    with quiet(), torch.enable_grad(), one_line(without_data):
+        output = copy(*args, **kwargs)
+    scores = _scores(output, tensors_in((args, kwargs)))
+    if hasattr(copy, 'get_classifier'):
+        found = [run for run in runs if any(run.scores_as(tensor) for tensor in scores)]
+    else:
+        found = _last([run for tensor in scores for run in _behind(tensor, runs)])
+    names = list(dict.fromkeys(run.name for run in found))
+    if len(names) == 1:
+        return names[0], found[0].features, found[0].classes
+    what = f'{" and ".join(names)} compute outputs of shape (batch, classes), and Center Loss needs one layer that does'
+    if not names:
+        what = f'no linear layer of this {type(model).__name__} computes an output of shape (batch, classes)'
+    raise PruningError(f'{what}; center=0 switches Center Loss off')
 
-    def note_shapes(module, inputs, out):
-        ran.append((names[id(module)], inputs[0].shape, out.shape))
 
-    for module in _candidates(copy):
-        module.register_forward_hook(note_shapes)
-    with torch.no_grad():
-        copy(*args, **kwargs)
-    if not ran:
-        raise PruningError(
-            f'center loss needs a classifier, but the forward of this {type(model).__name__} runs none; create the '
-            f'model with num_classes=, or switch center loss off with center=0')
-    name, input_shape, output_shape = ran[-1]
-    return name, int(input_shape[1:].numel()), int(output_shape[1])
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """A run of a layer.
+
+    Attributes:
+        name: Name of the layer.
+        features: Length of its input.
+        classes: Number of its output features or channels.
+        length: Number of entries of its output.
+        node: Autograd's node of its output.
+    """
+    name: str
+    features: int
+    classes: int
+    length: int
+    node: Any
+
+    def scores_as(self, tensor: torch.Tensor) -> bool:
+        """Whether its output has one score for each entry of a tensor of shape (batch, classes)."""
+        return (self.length, self.classes) == (tensor.numel(), tensor.shape[1])
 
 
-def _candidates(model: nn.Module) -> List[nn.Module]:
-    """timm's classifier; of a model that isn't timm's, every linear layer."""
+def _note(runs: List[_Run], name: str, layer: nn.Module, inputs: Tuple, out: Any) -> None:
+    """Add the run, if it took a tensor and gave one."""
+    if inputs and all(isinstance(value, torch.Tensor) and value.ndim > 1 for value in (inputs[0], out)):
+        classes = out.shape[1 if isinstance(layer, nn.modules.conv._ConvNd) else -1]
+        runs.append(_Run(name, inputs[0].shape[1:].numel(), classes, out.numel(), out.grad_fn))
+
+
+def _candidates(model: nn.Module) -> Dict[str, nn.Module]:
+    """timm's classifier by name; of a model that isn't timm's, every linear layer and convolution."""
     if not hasattr(model, 'get_classifier'):
-        return [module for module in model.modules() if isinstance(module, nn.Linear)]
+        return {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))}
     classifier = model.get_classifier()
     if isinstance(classifier, (tuple, list, nn.ModuleList)) and len(classifier):  # distilled models have two heads
         classifier = classifier[0]
     has_parameters = isinstance(classifier, nn.Module) and any(True for _ in classifier.parameters())
-    return [classifier] if has_parameters else []
+    return {name: m for name, m in model.named_modules() if m is classifier} if has_parameters else {}
+
+
+def _scores(output: Any, inputs: Sequence[torch.Tensor]) -> List[torch.Tensor]:
+    """The tensors that a model returned of shape (batch, two or more)."""
+    if hasattr(output, '__dict__') and not isinstance(output, (torch.Tensor, dict, list, tuple)):
+        output = vars(output)
+    batches = {1, *(len(tensor) for tensor in inputs if tensor.ndim)}  # not the number of boxes or tokens
+    return [t for t in tensors_in(output) if t.ndim == 2 and len(t) in batches and t.shape[1] > 1]
+
+
+def _behind(scores: torch.Tensor, runs: Sequence[_Run]) -> List[_Run]:
+    """The runs of layers whose outputs these scores are."""
+    by_node = {run.node: run for run in runs if run.scores_as(scores)}
+    nodes, found = [scores.grad_fn], []
+    while nodes:
+        node = nodes.pop()
+        if node in by_node:
+            found.append(by_node[node])
+        elif node is not None and node.name().partition('Backward')[0] in _KEEPS_CLASSES:
+            nodes += [earlier for earlier, _ in node.next_functions]
+    return found
+
+
+def _last(runs: Sequence[_Run]) -> List[_Run]:
+    """The runs whose outputs no other one reads."""
+    read: Set[Any] = set()
+    for run in runs:
+        nodes = [earlier for earlier, _ in run.node.next_functions]
+        while nodes:
+            node = nodes.pop()
+            if node is not None and node not in read:
+                read.add(node)
+                nodes += [earlier for earlier, _ in node.next_functions]
+    return [run for run in runs if run.node not in read]

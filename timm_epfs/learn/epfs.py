@@ -1,17 +1,19 @@
 """EPFS: efficient structured pruning based on deep feature stabilization."""
-from typing import Any, Dict, Mapping, Optional, Union
+from typing import Any, Dict, Mapping, Optional, Tuple, Union
 
 import torch
 from torch import nn
 
-from ..core import Budget, PruningError
+from ..core import Budget, PruningError, kind_of, warn
 from ..pruner import Pruner
-from .center_loss import CenterLoss, FeatureHook, find_classifier
+from .center_loss import CenterLoss, FeatureHook, find_classifier, names_no_class
 from .proximal_learner import ProximalLearner
+from .setup import Setup
 from .solvers import Fista, prox_elastic, prox_norm
 
 __all__ = ['EPFS']
 
+_CENTER = 0.003  # λ_c of Wen et al.
 _L2_RATIOS = {'norm': 20.0, 'elastic': 2.0, None: 0.0}
 
 
@@ -46,7 +48,9 @@ class EPFS(ProximalLearner):
         l1: λ₁, fixed. None: it is steered so that the budget is met.
         l2: R₂: ``'norm'``, ``'elastic'`` or None.
         l2_ratio: λ₂/λ₁. None: 20 for ``'norm'``, 2 for ``'elastic'``.
-        center: λ_c, by default as in Wen et al. 0 switches Center Loss off.
+        center: λ_c. 0 switches Center Loss off. None: 0.003, as in Wen et al., where a layer of the model computes the
+            scores of classes (``center_loss.find_classifier``) and ``penalty`` is given classes; otherwise 0, with a
+            warning.
         center_alpha: α, the step size of the centres.
         weigh: ``'fisher'``, ``'macs'`` or None, as in ``ProximalLearner``.
         lr: η, the step size of the masks. None: from ``steps`` and the size of the gradients.
@@ -57,7 +61,10 @@ class EPFS(ProximalLearner):
         **options: As in ``Learner``.
 
     Raises:
-        PruningError: As for ``Learner``; or Center Loss is on, and the model has no classifier.
+        PruningError: As for ``Learner``; or ``center`` was given, and no layer or several compute scores of classes.
+
+    Warns:
+        UserWarning: ``center`` was not given, and Center Loss is off because the model or the targets have no classes.
     """
 
     method = 'epfs'
@@ -72,7 +79,7 @@ class EPFS(ProximalLearner):
             l1: Optional[float] = None,
             l2: Optional[str] = 'norm',
             l2_ratio: Optional[float] = None,
-            center: float = 0.003,
+            center: Optional[float] = None,
             center_alpha: float = 0.5,
             weigh: Optional[str] = 'fisher',
             lr: Optional[float] = None,
@@ -85,13 +92,17 @@ class EPFS(ProximalLearner):
         if l2 not in _L2_RATIOS:
             raise PruningError(f"l2={l2!r} was given; choose 'norm', 'elastic' or None")
         setup = self.setup(model, macs, steps, **options)
-        classifier = find_classifier(setup.pruner.model, *setup.pruner.example) if center else None
+        if center is not None and not center >= 0:
+            raise PruningError(f'center={center!r} was given; give a number that is 0 or more')
+        classifier = _classifier(setup, center)
         super().__init__(setup, l1=l1, lr=lr, weigh=weigh, follow_schedule=follow_schedule, refit=refit)
-        self.l2, self.center = l2, center
+        self.l2, self._center_given = l2, center is not None
         self.l2_ratio = _L2_RATIOS[l2] if l2_ratio is None else l2_ratio
         self._center_loss: Optional[CenterLoss] = None
         self._last_center = 0.0
+        self.center = 0.0
         if classifier is not None:
+            self.center = _CENTER if center is None else center
             name, features, classes = classifier
             self._center_loss = CenterLoss(classes, features, center_alpha)
             self._feature = FeatureHook(self.model.get_submodule(name))
@@ -111,17 +122,32 @@ class EPFS(ProximalLearner):
         """Center Loss times λ_c, a scalar. ℓ1 and ℓ2 are not part of it: the proximal step takes care of them.
 
         Args:
-            target: Class indices of the images of the last forward, shape (batch,), int64.
+            target: Class indices of the images of the last forward, shape (batch,), int64. Anything where Center Loss
+                is off.
 
         Raises:
             PruningError: The targets aren't class indices, or there was no forward in training mode.
+
+        Warns:
+            UserWarning: ``center`` was not given, and there are no classes: no target, or one of real numbers. Center
+                Loss is off from now on.
         """
         loss = super().penalty()
         if self._center_loss is None or not self.model.training:
             return loss
+        if not self._center_given and names_no_class(target):
+            warn(
+                f'EPFS goes on without Center Loss: it needs class indices, and penalty() got {kind_of(target)}; '
+                f'center=0 switches it off')
+            self._switch_center_off()
+            return loss
         center = self._center_loss(self._feature.take(), target)
         self._last_center = center.detach()
         return loss + self.center * center
+
+    def _switch_center_off(self) -> None:
+        self._feature.remove()
+        self._center_loss, self.center, self._last_center = None, 0.0, 0.0
 
     def _after_step(self) -> None:
         if self._center_loss is not None:
@@ -166,5 +192,20 @@ class EPFS(ProximalLearner):
 
     def _load(self, state: Mapping[str, Any]) -> None:
         super()._load(state)
-        if self._center_loss is not None:
+        if self._center_loss is not None and 'center.centers' not in state:  # it was switched off while learning
+            self._switch_center_off()
+        elif self._center_loss is not None:
             self._center_loss.load_state_dict({key: state[f'center.{key}'] for key in ('centers', 'sums')})
+
+
+def _classifier(setup: Setup, center: Optional[float]) -> Optional[Tuple[str, int, int]]:
+    """What ``find_classifier`` finds, if Center Loss is to be on. Without ``center``, it is off if there is none."""
+    if center == 0:
+        return None
+    try:
+        return find_classifier(setup.pruner.model, *setup.pruner.example)
+    except PruningError as e:
+        if center is not None:
+            raise
+        warn(f'EPFS learns without Center Loss: {e}')
+        return None

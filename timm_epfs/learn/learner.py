@@ -60,8 +60,9 @@ class Learner:
     Every method takes these arguments besides its own:
 
     Args:
-        model: A classifier on any device, DDP-wrapped or compiled or not; it is changed in place until ``remove()``. Or
-            a ``Pruner`` of one: then the model isn't traced again, and the pruner's options say what may be cut.
+        model: A model on any device, DDP-wrapped or compiled or not, whatever its forward returns; it is changed in
+            place until ``remove()``. Or a ``Pruner`` of one: then the model isn't traced again, and the pruner's
+            options say what may be cut.
         macs: Budget of multiply-accumulates: a share of the dense model's (``0.5``), a count above 1 (``2e9``), or a
             whole ``Budget``. Without any budget, the units whose masks are zero are cut.
         steps: Length of the sparse phase in optimizer steps.

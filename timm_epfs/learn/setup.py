@@ -83,13 +83,8 @@ def structures_to_learn(pruner: Pruner) -> Tuple[List[Structure], FrozenSet[str]
     normalised over their channels.
 
     Raises:
-        PruningError: The model doesn't return a tensor of logits, or no structure can be masked.
+        PruningError: No structure can be masked.
     """
-    returns = pruner.trace.returns
-    if returns != 'Tensor':
-        raise PruningError(
-            f'the model\'s forward returns a {returns}, a learner needs the logits alone; wrap the model in a module '
-            f'that returns only these')
     without_masks = frozenset(
         s.name for s in pruner.structures if (s.stream and not pruner.streams) or not is_maskable(s))
     structures = [s for s in pruner.structures if s.name not in without_masks]

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from ..core import Budget, Member, PruningError, Structure
 from ..pruner import Pruner
@@ -59,11 +60,12 @@ class SFP(RankingLearner):
         if (setup.budget is None) == (ratio is None):
             given = 'neither a budget nor ratio= was' if ratio is None else 'both a budget and ratio= were'
             raise PruningError(f'{given} given; give either a budget (macs=, params=, latency=) or ratio=')
+        parameters = dict(setup.pruner.model.named_parameters(remove_duplicate=False))  # by their names without masks
         super().__init__(setup)
         self.ratio = ratio
         self.steps_per_epoch = steps_per_epoch or max(1, steps // 100)
         self._soft_alive = 1.0  # share of the cost in filters that were not set to zero last time
-        self._parameters = _parameters(self.model)
+        self._parameters = parameters
 
     def _recipe(self) -> Dict[str, Any]:
         return {'ratio': self.ratio, 'steps_per_epoch': self.steps_per_epoch}
@@ -91,8 +93,16 @@ class SFP(RankingLearner):
 
     def _zeroed(self, structure: Structure) -> List[Member]:
         """The weights of filters: they are set to zero, and their norm ranks the filters."""
-        return [m for m in structure.members
-                if m.role == 'out' and m.tensor in self._parameters and self._parameters[m.tensor].ndim > 1]
+        weights = [m for m in structure.members
+                   if m.role == 'out' and m.tensor in self._parameters and self._parameters[m.tensor].ndim > 1]
+        return [m for m in weights if not self._is_direction(m.tensor)]
+
+    def _is_direction(self, name: str) -> bool:
+        """Whether it is v of a weight g·v/‖v‖ (weight norm), which isn't defined at v = 0: its g is set to zero."""
+        owner, _, leaf = name.rpartition('.')
+        if leaf == 'original1':
+            return any(isinstance(step, _WeightNorm) for step in self.model.get_submodule(owner))
+        return leaf.endswith('_v') and f'{name[:-1]}g' in self._parameters
 
     def _scores(self) -> Dict[str, np.ndarray]:
         return {s.name: self._norms(self._zeroed(s), s.units) for s in self.structures}
@@ -136,13 +146,3 @@ class BNSFP(SFP):
     def _is_scale(self, name: str) -> bool:
         owner, _, leaf = name.rpartition('.')
         return leaf == 'weight' and isinstance(self.model.get_submodule(owner), _BatchNorm)
-
-
-def _parameters(model: nn.Module) -> Dict[str, torch.Tensor]:
-    """The parameters of a masked model, by the names that they have without masks."""
-    def unmasked(name: str) -> str:
-        if '.parametrizations.' not in name:
-            return name
-        return name.replace('.parametrizations.', '.').removesuffix('.original')
-
-    return {unmasked(name): parameter for name, parameter in model.named_parameters(remove_duplicate=False)}

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core import PruningError, eval_mode, format_count
+from ..core import PruningError, eval_mode, format_count, kind_of
 
 __all__ = ['Rows', 'compare', 'count_macs', 'size_on_disk', 'table', 'top1']
 
@@ -79,7 +79,7 @@ def top1(models: Sequence[nn.Module], batches: Iterable[Tuple[Tensor, Tensor]]) 
     """Top-1 accuracy of each model in percent, in one pass over the data.
 
     Raises:
-        PruningError: The data holds no image.
+        PruningError: The data holds no image, or a model doesn't return one tensor of shape (images, classes).
     """
     correct, images_seen = [0] * len(models), 0
     for images, targets in batches:
@@ -87,7 +87,17 @@ def top1(models: Sequence[nn.Module], batches: Iterable[Tuple[Tensor, Tensor]]) 
         for i, model in enumerate(models):
             device = next(model.parameters()).device
             with eval_mode(model):
-                correct[i] += (model(images.to(device)).argmax(1) == targets.to(device)).sum().item()
+                classes = _logits(model, images.to(device)).argmax(1)
+            correct[i] += (classes == targets.to(device)).sum().item()
     if not images_seen:
         raise PruningError('top-1: the data holds no image; give at least one')
     return [100 * count / images_seen for count in correct]
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    output = model(images)
+    if isinstance(output, Tensor) and output.ndim == 2:
+        return output
+    raise PruningError(
+        f'top-1 needs a classifier, and this {type(model).__name__} returns {kind_of(output)}; compare the models by a '
+        f'metric of your own')
