@@ -22,7 +22,7 @@ from ..core import CostModel, PruningError, Size, Structure
 from .blocks import Block
 from .build import Proposal, build
 from .calls import Call
-from .copies import meta_copy
+from .copies import meta_copy, meta_tensor
 from .costs import build_calls
 from .interface import watch_interface
 from .recorder import Recorder
@@ -82,7 +82,7 @@ def trace(
     Raises:
         PruningError: The forward fails, or nothing that was found could be verified.
     """
-    args, kwargs = tree_map(lambda x: x.to('meta') if isinstance(x, torch.Tensor) else x, (args, kwargs or {}))
+    args, kwargs = tree_map(lambda x: meta_tensor(x) if isinstance(x, torch.Tensor) else x, (args, kwargs or {}))
     rec, returns = _record(model, whole_heads, args, kwargs)
     skipped = _training_only(rec, args, kwargs)
     skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
