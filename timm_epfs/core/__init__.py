@@ -4,11 +4,12 @@ In: nothing of this library. Out: ``Structure``, ``CostModel``, ``Budget``, ``Pr
 """
 from .budget import BUDGETS, Budget
 from .cost import QUANTITIES, CostModel, is_number
+from .deep_copies import clone_tensor, deep_copy
 from .errors import OutOfReach, PruningError, first_few, one_line
 from .files import check_place, whole_folder, write_whole
 from .indices import complement, distinct
 from .keywords import nearest_keyword, refuse_unknown
-from .modules import device_of, eval_mode, named_tensors
+from .modules import device_of, eval_mode, named_tensors, set_modes
 from .processes import from_first, summed, world_size
 from .progress_bar import progress, step
 from .repeatable import Repeatable
@@ -20,8 +21,9 @@ from .validation import ANYTHING, DICT, FLAG, INTEGER, LIST, TEXT, Rule, check, 
 __all__ = [
     'ANYTHING', 'BUDGETS', 'Budget', 'CostModel', 'DEFAULT_KINDS', 'DICT', 'FLAG', 'INTEGER', 'KINDS', 'LIST',
     'Member', 'OutOfReach', 'PruningError', 'QUANTITIES', 'Repeatable', 'Rule', 'Size', 'Structure', 'TEXT',
-    'aligned_table', 'check', 'check_patterns', 'check_place', 'complement', 'device_of', 'distinct', 'eval_mode',
-    'first_few', 'format_count', 'from_first', 'invalid', 'is_number', 'kind_of', 'kinds_named', 'markdown_table',
-    'named_tensors', 'nearest', 'nearest_keyword', 'one_line', 'pattern_list', 'percent', 'progress',
-    'refuse_unknown', 'shorten', 'step', 'summed', 'warn', 'whole_folder', 'world_size', 'write_whole',
+    'aligned_table', 'check', 'check_patterns', 'check_place', 'clone_tensor', 'complement', 'deep_copy',
+    'device_of', 'distinct', 'eval_mode', 'first_few', 'format_count', 'from_first', 'invalid', 'is_number',
+    'kind_of', 'kinds_named', 'markdown_table', 'named_tensors', 'nearest', 'nearest_keyword', 'one_line',
+    'pattern_list', 'percent', 'progress', 'refuse_unknown', 'set_modes', 'shorten', 'step', 'summed', 'warn',
+    'whole_folder', 'world_size', 'write_whole',
 ]

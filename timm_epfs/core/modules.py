@@ -1,11 +1,11 @@
 """Helpers for torch modules: evaluation mode for a block of code, a model's device and its tensors by name."""
 from contextlib import contextmanager
-from typing import Dict, Iterator
+from typing import Dict, Iterable, Iterator, Tuple
 
 import torch
 from torch import nn
 
-__all__ = ['device_of', 'eval_mode', 'named_tensors']
+__all__ = ['device_of', 'eval_mode', 'named_tensors', 'set_modes']
 
 
 @contextmanager
@@ -16,8 +16,21 @@ def eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     try:
         yield model
     finally:
-        for module, training in modes:
-            module.training = training
+        set_modes(modes)
+
+
+def set_modes(modes: Iterable[Tuple[nn.Module, bool]]) -> None:
+    """Set modules to training or evaluation mode, each by its own ``train()``.
+
+    That method may do more than set a flag: torchvision's feature extractors change their graph in it. It passes the
+    mode on to the module's children, so children have to come after their parents.
+
+    Args:
+        modes: Modules, each with whether it trains.
+    """
+    for module, training in modes:
+        if module.training != training:
+            module.train(training)
 
 
 def device_of(model: nn.Module) -> torch.device:

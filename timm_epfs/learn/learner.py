@@ -1,5 +1,4 @@
 """``Learner``: what all methods share. Four calls in the user's training loop, from masks to a smaller model."""
-import copy
 from inspect import signature
 from math import ceil
 from typing import Any, Dict, Mapping, Optional, Tuple, Union, cast
@@ -10,7 +9,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..allocate import top
-from ..core import DEFAULT_KINDS, PruningError, refuse_unknown, warn
+from ..core import DEFAULT_KINDS, PruningError, clone_tensor, deep_copy, refuse_unknown, warn
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
 from ..pruner import Pruner
 from ..surgery import Masks, apply_plan, is_masked
@@ -313,7 +312,7 @@ class Learner:
         if not is_masked(source):
             raise PruningError(
                 'export: this model has no masks; give the learner\'s model, or a copy that was made after the learner')
-        slim = self.masks.fold(copy.deepcopy(source))
+        slim = self.masks.fold(deep_copy(source, clone_tensor))
         drop_hooks(slim)
         return slim
 

@@ -16,6 +16,7 @@ from ..latency import DeviceLatency
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
 from ..surgery import compensate as compensate_cut
 from ..surgery import cut_copy
+from ..trace import meta_tensor
 from ..zoo import base_of
 from .allocator import Allocator
 from .dense_model import check_unmasked, prepare_model
@@ -410,4 +411,4 @@ def _allocate(allocator: Allocator, scores: Scores, width_scores: Optional[Score
 
 
 def _to_meta(value: Any) -> Any:
-    return value.to('meta') if isinstance(value, torch.Tensor) else value
+    return meta_tensor(value) if isinstance(value, torch.Tensor) else value

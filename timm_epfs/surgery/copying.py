@@ -1,11 +1,10 @@
 """A cut copy of a model that costs little more memory than what is left of it."""
-import copy
 from typing import Dict, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from ..core import clone_tensor, deep_copy
 from ..plan import Plan
 from .cutting import apply_plan
 
@@ -21,7 +20,7 @@ def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
         plan: What stays.
 
     Raises:
-        PruningError: The plan is for another model.
+        PruningError: The plan is for another model, or the model can't be copied.
     """
     slim = apply_plan(_shallow_copy(model), plan)
     _copy_shared_tensors(slim, model)
@@ -29,15 +28,10 @@ def cut_copy(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _shallow_copy(model: nn.Module) -> nn.Module:
-    """A copy of every module, whose tensors are still the model's."""
-    memo = {id(tensor): tensor for tensor in _tensors(model)}
-    for module in model.modules():  # what a module keeps of a forward may have a history, which can't be copied
-        for leaf in tree_leaves(dict(vars(module))):
-            if isinstance(leaf, Tensor) and not leaf.is_leaf:
-                memo[id(leaf)] = leaf.detach()
+    """A copy of every module, whose parameters and buffers are still the model's."""
+    shared = {id(tensor) for tensor in _tensors(model)}
     plan = getattr(model, 'pruning_plan', None)
-    memo[id(plan)] = plan
-    return copy.deepcopy(model, memo)
+    return deep_copy(model, lambda tensor: tensor if id(tensor) in shared else clone_tensor(tensor), share=[plan])
 
 
 def _copy_shared_tensors(slim: nn.Module, model: nn.Module) -> None:
@@ -49,13 +43,8 @@ def _copy_shared_tensors(slim: nn.Module, model: nn.Module) -> None:
             for name, tensor in tensors.items():
                 if tensor is not None and id(tensor) in theirs:
                     if id(tensor) not in copies:
-                        copies[id(tensor)] = _copied(tensor)
+                        copies[id(tensor)] = clone_tensor(tensor)
                     tensors[name] = copies[id(tensor)]
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    clone = tensor.detach().clone()
-    return nn.Parameter(clone, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:

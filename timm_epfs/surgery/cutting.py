@@ -5,7 +5,7 @@ from typing import Dict, List, Mapping, Sequence, Set
 import numpy as np
 from torch import Tensor, nn
 
-from ..core import distinct, named_tensors
+from ..core import distinct, named_tensors, set_modes
 from ..plan import Plan, check_plan
 from .attributes import attribute_misfits, refresh_shapes, repeated_sizes, set_attribute
 from .tensors import cut_tensor, tensor_misfits, wrong_base
@@ -124,5 +124,4 @@ def _drop_caches(model: nn.Module) -> None:
     """
     modes = [(module, module.training) for module in model.modules()]
     model.train()
-    for module, training in modes:
-        module.training = training
+    set_modes(modes)

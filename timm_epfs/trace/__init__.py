@@ -3,8 +3,8 @@
 In: a model and its inputs. Out: structures, a cost model and attributes that follow, verified on a cut copy.
 """
 from .calls import Call, Calls, tensors_in
-from .copies import meta_copy, quiet
+from .copies import meta_copy, meta_tensor, quiet
 from .rules import rule
 from .tracing import Skipped, Trace, trace
 
-__all__ = ['Call', 'Calls', 'Skipped', 'Trace', 'meta_copy', 'quiet', 'rule', 'tensors_in', 'trace']
+__all__ = ['Call', 'Calls', 'Skipped', 'Trace', 'meta_copy', 'meta_tensor', 'quiet', 'rule', 'tensors_in', 'trace']

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .copies import copy_to
+from .copies import cpu_copy, meta_copy, meta_tensor
 
 __all__ = ['Forward', 'decided', 'decided_by_numbers']
 
-_CPU, _META = torch.device('cpu'), torch.device('meta')
 _WITHOUT_TAG = frozenset({'torchvision::nms'})  # operations that torch doesn't know to depend on numbers
 
 
@@ -27,31 +26,27 @@ class Forward:
         model: The model. It is never run itself, nor are its tensors changed.
         args: Positional arguments.
         kwargs: Keyword arguments.
-        device: Where copies run: the meta device or the CPU.
+        has_numbers: Whether copies run on numbers, on the CPU, and not without data, on the meta device.
     """
     model: nn.Module
     args: Tuple
     kwargs: Dict[str, Any]
-    device: torch.device
+    has_numbers: bool
 
     @classmethod
     def without_data(cls, model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> 'Forward':
         """On the meta device."""
-        return cls(model, *tree_map(lambda x: x.to(_META) if isinstance(x, torch.Tensor) else x, (args, kwargs)), _META)
+        args, kwargs = tree_map(lambda x: meta_tensor(x) if isinstance(x, torch.Tensor) else x, (args, kwargs))
+        return cls(model, args, kwargs, has_numbers=False)
 
     @classmethod
     def on_numbers(cls, model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> 'Forward':
         """On the CPU. Inputs without data get random numbers from 0 to 1, integers zeros and masks ones."""
-        return cls(model, *tree_map(_with_numbers, (args, kwargs)), _CPU)
-
-    @property
-    def has_numbers(self) -> bool:
-        """Whether there are numbers, not only shapes."""
-        return self.device == _CPU
+        return cls(model, *tree_map(_with_numbers, (args, kwargs)), has_numbers=True)
 
     def copy(self) -> nn.Module:
         """A copy of the model on the device, in evaluation mode."""
-        return copy_to(self.model, self.device).eval()
+        return (cpu_copy if self.has_numbers else meta_copy)(self.model).eval()
 
     def inputs(self) -> Tuple[Tuple, Dict[str, Any]]:
         """Arguments that a forward may change."""
@@ -66,7 +61,7 @@ def _with_numbers(value: Any) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     if not value.is_meta:
-        return value.detach().to(_CPU)
+        return value.detach().cpu()
     if value.is_floating_point():
         return torch.rand(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(0))
     return torch.full(value.shape, value.dtype == torch.bool, dtype=value.dtype)
