@@ -118,7 +118,7 @@ class Recurrent(nn.Module):
 @pytest.mark.parametrize('kind', ['GRU', 'LSTM'])
 def test_a_learner_exports_straight_after_training(kind):
     model, x, target = Recurrent(kind).train(), torch.randn(4, 4, 6), torch.tensor([0, 1, 2, 0])
-    learner = timm_epfs.EPFS(model, macs=0.5, steps=2, example_input=x[:1])
+    learner = timm_epfs.EPFS(model, macs=0.5, steps=2, example_input=x[:1], exclude=['norm'])  # not cut exactly
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for _ in range(3):
         (nn.functional.cross_entropy(model(x), target) + learner.penalty(target)).backward()

@@ -117,6 +117,8 @@ def _record(
     without = Forward.without_data(model, args, kwargs)
     try:
         return (without, *_recorded(without, whole_heads), '')
+    except PruningError:  # the model can't be copied
+        raise
     except Exception as e:
         on_numbers = _failure(e)
     forward = Forward.on_numbers(model, args, kwargs)
