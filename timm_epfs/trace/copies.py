@@ -82,7 +82,7 @@ def raised_at(error: BaseException) -> Tuple[str, int]:
 @lru_cache(maxsize=None)
 def _is_plumbing(path: str) -> bool:
     """Whether a file of code is torch's, this package's or the interpreter's own."""
-    return path.startswith('<frozen ') or any(lies_in(path, folder) for folder in _PLUMBING)
+    return path.startswith('<frozen ') or path not in _MODELS and any(lies_in(path, folder) for folder in _PLUMBING)
 
 
 def lies_in(path: str, folder: str) -> bool:
@@ -97,3 +97,4 @@ def lies_in(path: str, folder: str) -> bool:
 
 
 _PLUMBING = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+_MODELS = (nn.modules.transformer.__file__,)  # torch's own models, of many layers
