@@ -1,5 +1,5 @@
 """torch-pruning's own one-shot, as its examples for timm and torchvision do it: what ours is compared with."""
-from typing import Callable, Dict, List, Optional
+from typing import Callable, Dict, List, Optional, Sequence
 
 import torch
 import torch_pruning as tp
@@ -34,6 +34,7 @@ def one_shot(
         entered: Callable[[str], None] = lambda stage: None,
         ratio: float = 0.5,
         round_to: Optional[int] = None,
+        ignored: Sequence[nn.Module] = (),
 ) -> nn.Module:
     """Cut ``ratio`` of all channels in place: L2 over groups, classifier left alone, numbers of heads given.
 
@@ -44,6 +45,7 @@ def one_shot(
         entered: Told ``'cut'`` when the tracing is done.
         ratio: Share of channels to remove.
         round_to: Widths are rounded to multiples of this.
+        ignored: Layers whose outputs aren't cut, besides the classifier.
     """
     for module in model.modules():
         if hasattr(module, 'fused_attn'):
@@ -54,8 +56,8 @@ def one_shot(
     }
     # Fresh dicts: the pruner updates its shared default arguments.
     pruner = tp.pruner.MagnitudePruner(
-        model, example, importance, pruning_ratio=ratio, ignored_layers=_classifier(model), num_heads=num_heads,
-        in_channel_groups={}, out_channel_groups={}, round_to=round_to,
+        model, example, importance, pruning_ratio=ratio, ignored_layers=[*_classifier(model), *ignored],
+        num_heads=num_heads, in_channel_groups={}, out_channel_groups={}, round_to=round_to,
     )
     entered('cut')
     pruner.step()
