@@ -331,8 +331,8 @@ RULE_ROWS = {
     'attention heads': (
         Net(attention, qkv=nn.Linear(12, 48), proj=nn.Linear(16, 12), heads=4, width=4), TOKENS, {'qkv': 4}),
     "MLPs of torch's encoder": (
-        nn.Sequential(nn.Linear(12, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 5)), TOKENS,
-        {'1.linear1': 16}),
+        nn.Sequential(nn.Linear(12, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 5)),
+        TOKENS, {'1.linear1': 16}),
     'a convolution over folded heads': (
         Net(folded, a=nn.Linear(12, 16), c=nn.Conv1d(4, 4, 3, padding=1), b=nn.Linear(16, 5), heads=4, width=4), TOKENS,
         {'a': 4}),
@@ -562,6 +562,16 @@ def test_inputs_and_outputs_of_any_structure():
     slim = timm_epfs.prune(module, macs=0.5, example_input=inputs)
     out = slim(**inputs)
     assert out['logits'].shape == (2, 5) and out['rest'][0].shape == (2, 4)
+
+
+def test_widths_that_stay_are_named_with_what_fixes_them():
+    net = Net(lambda m, x: m.c(m.b(m.a(x)).softmax(1)), a=conv(3, 8), b=conv(8, 6), c=conv(6, 5))
+    fixed = trace_model(net, torch.zeros(1, 3, 8, 8)).fixed
+    assert fixed.keys() == {'b', 'c'} and fixed['c'] == (5, 'the model returns it')
+    assert fixed['b'][0] == 6 and '_softmax at' in fixed['b'][1] and 'test_trace.py' in fixed['b'][1]
+    assert 'b (6): _softmax at' in str(timm_epfs.inspect(net, example_input=torch.zeros(1, 3, 8, 8)))
+    with pytest.raises(PruningError, match='this model has channels to cut, and kinds= leaves them out'):
+        timm_epfs.prune(net, macs=0.5, example_input=torch.zeros(1, 3, 8, 8), kinds=['heads'])
 
 
 def test_what_a_model_returns_is_not_cut():

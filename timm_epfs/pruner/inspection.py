@@ -9,6 +9,7 @@ from ..trace import Trace
 __all__ = ['Report', 'Row', 'make_report']
 
 _WIDTH = 120
+_FIXED = 10  # lines about widths that stay
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Report:
         skipped: Lines of the model's code around which nothing is cut, and the reasons.
         left_out: Number of further structures, which the pruner's options leave out, or an earlier cut.
         on_numbers: Where and why the forward can't be traced by shapes alone, if it can't.
+        fixed: Layers whose output width can't be cut: name, width and why.
     """
     model: str
     macs: float
@@ -63,6 +65,7 @@ class Report:
     skipped: Tuple[Tuple[str, str], ...] = ()
     left_out: int = 0
     on_numbers: str = ''
+    fixed: Tuple[Tuple[str, int, str], ...] = ()
 
     def to_dict(self) -> Dict[str, Any]:
         """The report as JSON values. ``groups`` is left out, since it can be derived from ``structures``."""
@@ -71,7 +74,8 @@ class Report:
         for row in data['structures']:
             del row['count']
         skipped = [{'where': where, 'why': why} for where, why in self.skipped]
-        return {**data, 'structures': list(data['structures']), 'skipped': skipped}
+        fixed = [{'name': name, 'units': units, 'why': why} for name, units, why in self.fixed]
+        return {**data, 'structures': list(data['structures']), 'skipped': skipped, 'fixed': fixed}
 
     def __str__(self) -> str:
         lines = [f'{self.model}: {format_count(self.macs)} MACs, {format_count(self.params)} parameters']
@@ -85,15 +89,15 @@ class Report:
             if len(self.groups) < len(self.structures):
                 lines += ['', f'{len(self.structures)} structures, those of one shape in one row']
         elif not self.left_out:
-            lines.append(
-                'nothing can be cut: every width is fixed by the input, by the output, or by an operation that mixes '
-                'channels or has no rule')
+            lines.append('nothing can be cut')
         if self.left_out:
             number = f'{self.left_out} more' if self.structures else f'all {self.left_out}'
             lines += ['', f'{number} structures are left out by exclude=, only=, kinds=, streams= or an earlier cut']
         if self.skipped:
             lines += ['', 'nothing is cut around:']
             lines += [shorten(f'  {where}: {why}', _WIDTH) for where, why in self.skipped]
+        if self.fixed:
+            lines += ['', 'widths that stay:', *_fixed_lines(self.fixed)]
         if self.on_numbers:
             lines += ['', 'traced on numbers, since shapes alone don\'t tell which way the forward takes:',
                       shorten(f'  {self.on_numbers}', _WIDTH)]
@@ -121,8 +125,20 @@ def make_report(name: str, traced: Trace, structures: Sequence[Structure]) -> Re
         groups=tuple(_row(alike, cost, dense) for alike in _alike(structures)),
         skipped=tuple((s.where, s.why) for s in traced.skipped),
         on_numbers=traced.on_numbers,
+        fixed=tuple((name, units, why) for name, (units, why) in traced.fixed.items()),
         left_out=len(traced.structures) - len(structures),
     )
+
+
+def _fixed_lines(fixed: Sequence[Tuple[str, int, str]]) -> List[str]:
+    """A line for each width and reason."""
+    alike: Dict[Tuple[str, int, str], List[str]] = {}
+    for name, units, why in fixed:
+        alike.setdefault((re.sub(r'\d+', '0', name), units, why), []).append(name)
+    lines = [f'  {_pattern(names)} ({units:,}): {why}' for (_, units, why), names in alike.items()]
+    left = len(lines) - _FIXED
+    lines = lines[:_FIXED] + ([f'  and {left} more'] if left > 0 else [])
+    return [shorten(line, _WIDTH) for line in lines]
 
 
 def _row(alike: Sequence[Structure], cost: CostModel, dense) -> Row:

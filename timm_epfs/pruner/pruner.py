@@ -359,7 +359,8 @@ class Pruner:
         check_criterion(choice.criterion)
         check_unmasked(self.model)
         if not self.structures:
-            raise PruningError(f'nothing is left to cut: {describe_nothing(self.trace)}')
+            why = describe_nothing(self.trace, self.exclude, self.only, self.kinds)
+            raise PruningError(f'nothing is left to cut: {why}')
         return self.allocator(budget.quantity, choice, budget.latency_batch_size)
 
     def _recipe(self, budget: Budget, choice: Choice, allocator: Allocator, **measured: Any) -> Dict[str, Any]:

@@ -1,7 +1,7 @@
 """``exclude=``, ``only=``, ``kinds=`` and ``streams=``: the structures that a user allows to be cut."""
 from typing import Collection, Optional, Sequence, Set, Tuple
 
-from ..core import PruningError, Structure, check_patterns, kinds_named, pattern_list
+from ..core import PruningError, Structure, check_patterns, first_few, kinds_named, pattern_list
 from ..trace import Trace
 
 __all__ = ['checked_options', 'describe_nothing', 'left_alone']
@@ -56,9 +56,16 @@ def left_alone(
     }
 
 
-def describe_nothing(traced: Trace) -> str:
-    """Why nothing of a model may be cut."""
-    if traced.structures:
-        return 'exclude=, only= and kinds= leave out every structure; loosen them'
-    places = '; '.join(f'{s.where} ({s.why})' for s in traced.skipped[:3])
-    return f'no structure of this model can be cut{": " + places if places else ""}'
+def describe_nothing(traced: Trace, exclude: Sequence[str], only: Sequence[str], kinds: Sequence[str]) -> str:
+    """Why nothing of a model may be cut, given the options of its pruner."""
+    found = sorted({s.kind for s in traced.structures})
+    if set(found) & set(kinds):
+        given = ' and '.join(name for name, value in (('exclude=', exclude), ('only=', only)) if value)
+        return f'{given or "an earlier cut"} leaves out every structure; loosen it'
+    if found:
+        return f'this model has {" and ".join(found)} to cut, and kinds= leaves them out; give kinds={found}'
+    places = [f'{s.where} ({s.why})' for s in traced.skipped]
+    places = places or [f'{name} is fixed by {why}' for name, (_, why) in traced.fixed.items()]
+    if not places:
+        return 'this model has no layers to cut'
+    return f'no structure of this model can be cut: {first_few(places)}'

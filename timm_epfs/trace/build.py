@@ -1,6 +1,6 @@
 """From solved labels to a proposal: structures, what they cost, and the integers that follow."""
 from dataclasses import dataclass, replace
-from typing import Dict, Iterator, List, Sequence, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class Proposal:
         conflicts: Labels that must be pinned first, since an attribute would have to have two values.
         sizer: Sizes of labels.
         blocks: The residual blocks among the structures.
+        fixed: Dims of weights that layers write and that can't be cut.
     """
     structures: Tuple[Structure, ...]
     cost: CostModel
@@ -33,6 +34,20 @@ class Proposal:
     conflicts: List[np.ndarray]
     sizer: Sizer
     blocks: Tuple[Block, ...]
+    fixed: Tuple['FixedDim', ...]
+
+
+class FixedDim(NamedTuple):
+    """A dim of a weight that can't be cut.
+
+    Attributes:
+        module: Name of the layer.
+        units: Length of the dim.
+        source: Number of the operation that pins it, ``RETURNED``, or None where it isn't known.
+    """
+    module: str
+    units: int
+    source: Optional[int]
 
 
 @dataclass(frozen=True)
@@ -69,7 +84,17 @@ def build(rec: Recorder, solution: Solution, blocks: Tuple[Block, ...]) -> Propo
     )
     sizer = Sizer(solution, structures, groups)
     attributes, conflicts = attribute_sizes(rec.follower.attributes.values(), sizer)
-    return Proposal(structures, build_cost(rec, structures, sizer, blocks), attributes, conflicts, sizer, blocks)
+    cost = build_cost(rec, structures, sizer, blocks)
+    return Proposal(structures, cost, attributes, conflicts, sizer, blocks, tuple(_fixed(rec, solution)))
+
+
+def _fixed(rec: Recorder, solution: Solution) -> Iterator[FixedDim]:
+    written, sources = rec.labels.of_weights(rec.written), rec.labels.pinned_by(solution)
+    for name, (_, labels) in rec.params.items():
+        for label in labels if name in rec.parameters else ():
+            if label is not None and written[label].all() and solution.pinned[label].all():
+                owner = Member(name, 0, 'out', label).owner
+                yield FixedDim(owner or name, len(label), sources.get(int(solution.unit[label[0]])))
 
 
 def _activation_labels(rec: Recorder) -> Iterator[np.ndarray]:

@@ -54,15 +54,18 @@ class Labels:
     Attributes:
         size: Number of nodes. The first is ``PINNED``.
         among_weights: Whether the operation that is running computes a weight from others.
+        source: What is running and may pin: a number.
     """
 
     def __init__(self, whole_heads: bool = True):
         self.size = 1
         self.whole_heads = whole_heads
         self.among_weights = False
+        self.source = 0
         self._ties: List[Edges] = []
         self._ties_among_weights: List[Edges] = []
         self._pins: List[np.ndarray] = [np.array([PINNED])]
+        self._sources: List[int] = []  # of each pin but the first
         self._equal_counts: List[Edges] = []
         self._reshapes: List[Reshape] = []
         self._heads: List[np.ndarray] = []
@@ -103,6 +106,7 @@ class Labels:
         """Cut none of these entries."""
         if label is not None:
             self._pins.append(label.ravel())
+            self._sources.append(self.source)
 
     def mark_inexact(self, label: Label, reason: str) -> None:
         """Cutting one of these entries changes what the others compute, for ``reason``."""
@@ -241,6 +245,13 @@ class Labels:
                     if kinds.get(u) not in ('heads', 'head_dims'):
                         kinds[u] = kind
         return kinds
+
+    def pinned_by(self, solution: Solution) -> Dict[int, int]:
+        """What pinned each pinned unit first, by its smallest node, as far as it was pinned by ``pin``."""
+        nodes = np.concatenate([np.zeros(0, dtype=np.int64), *self._pins[1:]])
+        sources = np.repeat(self._sources, [len(pin) for pin in self._pins[1:]]).astype(np.int64)
+        units, first = np.unique(solution.unit[nodes], return_index=True)
+        return dict(zip(units.tolist(), sources[first].tolist()))
 
     def of_weights(self, labels: Sequence[np.ndarray]) -> np.ndarray:
         """The nodes of some labels of weights, and of what these weights were computed from, shape (nodes,)."""

@@ -22,7 +22,9 @@ from .provenance import tagged
 from .records import Dim, Operation, Product, RecordedCall
 from .rules import RULES, elementwise, opaque
 
-__all__ = ['Recorder', 'TRANSPARENT', 'operation_name', 'same_name']
+__all__ = ['RETURNED', 'Recorder', 'TRANSPARENT', 'operation_name', 'same_name']
+
+RETURNED = -1  # stands for the model's output among the numbers of operations
 
 # Operations through which no label could pass: that they have no rule isn't worth a report.
 _NO_LABELS = frozenset({
@@ -179,7 +181,7 @@ class Recorder(TorchDispatchMode):
         self._block_finder.see(self.name, args, out)
         outputs = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(o, torch.Tensor)]
         from_weights = bool(inputs) and all(id(t) in self._weights for t in inputs)
-        self.labels.among_weights = from_weights
+        self.labels.among_weights, self.labels.source = from_weights, len(self.operations)
         labels = self._apply_rule(func, args, kwargs, inputs, out, outputs)
         for tensor, dims in zip(outputs, labels):
             self._remember(tensor, dims)
@@ -267,6 +269,7 @@ class Recorder(TorchDispatchMode):
         self.calls.append(RecordedCall(function, tensors, self._block_finder.modules))
 
     def _pin(self, out: Any) -> None:
+        self.labels.source = RETURNED
         for tensor in tensors_in(_leaves(out)):
             for label in self.labels_of(tensor):
                 self.labels.pin(label)

@@ -26,7 +26,7 @@ from .copies import raised_at
 from .costs import build_calls
 from .forwards import Forward
 from .interface import watch_interface
-from .recorder import Recorder
+from .recorder import RETURNED, Recorder
 from .records import Operation
 from .sizes import Sizer
 from .verify import Cut, Mismatch, Verifier
@@ -56,6 +56,7 @@ class Trace:
         calls: The torch functions that the forward calls, in order.
         on_numbers: Where and why the forward fails without data, if it was recorded on numbers (``forwards.py``).
         unseen: Shapes of the parameters that no forward used, by name.
+        fixed: Layers whose output width can't be cut, by name: the width, and why.
     """
     structures: Tuple[Structure, ...]
     cost: CostModel
@@ -65,6 +66,7 @@ class Trace:
     calls: Tuple[Call, ...] = ()
     on_numbers: str = ''
     unseen: Mapping[str, Tuple[int, ...]] = field(default_factory=dict)
+    fixed: Mapping[str, Tuple[int, str]] = field(default_factory=dict)
 
 
 @torch.inference_mode(False)  # the recorder sees operations of autograd
@@ -94,8 +96,10 @@ def trace(
     proposal, skipped = _find_verified(rec, verifier, skipped)
     calls = build_calls(rec, proposal.sizer, proposal.blocks)
     unseen = {name: tuple(tensor.shape) for name, tensor in rec.parameters.items() if name not in rec.params}
+    fixed = {dim.module: (dim.units, _reason(rec, dim.source)) for dim in proposal.fixed}
     return Trace(
-        proposal.structures, proposal.cost, proposal.attributes, tuple(skipped), returns, calls, on_numbers, unseen)
+        proposal.structures, proposal.cost, proposal.attributes, tuple(skipped), returns, calls, on_numbers, unseen,
+        fixed)
 
 
 # -- record ---------------------------------------------------------------------------------------------------------
@@ -155,6 +159,16 @@ def _training_only(rec: Recorder, forward: Forward) -> List[Skipped]:
     except Exception as e:
         return [Skipped(unseen[0], f'runs neither in eval nor in training mode: {type(e).__name__}')]
     return []
+
+
+def _reason(rec: Recorder, source: Optional[int]) -> str:
+    """Why a width is fixed, given what pinned it."""
+    if source == RETURNED:
+        return 'the model returns it'
+    if source is None or source >= len(rec.operations):
+        return 'a cut there does not run as predicted'
+    operation = rec.operations[source]
+    return f'{operation.name} at {_place(operation.site)}'
 
 
 # -- propose, verify, tighten ---------------------------------------------------------------------------------------
