@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core import PruningError, Size
-from ..trace import Call, Calls, Trace, meta_copy, quiet, tensors_in
+from ..trace import Call, Calls, Trace, isolated, meta_copy, quiet, tensors_in
 
 __all__ = ['Array', 'Kernel', 'inputs_of', 'kernels']
 
@@ -153,7 +153,7 @@ def kernels(model: nn.Module, traced: Trace, args: Tuple, kwargs: Dict[str, Any]
         found.append((function, *tree_map(lambda x: _Seen(x) if isinstance(x, torch.Tensor) else x, (args, kwargs))))
 
     copy = meta_copy(model).eval()
-    with quiet(), _KeepFormats(), Calls(see):
+    with isolated(model, args, kwargs), quiet(), _KeepFormats(), Calls(see):
         copy(*args, **kwargs)
     if [call.function for call in traced.calls] != [function for function, _, _ in found]:
         raise PruningError(

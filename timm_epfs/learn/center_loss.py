@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ..core import PruningError
-from ..trace import meta_copy
+from ..trace import isolated, meta_copy, quiet
 
 __all__ = ['CenterLoss', 'FeatureHook', 'drop_hooks', 'find_classifier']
 
@@ -164,7 +164,7 @@ def find_classifier(model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> Tu
 
     for module in _candidates(copy):
         module.register_forward_hook(note_shapes)
-    with torch.no_grad():
+    with isolated(model, args, kwargs), quiet():
         copy(*args, **kwargs)
     if not ran:
         raise PruningError(

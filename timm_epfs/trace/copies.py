@@ -10,15 +10,16 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..core import deep_copy
+from .caches import is_cached, uncached
 from .hooks import drop_hooks_of, watching_hooks, without_global_hooks
 
-__all__ = ['call_site', 'meta_copy', 'meta_tensor', 'quiet']
+__all__ = ['call_site', 'is_plumbing', 'lies_in', 'meta_copy', 'meta_tensor', 'quiet']
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of a model on the meta device, made without allocating its weights. The model isn't touched.
 
-    Hooks that only watch the model's forward stay behind.
+    Hooks that only watch the model's forward stay behind, and so does what functions on modules cache.
 
     Raises:
         PruningError: The model can't be copied.
@@ -26,6 +27,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
     watching = watching_hooks(model)
     copied = deep_copy(model, meta_tensor, share=watching)
     drop_hooks_of(copied, watching)
+    for module in copied.modules():
+        for name, value in vars(module).items():
+            if is_cached(value):
+                vars(module)[name] = uncached(value)
     return copied
 
 
@@ -57,14 +62,14 @@ def call_site() -> Tuple[str, int]:
     frame: Optional[Any] = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
-        if not _is_plumbing(path):
+        if not is_plumbing(path):
             return path, frame.f_lineno
         frame = frame.f_back
     return '?', 0
 
 
 @lru_cache(maxsize=None)
-def _is_plumbing(path: str) -> bool:
+def is_plumbing(path: str) -> bool:
     """Whether a file of code is torch's, this package's or the interpreter's own."""
     return path.startswith('<frozen ') or any(lies_in(path, folder) for folder in _PLUMBING)
 

@@ -3,7 +3,7 @@
 Below autograd every model is a few dozen ATen operations; what each does to labels is looked up in the table of rules.
 """
 from contextlib import ExitStack
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from .blocks import Block, BlockFinder
 from .calls import Calls, tensors_in
 from .copies import call_site, quiet
 from .follow import CREATES, Follower, WatchIntegers
+from .isolation import Isolation
 from .labels import Label, Labels
 from .provenance import tagged
 from .records import Dim, Operation, Product, RecordedCall
@@ -55,6 +56,7 @@ class Recorder(TorchDispatchMode):
     Args:
         model: A copy on the meta device, made for this. It gets hooks; its integer attributes are tagged during a run.
         whole_heads: As in ``trace``.
+        isolation: What the model's code refers to, if it is isolated.
 
     Attributes:
         labels: What is known about the labels.
@@ -70,8 +72,9 @@ class Recorder(TorchDispatchMode):
         name: Name of the operation that is running.
     """
 
-    def __init__(self, model: nn.Module, whole_heads: bool = True):
+    def __init__(self, model: nn.Module, whole_heads: bool = True, isolation: Optional[Isolation] = None):
         super().__init__()
+        self._isolation = isolation
         self.labels = Labels(whole_heads)
         self.follower = Follower(self.labels)
         self.operations: List[Operation] = []
@@ -234,6 +237,8 @@ class Recorder(TorchDispatchMode):
 
     def watch(self, call: Callable[[], Any]) -> Any:
         """Label the tensors of any call of the model's code."""
+        if self._isolation is not None:
+            self._isolation.reset()
         with ExitStack() as stack:
             stack.enter_context(quiet())
             stack.enter_context(tagged(self._model))

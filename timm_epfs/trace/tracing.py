@@ -25,6 +25,7 @@ from .calls import Call
 from .copies import meta_copy, meta_tensor
 from .costs import build_calls
 from .interface import watch_interface
+from .isolation import Isolation
 from .recorder import Recorder
 from .records import Operation
 from .sizes import Sizer
@@ -83,21 +84,29 @@ def trace(
         PruningError: The forward fails, or nothing that was found could be verified.
     """
     args, kwargs = tree_map(lambda x: meta_tensor(x) if isinstance(x, torch.Tensor) else x, (args, kwargs or {}))
-    rec, returns = _record(model, whole_heads, args, kwargs)
-    skipped = _training_only(rec, args, kwargs)
-    skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
-    verifier = None if cut is None else Verifier(model, cut, rec.operations[:rec.main], args, kwargs)
-    proposal, skipped = _find_verified(rec, verifier, skipped)
+    with Isolation(model) as isolation:
+        isolation.explore(*args, **kwargs)
+        rec, returns = _record(model, whole_heads, args, kwargs, isolation)
+        skipped = _training_only(rec, args, kwargs, isolation)
+        skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
+        verifier = None if cut is None else Verifier(model, cut, rec.operations[:rec.main], args, kwargs, isolation)
+        proposal, skipped = _find_verified(rec, verifier, skipped)
     calls = build_calls(rec, proposal.sizer, proposal.blocks)
     return Trace(proposal.structures, proposal.cost, proposal.attributes, tuple(skipped), returns, calls)
 
 
 # -- record ---------------------------------------------------------------------------------------------------------
 
-def _record(model: nn.Module, whole_heads: bool, args: Tuple, kwargs: Dict[str, Any]) -> Tuple[Recorder, str]:
+def _record(
+        model: nn.Module,
+        whole_heads: bool,
+        args: Tuple,
+        kwargs: Dict[str, Any],
+        isolation: Isolation,
+) -> Tuple[Recorder, str]:
     """Record the forward. Returns the recorder and the name of the type that the forward returns."""
     copy = meta_copy(model).eval()
-    rec = Recorder(copy, whole_heads)
+    rec = Recorder(copy, whole_heads, isolation)
     with watch_interface(copy, rec, args):
         try:
             out = rec.run(args, kwargs)
@@ -109,14 +118,15 @@ def _record(model: nn.Module, whole_heads: bool, args: Tuple, kwargs: Dict[str, 
     return rec, type(out).__name__
 
 
-def _training_only(rec: Recorder, args: Tuple, kwargs: Dict[str, Any]) -> List[Skipped]:
+def _training_only(rec: Recorder, args: Tuple, kwargs: Dict[str, Any], isolation: Isolation) -> List[Skipped]:
     """Record a forward in training mode, too, if parameters such as an auxiliary head's run there alone."""
     unseen = [name for name in rec.parameters if name not in rec.params]
     if not unseen:
         return []
     pair = tree_map(lambda x: torch.cat([x, x]) if isinstance(x, torch.Tensor) else x, (args, kwargs))
     try:
-        rec.run_training(*pair)
+        with isolation.watching():
+            rec.run_training(*pair)
     except Exception as e:
         return [Skipped(unseen[0], f'runs neither in eval nor in training mode: {type(e).__name__}')]
     return []

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .build import Proposal
 from .copies import meta_copy, quiet
+from .isolation import Isolation
 from .labels import Label
 from .recorder import TRANSPARENT, operation_name, same_name
 from .records import Operation
@@ -49,12 +50,14 @@ class Verifier:
         operations: What the dense model ran in its forward.
         args: Positional arguments of the forward.
         kwargs: Keyword arguments of the forward.
+        isolation: What the model's code refers to.
     """
     model: nn.Module
     cut: Cut
     operations: Sequence[Operation]
     args: Tuple
     kwargs: Dict[str, Any]
+    isolation: Isolation
 
     def verify(self, proposal: Proposal) -> nn.Module:
         """Cut a copy and compare its forward with the recorded one. Returns the copy.
@@ -80,6 +83,7 @@ class Verifier:
         if not blocks:
             return True
         self.cut(copy, blocks, {s.name: np.arange(0) for s in blocks}, {})
+        self.isolation.reset()
         try:
             with quiet():
                 copy(*self.args, **self.kwargs)
@@ -89,6 +93,7 @@ class Verifier:
 
     def _replay(self, copy: nn.Module, length: Callable[[int, Label], int]) -> None:
         mode = _Replay(self.operations, length)
+        self.isolation.reset()
         try:
             with quiet(), mode:
                 copy(*self.args, **self.kwargs)
