@@ -105,7 +105,7 @@ class Isolation:
             number: contents for number, (container, contents, shown) in self._hidden.items()
             if number not in self._constants and _identities(container) == _identities(shown)
         }
-        return {number for number, contents in unfilled.items() if key in contents} or set(unfilled)
+        return {number for number, contents in unfilled.items() if key in [*contents]} or set(unfilled)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
