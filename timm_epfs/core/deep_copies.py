@@ -3,7 +3,7 @@ import copy
 import copyreg
 import threading
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import _lru_cache_wrapper, lru_cache, partial
 from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Set, Tuple
 
@@ -148,7 +148,13 @@ def _rebind(
     for value in values:
         while isinstance(value, partial):
             value = value.func
-        if not isinstance(value, FunctionType) or id(value) in memo or not _refers(value, modules, set()):
+        if id(value) in memo or not _refers(value, modules, set()):
+            continue
+        if isinstance(value, _lru_cache_wrapper):
+            memo[id(value)], theirs = _cached_alike(value)
+            variables.append(theirs)
+            _rebind([value.__wrapped__], modules, memo, variables)
+        if not isinstance(value, FunctionType):
             continue
         theirs = value.__closure__ or ()
         ours = tuple(CellType() if _refers(_content(cell), modules, set()) else cell for cell in theirs)
@@ -159,6 +165,16 @@ def _rebind(
         memo[id(value)] = bound
         variables += [pair for pair in zip(ours, theirs) if pair[0] is not pair[1]]
         _rebind(map(_content, theirs), modules, memo, variables)
+
+
+def _cached_alike(cached: Any) -> Tuple[Any, Tuple[CellType, CellType]]:
+    """A function with a cache like another's, and the variables of the functions that the two run."""
+    function = None
+
+    def call(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return lru_cache(**cached.cache_parameters())(call), (call.__closure__[0], CellType(cached.__wrapped__))
 
 
 def _refers(value: Any, modules: Set[int], seen: Set[int]) -> bool:
@@ -172,6 +188,8 @@ def _refers(value: Any, modules: Set[int], seen: Set[int]) -> bool:
         inside = [_content(cell) for cell in value.__closure__ or ()]
     elif isinstance(value, MethodType):
         inside = [value.__self__]
+    elif isinstance(value, _lru_cache_wrapper):
+        inside = [value.__wrapped__]
     elif isinstance(value, partial):
         inside = [value.func, *value.args, *value.keywords.values()]
     elif isinstance(value, (list, tuple, dict)):

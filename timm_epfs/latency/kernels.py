@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ..core import PruningError, Size
-from ..trace import Call, Calls, Trace, meta_copy, quiet, tensors_in
+from ..trace import Call, Calls, Forward, Trace, isolated, quiet, tensors_in
 
 __all__ = ['Array', 'Kernel', 'inputs_of', 'kernels']
 
@@ -152,9 +152,15 @@ def kernels(model: nn.Module, traced: Trace, args: Tuple, kwargs: Dict[str, Any]
     def see(function, args, kwargs, out):
         found.append((function, *tree_map(lambda x: _Seen(x) if isinstance(x, torch.Tensor) else x, (args, kwargs))))
 
-    copy = meta_copy(model).eval()
-    with quiet(), _KeepFormats(), Calls(see):
-        copy(*args, **kwargs)
+    forward = (Forward.on_numbers if traced.on_numbers else Forward.without_data)(model, args, kwargs)
+
+    def run() -> None:
+        found.clear()
+        copy, (args, kwargs) = forward.copy(), forward.inputs()
+        with quiet(), _KeepFormats(), Calls(see):
+            copy(*args, **kwargs)
+
+    isolated(model, run)
     if [call.function for call in traced.calls] != [function for function, _, _ in found]:
         raise PruningError(
             f'latency: with {batch_size} images per batch the model\'s forward runs other operations than with one; '

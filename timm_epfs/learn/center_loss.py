@@ -1,12 +1,13 @@
 """Center Loss on the classifier's input (Wen et al., A Discriminative Feature Learning Approach, ECCV 2016)."""
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 
 import torch
 from torch import nn
 
 from ..core import PruningError, kind_of, one_line
-from ..trace import meta_copy, quiet, tensors_in
+from ..trace import Forward, isolated, quiet, tensors_in
 
 __all__ = ['CenterLoss', 'FeatureHook', 'drop_hooks', 'find_classifier', 'names_no_class']
 
@@ -193,14 +194,11 @@ def find_classifier(model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> Tu
         PruningError: There is no such layer; there are several, and none of them reads what the others compute; or the
             forward fails without data.
     """
-    copy, runs = meta_copy(model).eval(), []
-    for name, layer in _candidates(copy).items():
-        for parameter in layer.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())
-        layer.register_forward_hook(lambda layer, inputs, out, name=name: _note(runs, name, layer, inputs, out))
-    without_data = 'no classifier is known, as the forward fails without data (center=0 switches Center Loss off)'
-    with quiet(), torch.enable_grad(), one_line(without_data):
-        output = copy(*args, **kwargs)
+    try:
+        copy, runs, output = isolated(model, partial(_run, Forward.without_data(model, args, kwargs)))
+    except Exception:
+        with one_line('no classifier is known, as the forward fails (center=0 switches Center Loss off)'):
+            copy, runs, output = isolated(model, partial(_run, Forward.on_numbers(model, args, kwargs)))
     scores = _scores(output, tensors_in((args, kwargs)))
     if hasattr(copy, 'get_classifier'):
         found = [run for run in runs if any(run.scores_as(tensor) for tensor in scores)]
@@ -213,6 +211,18 @@ def find_classifier(model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> Tu
     if not names:
         what = f'no linear layer of this {type(model).__name__} computes an output of shape (batch, classes)'
     raise PruningError(f'{what}; center=0 switches Center Loss off')
+
+
+def _run(forward: Forward) -> Tuple[nn.Module, List['_Run'], Any]:
+    """Run a forward. Returns the copy that ran, the runs of layers that may be the classifier, and the output."""
+    copy, runs = forward.copy(), []
+    args, kwargs = forward.inputs()
+    for name, layer in _candidates(copy).items():
+        for parameter in layer.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+        layer.register_forward_hook(lambda layer, inputs, out, name=name: _note(runs, name, layer, inputs, out))
+    with quiet(), torch.enable_grad():
+        return copy, runs, copy(*args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)

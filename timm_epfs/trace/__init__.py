@@ -4,7 +4,12 @@ In: a model and its inputs. Out: structures, a cost model and attributes that fo
 """
 from .calls import Call, Calls, tensors_in
 from .copies import meta_copy, meta_tensor, quiet
+from .forwards import Forward
+from .isolation import isolated
 from .rules import rule
 from .tracing import Skipped, Trace, trace
 
-__all__ = ['Call', 'Calls', 'Skipped', 'Trace', 'meta_copy', 'meta_tensor', 'quiet', 'rule', 'tensors_in', 'trace']
+__all__ = [
+    'Call', 'Calls', 'Forward', 'Skipped', 'Trace', 'isolated', 'meta_copy', 'meta_tensor', 'quiet', 'rule',
+    'tensors_in', 'trace',
+]

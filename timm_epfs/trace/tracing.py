@@ -11,6 +11,7 @@ A proposal that isn't as predicted is followed by another with tighter limits. T
     verify     holds
 """
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
@@ -26,6 +27,7 @@ from .copies import raised_at
 from .costs import build_calls
 from .forwards import Forward
 from .interface import watch_interface
+from .isolation import Isolation
 from .recorder import RETURNED, Recorder
 from .records import Operation
 from .sizes import Sizer
@@ -89,11 +91,13 @@ def trace(
     Raises:
         PruningError: The forward fails, or nothing that was found could be verified.
     """
-    forward, rec, returns, on_numbers = _record(model, args, kwargs or {}, whole_heads)
-    skipped = _training_only(rec, forward)
-    skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
-    verifier = None if cut is None else Verifier(forward, cut, rec.operations[:rec.main])
-    proposal, skipped = _find_verified(rec, verifier, skipped)
+    with Isolation(model) as isolation:
+        forward, rec, returns, on_numbers = _record(model, args, kwargs or {}, whole_heads, isolation)
+        with isolation.fresh():
+            skipped = _training_only(rec, forward)
+        skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
+        verifier = None if cut is None else Verifier(forward, cut, rec.operations[:rec.main], isolation)
+        proposal, skipped = _find_verified(rec, verifier, skipped)
     calls = build_calls(rec, proposal.sizer, proposal.blocks)
     unseen = {name: tuple(tensor.shape) for name, tensor in rec.parameters.items() if name not in rec.params}
     fixed = {dim.module: (dim.units, _reason(rec, dim.source)) for dim in proposal.fixed}
@@ -109,6 +113,7 @@ def _record(
         args: Tuple,
         kwargs: Dict[str, Any],
         whole_heads: bool,
+        isolation: Isolation,
 ) -> Tuple[Forward, Recorder, str, str]:
     """Record the forward, on numbers where it fails without.
 
@@ -120,14 +125,14 @@ def _record(
     """
     without = Forward.without_data(model, args, kwargs)
     try:
-        return (without, *_recorded(without, whole_heads), '')
+        return (without, *isolation.run(partial(_recorded, without, whole_heads)), '')
     except PruningError:  # the model can't be copied
         raise
     except Exception as e:
         on_numbers = _failure(e)
     forward = Forward.on_numbers(model, args, kwargs)
     try:
-        return (forward, *_recorded(forward, whole_heads), on_numbers)
+        return (forward, *isolation.run(partial(_recorded, forward, whole_heads)), on_numbers)
     except Exception as e:
         raise PruningError(
             f"the model's forward fails on {forward} at {_failure(e)}; give an example_input= that the model "

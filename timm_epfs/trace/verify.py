@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .build import Proposal
 from .copies import quiet
 from .forwards import Forward, decided
+from .isolation import Isolation
 from .labels import Label
 from .recorder import TRANSPARENT, operation_name, same_name
 from .records import Operation
@@ -48,10 +49,12 @@ class Verifier:
         forward: The dense model's forward.
         cut: Cuts a copy of the model.
         operations: What the dense model ran in its forward.
+        isolation: Isolates the runs from what earlier ones left in the process.
     """
     forward: Forward
     cut: Cut
     operations: Sequence[Operation]
+    isolation: Isolation
 
     def verify(self, proposal: Proposal) -> nn.Module:
         """Cut a copy and compare its forward with the recorded one. Returns the copy.
@@ -79,7 +82,7 @@ class Verifier:
         self.cut(copy, blocks, {s.name: np.arange(0) for s in blocks}, {})
         args, kwargs = self.forward.inputs()
         try:
-            with quiet():
+            with self.isolation.fresh(), quiet():
                 copy(*args, **kwargs)
         except Exception:
             return False
@@ -89,7 +92,7 @@ class Verifier:
         mode = _Replay(self.operations, length)
         args, kwargs = self.forward.inputs()
         try:
-            with quiet(), mode:
+            with self.isolation.fresh(), quiet(), mode:
                 copy(*args, **kwargs)
         except Mismatch:
             raise
