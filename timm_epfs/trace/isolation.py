@@ -9,7 +9,7 @@ that it comes from are put back before each run and at the end.
 """
 import gc
 import sys
-from collections import deque
+from collections import OrderedDict, defaultdict, deque
 from contextlib import contextmanager, nullcontext
 from functools import _lru_cache_wrapper
 from inspect import signature
@@ -24,7 +24,7 @@ from .calls import tensors_in
 __all__ = ['Isolation', 'isolated']
 
 _KEEP_NOTHING = frozenset({'numpy', 'timm', 'timm_epfs', 'torch', 'torchvision', *sys.stdlib_module_names})
-_CONTAINERS = (dict, list, set, deque)
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, set, deque)  # and no others, which may do more than hold
 _DEFINITIONS = (FunctionType, ModuleType, type)
 _MISSING = object()
 
@@ -49,7 +49,7 @@ class Isolation:
         self._variables = [(owner, _variables(owner)) for owner in owners]
         self._contents = [
             (value, value.copy()) for _, variables in self._variables for value in variables.values()
-            if isinstance(value, _CONTAINERS)
+            if type(value) in _CONTAINERS
         ]
         self._unused: List[Tuple[Any, Tuple]] = [] if not classes else [
             (cache, cache.cache_info()) for cache in gc.get_objects()
