@@ -117,6 +117,19 @@ def test_highest_scores_stay_above_the_floor(widths, scope, quantity, share, flo
         assert units.tolist() == sorted(ranked[:len(units)])
 
 
+@pytest.mark.parametrize('units, price, macs', [
+    (units, price, macs) for units in (21, 43, 46, 64, 128) for price in (0, 3) for macs in (0.3, 0.5, 0.7)
+])
+def test_one_structure_keeps_the_width_that_is_nearest_to_the_budget(units, price, macs):
+    """What a layer from and to the same channels costs grows with their square."""
+    width = Size(0, (('conv', 1),))
+    cost = CostModel(['conv'], [('macs', 1.0, (width, width)), ('macs', float(price * units), (width,))])
+    shares = {left: share_left([structure('conv', units)], cost, {'conv': range(left)}) for left in range(1, units + 1)}
+    kept = keep([structure('conv', units)], {'conv': np.arange(units)}, cost, Budget(macs=macs))['conv']
+    nearest = min(abs(share - macs) for share in shares.values())
+    assert abs(shares[len(kept)] - macs) <= max(nearest, search.TOLERANCE)
+
+
 @pytest.mark.parametrize('scope', SCOPES)
 def test_fine_steps_land_within_a_fifth_of_a_percent(scope):
     structures, cost = conv_chain([64, 64, 128, 128, 256, 256, 512, 512], [64, 64, 16, 16, 4, 4, 1, 1])
