@@ -245,6 +245,13 @@ def test_widths_keep_proportions_and_what_has_none_is_ranked():
     assert counts(kept) == {'narrow': 20, 'wide': 40, 'ranked': 20} and kept['ranked'].tolist() == list(range(20))
 
 
+def test_top_is_what_a_full_sort_gives():
+    scores = np.random.default_rng(0).integers(0, 5, 12).astype(float)
+    best_first = sorted(range(12), key=lambda unit: (-scores[unit], unit))
+    for left in range(13):
+        assert allocation.top(scores, left).tolist() == sorted(best_first[:left])
+
+
 def test_repair_takes_what_loses_the_least_importance():
     # One unit of 'big' is 10 % of the model: its steps end 5 % off the target, and 'low' costs less importance to cut.
     structures, cost = independent(
