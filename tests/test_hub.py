@@ -257,6 +257,10 @@ def test_folders_that_are_taken(saved, tmp_path):
     with pytest.raises(PruningError, match="holds 'thesis.tex'"):
         save_pretrained(model, tmp_path / 'home', overwrite=True)
     assert (tmp_path / 'home' / 'thesis.tex').exists()
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / 'README.md').write_text('what a model may have, too, but never by itself')
+    with pytest.raises(PruningError, match="holds 'README.md', which isn't part of a model"):
+        save_pretrained(model, tmp_path / 'notes', overwrite=True)
 
 
 def test_overwriting_replaces_the_old_model(saved, tmp_path):

@@ -17,8 +17,9 @@ from .entry_point import describe_torchvision
 
 __all__ = ['check_free', 'save_pretrained']
 
-# What a folder of a saved model may hold; a folder with anything else in it is not overwritten.
-_OWN_FILES = ('config.json', HF_SAFE_WEIGHTS_NAME, 'README.md', 'layers.png', '.gitattributes')
+_CONFIG = 'config.json'
+# What a folder of a saved model may hold. A folder with anything else in it, or without a config, is not overwritten.
+_OWN_FILES = (_CONFIG, HF_SAFE_WEIGHTS_NAME, 'README.md', 'layers.png', '.gitattributes')
 
 
 def save_pretrained(model: nn.Module, folder: Union[str, Path], overwrite: bool = False) -> Path:
@@ -49,9 +50,9 @@ def save_pretrained(model: nn.Module, folder: Union[str, Path], overwrite: bool 
     try:
         with whole_folder(folder) as part:
             safetensors.torch.save_file(_separate(model.state_dict()), part / HF_SAFE_WEIGHTS_NAME, {'format': 'pt'})
-            _save_config(model, plan, part / 'config.json')
+            _save_config(model, plan, part / _CONFIG)
             # safetensors writes for its owner alone; both files are for whoever may read the folder
-            shutil.copymode(part / 'config.json', part / HF_SAFE_WEIGHTS_NAME)
+            shutil.copymode(part / _CONFIG, part / HF_SAFE_WEIGHTS_NAME)
     except (OSError, safetensors.SafetensorError) as e:
         raise PruningError(f'model not saved to {folder}: {getattr(e, "strerror", None) or e}') from e
     return folder
@@ -88,6 +89,6 @@ def check_free(folder: Path, overwrite: bool) -> None:
     present = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
     if present and not overwrite:
         raise PruningError(f'save: {folder} is not empty; name another folder or pass overwrite=True (--overwrite)')
-    others = [name for name in present if name not in _OWN_FILES]
+    others = [name for name in present if name not in _OWN_FILES or _CONFIG not in present]
     if others:
         raise PruningError(f"save: {folder} holds {others[0]!r}, which isn't part of a model; name another folder")
