@@ -1,4 +1,5 @@
 """Files and folders that are written completely or not at all."""
+import ctypes
 import os
 import shutil
 import uuid
@@ -32,7 +33,8 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Fill a folder under a temporary name, and rename it after the block. An old one is replaced.
 
-    Replacing a folder takes two renamings. A process that is killed between them leaves the old folder as
+    On Linux, the new and the old folder exchange their names in one step. Elsewhere, and on file systems that can't do
+    that, replacing a folder takes two renamings; a process that is killed between them leaves the old folder as
     ``.<name>.<random>.old``.
 
     Args:
@@ -46,17 +48,34 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         part.mkdir()
         yield part
-        if folder.exists():
-            folder.rename(old)
-        try:
-            part.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        if not (folder.exists() and _exchange(part, folder)):
+            _replace(part, folder, old)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Let two paths exchange their names in one step; False where the system can't."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):  # not the C library of Linux
+        return False
+    at_working_folder, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+    paths = os.fsencode(first), os.fsencode(second)
+    return rename(at_working_folder, paths[0], at_working_folder, paths[1], exchange) == 0
+
+
+def _replace(part: Path, folder: Path, old: Path) -> None:
+    """Rename a folder to one that may exist, which is first renamed to ``old``, and deleted at last."""
+    if folder.exists():
+        folder.rename(old)
+    try:
+        part.rename(folder)
+    except BaseException:
+        if old.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def check_place(path: Path, what: str) -> None:
