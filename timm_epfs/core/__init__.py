@@ -5,7 +5,7 @@ In: nothing of this library. Out: ``Structure``, ``CostModel``, ``Budget``, ``Pr
 from .budget import BUDGETS, Budget
 from .cost import QUANTITIES, CostModel, is_number
 from .errors import OutOfReach, PruningError, first_few, one_line
-from .files import check_place, whole_folder, write_whole
+from .files import check_place, locked, whole_folder, write_whole
 from .indices import complement, distinct
 from .keywords import nearest_keyword, refuse_unknown
 from .modules import device_of, eval_mode, named_tensors
@@ -21,7 +21,7 @@ __all__ = [
     'ANYTHING', 'BUDGETS', 'Budget', 'CostModel', 'DEFAULT_KINDS', 'DICT', 'FLAG', 'INTEGER', 'KINDS', 'LIST',
     'Member', 'OutOfReach', 'PruningError', 'QUANTITIES', 'Repeatable', 'Rule', 'Size', 'Structure', 'TEXT',
     'aligned_table', 'check', 'check_patterns', 'check_place', 'complement', 'device_of', 'distinct', 'eval_mode',
-    'first_few', 'format_count', 'from_first', 'invalid', 'is_number', 'kinds_named', 'markdown_table',
+    'first_few', 'format_count', 'from_first', 'invalid', 'is_number', 'kinds_named', 'locked', 'markdown_table',
     'named_tensors', 'nearest', 'nearest_keyword', 'one_line', 'pattern_list', 'percent', 'progress',
     'refuse_unknown', 'shorten', 'step', 'summed', 'warn', 'whole_folder', 'world_size', 'write_whole',
 ]

@@ -3,13 +3,17 @@ import ctypes
 import os
 import shutil
 import uuid
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
+from filelock import FileLock
+
 from .errors import PruningError
 
-__all__ = ['check_place', 'whole_folder', 'write_whole']
+__all__ = ['check_place', 'locked', 'whole_folder', 'write_whole']
+
+_LONGEST_WAIT = 10.0  # seconds; what is done under a lock takes milliseconds
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
@@ -27,6 +31,21 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside the block, no other thread or process is in such a block for the same file.
+
+    There is no lock where the file system has none, or where another process doesn't let go of it.
+
+    Args:
+        path: The file, which may not exist yet. The lock is a hidden file beside it.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError, NotImplementedError):
+            stack.enter_context(FileLock(path.with_name(f'.{path.name}.lock'), timeout=_LONGEST_WAIT))
+        yield
 
 
 @contextmanager

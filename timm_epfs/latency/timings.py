@@ -9,7 +9,7 @@ from typing import Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional
 
 import torch
 
-from ..core import PruningError, is_number, warn, write_whole
+from ..core import PruningError, is_number, locked, warn, write_whole
 from .clock import Forward, time_call
 from .kernels import Kernel
 
@@ -33,6 +33,10 @@ class Timing(NamedTuple):
     """
     seconds: float
     reference: float
+
+    def best(self, other: Optional['Timing']) -> 'Timing':
+        """What two timings say together: other programs make a call slower, so the least is nearest to the truth."""
+        return self if other is None else Timing(*map(min, self, other))
 
 
 class Table:
@@ -107,9 +111,7 @@ class Table:
         seconds = {name: self._time(name, *call) for name, call in calls.items()}
         after = self._time_reference()
         for name, new in seconds.items():
-            known = self._timings.get(name, Timing(math.inf, math.inf))
-            # Other programs make a call slower, never faster: the least is nearest to the truth.
-            self._timings[name] = Timing(min(new, known.seconds), min(max(before, after), known.reference))
+            self._timings[name] = Timing(new, max(before, after)).best(self._timings.get(name))
         self._save(calls)
         return after
 
@@ -135,11 +137,13 @@ class Table:
         """Add these calls to the file, beside those that other processes have added since it was read."""
         if self.path is None:
             return
-        calls = {**self._read(), **{name: self._timings[name] for name in names}}
-        text = json.dumps({'format': FORMAT, **self.machine, 'calls': calls}, indent=0)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, lambda part: part.write_text(text, encoding='utf-8'))
+            with locked(self.path):
+                calls = self._read()
+                calls.update({name: self._timings[name].best(calls.get(name)) for name in names})
+                text = json.dumps({'format': FORMAT, **self.machine, 'calls': calls}, indent=0)
+                write_whole(self.path, lambda part: part.write_text(text, encoding='utf-8'))
         except OSError as e:
             warn(
                 f'latencies can\'t be kept in {self.path.parent} ({e.strerror or e}), so they will be measured again '
