@@ -61,7 +61,7 @@ def rounded_up(n, step):
 class FakeTable:
     machine = {'device': 'abacus', 'threads': 1, 'torch': '2'}
 
-    def __init__(self, device):
+    def __init__(self, device, together=False):
         pass
 
     def __call__(self, kernel, left):

@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
+import numpy as np
 import torch
 
-from ..core import PruningError, is_number, locked, warn, write_whole
+from ..core import PruningError, is_number, locked, measured_by_first, warn, write_whole
 from .clock import Forward, time_call
 from .kernels import Kernel
 
@@ -51,6 +52,7 @@ class Table:
         device: Where calls run.
         clock: ``clock(call, device)`` gives the seconds that a call takes; ``time_call`` by default.
         folder: Folder of the file. None: ``cache_folder()`` for the default clock; another clock's times are not kept.
+        together: Whether all processes that train together ask for the same calls: then the first one measures for all.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Table:
             device: torch.device,
             clock: Optional[Callable[[Forward, torch.device], float]] = None,
             folder: Optional[Path] = None,
+            together: bool = False,
     ):
+        self._together = together
         self.device, self.clock = torch.device(device), clock or time_call
         self.machine = {
             'device': device_name(self.device), 'threads': torch.get_num_threads(), 'torch': torch.__version__,
@@ -83,6 +87,18 @@ class Table:
             UserWarning: The device was disturbed all along, or nothing can be kept.
         """
         by_signature = {kernel.signature(left): (kernel, left) for kernel, left in calls}
+        if not self._together:
+            self._learn(by_signature)
+            return
+
+        def measure() -> np.ndarray:
+            self._learn(by_signature)
+            return np.array([self._timings[name] for name in by_signature]).reshape(-1, 2)
+
+        measured = measured_by_first(measure, (len(by_signature), 2), self.device)
+        self._timings.update({name: Timing(*timing) for name, timing in zip(by_signature, measured.tolist())})
+
+    def _learn(self, by_signature: Mapping[str, Call]) -> None:
         reference = self._time_reference()
         todo = self._doubtful(by_signature)
         for turn in range(_MOST_PASSES if todo else 0):
