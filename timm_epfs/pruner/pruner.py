@@ -16,7 +16,7 @@ from ..latency import DeviceLatency
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
 from ..surgery import compensate as compensate_cut
 from ..surgery import cut_copy
-from ..zoo import base_of
+from ..zoo import base_of, plan_of, present_base_of
 from .allocator import Allocator
 from .dense_model import check_unmasked, prepare_model
 from .inputs import Example, example_for, trace_model
@@ -95,7 +95,8 @@ class Pruner:
     ):
         self.exclude, self.only, self.kinds, self.streams = checked_options(exclude, only, kinds, streams)
         self.model = prepare_model(model, device, pretrained, model_args, ours=(Pruner.__init__, make_request))
-        self.base = base_of(self.model) if base is None else (base, {})
+        built_by_name = isinstance(model, str) and base is None
+        self.base = base_of(self.model) if built_by_name else present_base_of(self.model, base)
         self.name = model if isinstance(model, str) else self.base[0] or type(self.model).__name__
         self.example = tree_map(_to_meta, example_for(self.model, example_input))
         whole_heads = 'heads' in self.kinds or 'head_dims' not in self.kinds
@@ -118,8 +119,7 @@ class Pruner:
     @property
     def _earlier_plan(self) -> Optional[Plan]:
         """The plan by which the model was pruned before; None for a dense model."""
-        plan = getattr(self.model, 'pruning_plan', None)
-        return plan if isinstance(plan, Plan) else None
+        return plan_of(self.model)
 
     def __call__(
             self,

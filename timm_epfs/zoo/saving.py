@@ -2,6 +2,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Dict, Union
 
@@ -14,6 +15,8 @@ from ..plan import Plan, check_arguments
 from ..surgery import TORCHVISION
 from .description import ARCHITECTURE
 from .entry_point import describe_torchvision
+from .loading import plan_of
+from .rebuilding import rebuilding_args
 
 __all__ = ['check_free', 'save_pretrained']
 
@@ -38,13 +41,12 @@ def save_pretrained(model: nn.Module, folder: Union[str, Path], overwrite: bool 
     Raises:
         PruningError: The model has no plan or its plan no base, the folder is taken, or it can't be written.
     """
-    plan = getattr(model, 'pruning_plan', None)
-    if not isinstance(plan, Plan):
+    plan = plan_of(model)
+    if plan is None:
         raise PruningError(f'save: this {type(model).__name__} has no pruning_plan; save what prune() returned')
     if plan.base is None:
         raise PruningError("save: the plan names no base to rebuild the model from; give base= when pruning")
-    check_arguments(plan.base_args, 'save: base_args')  # what is saved can be loaded
-
+    plan = _loadable(model, plan)
     folder = Path(folder).resolve()
     check_free(folder, overwrite)
     try:
@@ -58,10 +60,30 @@ def save_pretrained(model: nn.Module, folder: Union[str, Path], overwrite: bool 
     return folder
 
 
+def _loadable(model: nn.Module, plan: Plan) -> Plan:
+    """The plan with the arguments by which its base builds the model as it is now. What is saved can be loaded.
+
+    Raises:
+        PruningError: No arguments do, or they are none that a plan may hold.
+    """
+    check_arguments(plan.base_args, 'save: base_args')
+    try:
+        plan = replace(plan, base_args=rebuilding_args(model, plan.base, plan.base_args, plan))
+    except PruningError as e:
+        raise PruningError(
+            f'save: {e}, so it could not be loaded by its name; save it with as_module=True, and load it with '
+            f'timm_epfs.load_pretrained into a model that you build as you built this one'
+        ) from e
+    check_arguments(plan.base_args, 'save: base_args')
+    return plan
+
+
 def _save_config(model: nn.Module, plan: Plan, path: Path) -> None:
     described = copy.copy(model)
     if plan.base.startswith(TORCHVISION):
         describe_torchvision(described, plan)
+    if 'num_classes' in plan.base_args:  # of a classifier that was replaced by hand, the model says the old number
+        described.num_classes = plan.base_args['num_classes']
     try:
         save_config_for_hf(
             described,
