@@ -74,7 +74,7 @@ class LowRank(nn.Module):
 
 
 @mark.parametrize('path, replace, said', [
-    ('fc', lambda old: nn.Sequential(nn.Dropout(), nn.Linear(old.in_features, 7)), 'Sequential where test_resnet has Linear'),
+    ('fc', lambda old: nn.Sequential(nn.Dropout(), nn.Linear(old.in_features, 7)), 'Sequential where test_resnet has '),
     ('fc', LowRank, 'LowRank where test_resnet has Linear'),
     ('conv1.0', lambda old: nn.Conv2d(1, old.out_channels, 3, 2, 1, bias=False), 'Conv2d(1, '),
     ('conv1.0', lambda old: nn.Conv2d(3, old.out_channels, 3, 1, 1, bias=False), 'Conv2d(3, '),
@@ -133,3 +133,130 @@ def test_cut_trained_and_cut_again(tmp_path, name, kinds):
         model = loaded if step else model
     dense, left = model.pruning_plan.cost['macs']
     assert 0.45 < left / dense < 0.56
+
+
+class Net(nn.Module):
+    """A model of one's own, of whose attributes one follows the cut."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.width = width
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.norm = nn.BatchNorm2d(width)
+        self.mix = nn.Linear(width, width)
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x))).mean((2, 3)).view(-1, self.width)
+        return {'logits': self.head(torch.relu(self.mix(x)))}
+
+
+def net():
+    torch.manual_seed(0)
+    return randomise(Net())
+
+
+def check_module(slim, fresh, folder, **options):
+    """Plan and weights give the model back, on a dense one with other weights, which stays as it was."""
+    timm_epfs.save_pretrained(slim, folder, **options)
+    assert sorted(path.name for path in folder.iterdir()) == ['plan.json', 'pruned.safetensors']
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    again = timm_epfs.load_pretrained(fresh, folder)
+    assert same(slim, again) and type(again) is type(slim)
+    after = fresh.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before | after)
+    return again
+
+
+def test_a_model_of_ones_own_is_loaded_into_one_that_is_built_afresh(tmp_path):
+    slim = timm_epfs.prune(net(), macs=0.5, example_input=IMAGES[:1])
+    again = check_module(slim, Net(), tmp_path / 'out')
+    assert again.width == again.stem.out_channels < 32
+    twice = timm_epfs.prune(again, macs=0.69, example_input=IMAGES[:1])
+    check_module(twice, Net(), tmp_path / 'twice')
+    timm_epfs.save_pretrained(twice, tmp_path / 'out', overwrite=True)
+    assert same(timm_epfs.load_pretrained(Net().to('meta'), tmp_path / 'out'), twice)
+
+
+@mark.parametrize('name, args', [
+    ('test_resnet', {}), ('test_resnet', {'feature_cls': 'dict'}), ('test_vit', {'img_size': 32}),
+    ('test_efficientnet', {'out_indices': (1, 2)}),
+])
+def test_features_of_a_model_are_saved_as_a_module(tmp_path, name, args):
+    slim = timm_epfs.prune(small(name, features_only=True, **args), macs=0.6)
+    assert slim.pruning_plan.base is None
+    again = check_module(slim, timm.create_model(name, features_only=True, **args), tmp_path / 'out')
+    assert again.feature_info.channels() == slim.feature_info.channels()
+
+
+def test_features_of_a_saved_model_are_cut_on(tmp_path):
+    folder = timm_epfs.save_pretrained(timm_epfs.prune(small(), macs=0.6), tmp_path / 'whole')
+    features = timm.create_model(f'local-dir:{folder}', pretrained=True, features_only=True)
+    slim = timm_epfs.prune(features, macs=0.6)
+    fresh = timm.create_model(f'local-dir:{folder}', features_only=True)
+    check_module(slim, fresh, tmp_path / 'features')
+
+
+def test_a_model_with_other_layers_than_its_name_builds_is_saved_as_a_module(tmp_path):
+    def build():
+        model = small()
+        model.fc = nn.Sequential(nn.Dropout(), nn.Linear(model.num_features, 7))
+        return model
+
+    again = check_module(timm_epfs.prune(build(), macs=0.5), build(), tmp_path / 'out', as_module=True)
+    with raises(PruningError, match='names no base'):
+        timm_epfs.rebuild(again.pruning_plan)
+
+
+def test_a_model_with_a_name_is_loaded_into_a_module_too(tmp_path):
+    slim = timm_epfs.prune(small(), macs=0.5)
+    folder = timm_epfs.save_pretrained(slim, tmp_path / 'out')
+    assert same(timm_epfs.load_pretrained(timm.create_model('test_resnet'), folder), slim)
+
+
+@mark.parametrize('model, said', [
+    (lambda: Net(48), r'not the plan\'s base: stem.weight has shape \(48, 3, 3, 3\) where dim 0 should have 32'),
+    (lambda: nn.Linear(3, 4), 'stem.weight is missing'),
+    (lambda: nn.Sequential(Net()), 'stem.weight is missing'),
+    (lambda: timm_epfs.prune(Net(), macs=0.5, example_input=IMAGES[:1]), 'this Net is pruned already; give the dense'),
+    (lambda: 'net', 'the model is of type str; give the dense nn.Module'),
+])
+def test_what_can_not_be_loaded_into_a_module(tmp_path, model, said):
+    slim = timm_epfs.prune(net(), macs=0.5, example_input=IMAGES[:1])
+    folder = timm_epfs.save_pretrained(slim, tmp_path / 'out')
+    with raises(PruningError, match=said) as error:
+        timm_epfs.load_pretrained(model(), folder)
+    assert '\n' not in str(error.value)
+
+
+@mark.parametrize('files, said', [
+    ({}, 'holds no plan; give a folder that timm_epfs.save_pretrained wrote'),
+    ({'config.json': '{"model_type": "vit"}', 'model.safetensors': ''}, 'holds no plan; .*not a model.s own'),
+    ({'config.json': '[]'}, 'holds no plan'),
+    ({'plan.json': '{}'}, 'not a timm_epfs plan'),
+])
+def test_folders_that_hold_no_pruned_module(tmp_path, files, said):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with raises(PruningError, match=said):
+        timm_epfs.load_pretrained(Net(), tmp_path)
+
+
+def test_weights_of_another_cut_are_refused(tmp_path):
+    for macs in (0.5, 0.69):
+        slim = timm_epfs.prune(net(), macs=macs, example_input=IMAGES[:1])
+        timm_epfs.save_pretrained(slim, tmp_path / str(macs))
+    (tmp_path / '0.5' / 'plan.json').replace(tmp_path / '0.69' / 'plan.json')
+    with raises(PruningError, match='are of another model: stem.weight has shape'):
+        timm_epfs.load_pretrained(Net(), tmp_path / '0.69')
+
+
+def test_what_is_no_tensor_is_not_saved(tmp_path):
+    class Counting(Net):
+        def get_extra_state(self):
+            return {'steps': 3}
+
+    slim = timm_epfs.prune(Counting(), macs=0.5, example_input=IMAGES[:1])
+    with raises(PruningError, match="_extra_state in the model's state_dict is no tensor but of type dict"):
+        timm_epfs.save_pretrained(slim, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()

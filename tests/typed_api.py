@@ -46,6 +46,8 @@ for method in (timm_epfs.SSS, timm_epfs.SFP, timm_epfs.BNSFP, timm_epfs.OneShot,
 assert_type(timm_epfs.rebuild(slim.pruning_plan).pruning_plan, timm_epfs.Plan)
 assert_type(timm_epfs.slice_checkpoint(model.state_dict(), slim.pruning_plan), Dict[str, torch.Tensor])
 assert_type(timm_epfs.save_pretrained(slim, 'folder'), Path)
+assert_type(timm_epfs.save_pretrained(slim, 'module', overwrite=True, as_module=True), Path)
+assert_type(timm_epfs.load_pretrained(model, 'module').pruning_plan, timm_epfs.Plan)
 assert_type(timm_epfs.push_to_hub(slim, 'me/half', dry_run=True).files, Tuple[str, ...])
 assert_type(timm_epfs.CRITERIA['l2'], Criterion)
 timm_epfs.recalibrate_bn(slim, batches)

@@ -22,6 +22,6 @@ __all__ = [
     'Member', 'OutOfReach', 'PruningError', 'QUANTITIES', 'Repeatable', 'Rule', 'Size', 'Structure', 'TEXT',
     'aligned_table', 'check', 'check_patterns', 'check_place', 'complement', 'device_of', 'distinct', 'eval_mode',
     'first_few', 'format_count', 'from_first', 'invalid', 'is_number', 'kinds_named', 'locked', 'markdown_table',
-    'measured_by_first', 'named_tensors', 'nearest', 'nearest_keyword', 'one_line', 'pattern_list', 'percent', 'progress',
-    'refuse_unknown', 'shorten', 'step', 'summed', 'warn', 'whole_folder', 'world_size', 'write_whole',
+    'measured_by_first', 'named_tensors', 'nearest', 'nearest_keyword', 'one_line', 'pattern_list', 'percent',
+    'progress', 'refuse_unknown', 'shorten', 'step', 'summed', 'warn', 'whole_folder', 'world_size', 'write_whole',
 ]

@@ -25,7 +25,7 @@ from torch import nn
 
 from ..core import PruningError, warn
 from ..version import __version__
-from ..zoo import save_pretrained
+from ..zoo import plan_of, save_pretrained
 from .cards import CARD, check_metrics, is_ours, stamp, write_card
 
 __all__ = ['Pushed', 'push_to_hub']
@@ -97,6 +97,10 @@ def push_to_hub(
     """
     check_metrics(metrics)
     _check_target(repo_id, revision, create_pr)
+    if plan_of(model) is not None and plan_of(model).base is None:
+        raise PruningError(
+            'push: no name builds this model, so timm could not load it from a repo; give base= when pruning, or keep '
+            'it by save_pretrained and load_pretrained')
     with tempfile.TemporaryDirectory() as scratch:
         folder = save_pretrained(model, Path(scratch) / 'model')
         write_card(folder, model, repo_id, metrics)
