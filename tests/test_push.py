@@ -397,8 +397,8 @@ def test_pushes_that_never_get_through_give_up(hub, slim):
 
 
 def test_a_model_that_no_name_builds_is_not_pushed(hub):
-    own = timm_epfs.prune(torch.nn.Sequential(
-        torch.nn.Conv2d(3, 8, 1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 1)), 0.5, example_input=torch.empty(1, 3, 8, 8))
+    layers = [torch.nn.Conv2d(3, 8, 1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 1)]
+    own = timm_epfs.prune(torch.nn.Sequential(*layers), macs=0.5, example_input=torch.empty(1, 3, 8, 8))
     with pytest.raises(PruningError, match='no name builds this model, so timm could not load it from a repo'):
         push_to_hub(own, REPO)
     assert REPO not in hub.repos

@@ -260,3 +260,70 @@ def test_what_is_no_tensor_is_not_saved(tmp_path):
     with raises(PruningError, match="_extra_state in the model's state_dict is no tensor but of type dict"):
         timm_epfs.save_pretrained(slim, tmp_path / 'out')
     assert not (tmp_path / 'out').exists()
+
+
+# The state of an optimizer
+
+
+def trained(model, make_optimizer, steps=2):
+    optimizer = make_optimizer(model)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        flat(model.train()(IMAGES)).square().mean().backward()
+        optimizer.step()
+    return optimizer
+
+
+def moments_by_name(model, optimizer):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {(names[p], key): value for p, entry in optimizer.state.items() for key, value in entry.items()}
+
+
+OPTIMIZERS = {
+    'SGD': lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
+    'AdamW': lambda model: torch.optim.AdamW(model.parameters(), lr=0.01, amsgrad=True),
+    'named': lambda model: torch.optim.Adam(reversed(list(model.named_parameters())), lr=0.01),
+    'frozen': lambda model: torch.optim.AdamW([p for name, p in model.named_parameters() if name != 'conv1.0.weight']),
+}
+
+
+@mark.parametrize('kind', OPTIMIZERS)
+def test_moments_are_cut_as_their_parameters_are(kind):
+    dense = small(num_classes=5)
+    before = trained(dense, OPTIMIZERS[kind])
+    slim = timm_epfs.prune(dense, macs=0.5, kinds=['channels', 'blocks'])
+    plan = slim.pruning_plan
+    assert plan.removed_blocks()
+    parameters = {name: p for name, p in dense.named_parameters() if kind != 'frozen' or name != 'conv1.0.weight'}
+    after = OPTIMIZERS[kind](slim)
+    after.load_state_dict(timm_epfs.slice_checkpoint(before.state_dict(), plan, parameters))
+
+    dense_moments, moments = moments_by_name(dense, before), moments_by_name(slim, after)
+    for key in {key for _, key in moments}:
+        # what cuts weights cuts anything of their names and shapes
+        of_dense = {name: dense_moments.get((name, key), tensor) for name, tensor in dense.state_dict().items()}
+        scalar = next(value for (_, k), value in moments.items() if k == key).ndim == 0
+        want = of_dense if scalar else timm_epfs.slice_checkpoint(of_dense, plan)
+        assert all(torch.equal(value, want[name]) for (name, k), value in moments.items() if k == key)
+    assert {name for name, _ in moments} == {n for n, _ in slim.named_parameters() if n in parameters}
+    after.zero_grad()
+    flat(slim.train()(IMAGES)).sum().backward()
+    after.step()
+
+
+def test_states_of_optimizers_that_can_not_be_cut():
+    dense = small()
+    plan = timm_epfs.prune(dense, macs=0.5).pruning_plan
+    parameters = dict(dense.named_parameters())
+    state = trained(dense, OPTIMIZERS['SGD']).state_dict()
+    fewer = dict(list(parameters.items())[1:])
+    factored = trained(dense, lambda model: torch.optim.Adafactor(model.parameters())).state_dict()
+    for given, by_name, said in [
+        (state, None, r'give parameters=dict\(dense.named_parameters\(\)\)'),
+        (state, fewer, 'the optimizer has .* parameters, and .* were given that are not the same'),
+        (state, dict(Net().named_parameters()), 'the optimizer has'),
+        (state, dict(reversed(parameters.items())), 'can\'t be cut; start with a new optimizer'),
+        (factored, parameters, 'can\'t be cut; start with a new optimizer'),
+    ]:
+        with raises(PruningError, match=said):
+            timm_epfs.slice_checkpoint(given, plan, by_name)

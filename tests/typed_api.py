@@ -44,7 +44,10 @@ for method in (timm_epfs.SSS, timm_epfs.SFP, timm_epfs.BNSFP, timm_epfs.OneShot,
     assert_type(method(model, 0.5, 100).export().pruning_plan, timm_epfs.Plan)
 
 assert_type(timm_epfs.rebuild(slim.pruning_plan).pruning_plan, timm_epfs.Plan)
-assert_type(timm_epfs.slice_checkpoint(model.state_dict(), slim.pruning_plan), Dict[str, torch.Tensor])
+assert_type(timm_epfs.slice_checkpoint(model.state_dict(), slim.pruning_plan), Dict[str, Any])
+optimizer = torch.optim.AdamW(model.parameters())
+moments = timm_epfs.slice_checkpoint(optimizer.state_dict(), slim.pruning_plan, dict(model.named_parameters()))
+torch.optim.AdamW(slim.parameters()).load_state_dict(moments)
 assert_type(timm_epfs.save_pretrained(slim, 'folder'), Path)
 assert_type(timm_epfs.save_pretrained(slim, 'module', overwrite=True, as_module=True), Path)
 assert_type(timm_epfs.load_pretrained(model, 'module').pruning_plan, timm_epfs.Plan)
