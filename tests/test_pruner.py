@@ -313,7 +313,7 @@ def test_a_run_times_its_layers_once_and_searches_no_more_than_it_needs(monkeypa
     class Table:
         machine = {'device': 'abacus', 'threads': 1}
 
-        def __init__(self, device):
+        def __init__(self, device, together=False):
             pass
 
         def __call__(self, kernel, left):

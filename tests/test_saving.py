@@ -233,6 +233,8 @@ def test_what_can_not_be_loaded_into_a_module(tmp_path, model, said):
     ({}, 'holds no plan; give a folder that timm_epfs.save_pretrained wrote'),
     ({'config.json': '{"model_type": "vit"}', 'model.safetensors': ''}, 'holds no plan; .*not a model.s own'),
     ({'config.json': '[]'}, 'holds no plan'),
+    ({'config.json': '[' * 10 ** 5}, 'holds no plan'),
+    ({'config.json': '{"model_args": {"plan": "elsewhere.json"}}'}, 'holds no plan'),
     ({'plan.json': '{}'}, 'not a timm_epfs plan'),
 ])
 def test_folders_that_hold_no_pruned_module(tmp_path, files, said):

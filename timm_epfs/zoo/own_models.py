@@ -11,7 +11,6 @@ from torch import nn
 from ..core import PruningError, named_tensors
 from ..plan import Plan, PrunedModel
 from ..surgery import cut_copy
-from .entry_point import as_plan
 from .weights import read_weights
 
 __all__ = ['PLAN', 'WEIGHTS', 'load_pretrained', 'without_base']
@@ -68,15 +67,15 @@ def load_pretrained(model: nn.Module, folder: Union[str, Path]) -> PrunedModel:
 
 
 def _saved_plan(folder: Path) -> Plan:
+    """The plan in a folder, by itself or in a config.json, which may hold one and not the name of one."""
     if (folder / PLAN).is_file():
         return without_base(Plan.load(folder / PLAN))
     try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        return as_plan(config['model_args']['plan'])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        if isinstance(e, PruningError):
-            raise
+        plan = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['model_args']['plan']
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        plan = None
+    if not isinstance(plan, dict):
         raise PruningError(
             f'load: {folder} holds no plan; give a folder that timm_epfs.save_pretrained wrote, not a model\'s own '
-            'save_pretrained'
-        ) from e
+            'save_pretrained')
+    return Plan.from_dict(plan)

@@ -58,10 +58,9 @@ def save_pretrained(
     if plan is None:
         raise PruningError(f'save: this {type(model).__name__} has no pruning_plan; save what prune() returned')
     plan = without_base(plan) if as_module or plan.base is None else _loadable(model, plan)
-    weights = _separate(model)
-
     folder = Path(folder).resolve()
     check_free(folder, overwrite)
+    weights = _separate(model)
     try:
         with whole_folder(folder) as part:
             weights_file = part / (WEIGHTS if plan.base is None else HF_SAFE_WEIGHTS_NAME)
