@@ -117,6 +117,19 @@ def test_highest_scores_stay_above_the_floor(widths, scope, quantity, share, flo
         assert units.tolist() == sorted(ranked[:len(units)])
 
 
+@pytest.mark.parametrize('units, price, macs', [
+    (21, 0, 0.3), (43, 0, 0.5), (46, 0, 0.7), (64, 3, 0.3), (64, 3, 0.5), (128, 0, 0.7), (128, 3, 0.5),
+])
+def test_one_structure_keeps_the_width_that_is_nearest_to_the_budget(units, price, macs):
+    """What a layer from and to the same channels costs grows with their square."""
+    width = Size(0, (('conv', 1),))
+    cost = CostModel(['conv'], [('macs', 1.0, (width, width)), ('macs', float(price * units), (width,))])
+    shares = {left: share_left([structure('conv', units)], cost, {'conv': range(left)}) for left in range(1, units + 1)}
+    kept = keep([structure('conv', units)], {'conv': np.arange(units)}, cost, Budget(macs=macs))['conv']
+    nearest = min(abs(share - macs) for share in shares.values())
+    assert abs(shares[len(kept)] - macs) <= max(nearest, search.TOLERANCE)
+
+
 @pytest.mark.parametrize('scope', SCOPES)
 def test_fine_steps_land_within_a_fifth_of_a_percent(scope):
     structures, cost = conv_chain([64, 64, 128, 128, 256, 256, 512, 512], [64, 64, 16, 16, 4, 4, 1, 1])
@@ -230,6 +243,13 @@ def test_widths_keep_proportions_and_what_has_none_is_ranked():
     weights = {'narrow': 20.0, 'wide': 40.0}
     kept = keep(structures, scores, cost, Budget(macs=80 / 180), width_weights=weights, round_to=1)
     assert counts(kept) == {'narrow': 20, 'wide': 40, 'ranked': 20} and kept['ranked'].tolist() == list(range(20))
+
+
+def test_top_is_what_a_full_sort_gives():
+    scores = np.random.default_rng(0).integers(0, 5, 12).astype(float)
+    best_first = sorted(range(12), key=lambda unit: (-scores[unit], unit))
+    for left in range(13):
+        assert allocation.top(scores, left).tolist() == sorted(best_first[:left])
 
 
 def test_repair_takes_what_loses_the_least_importance():

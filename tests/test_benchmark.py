@@ -1,6 +1,8 @@
 """``timm-epfs benchmark`` and ``export``: what is shown is what was measured and written, whole."""
 import json
+import os
 import sys
+import threading
 import time
 from functools import partial
 
@@ -46,6 +48,31 @@ def test_peak_memory_is_what_is_alive_at_once():
         return len(both)
 
     assert clock.peak_memory(forward, torch.device('cpu')) == 5 << 20
+
+
+def test_threads_that_measure_memory_leave_stderr_as_it_was():
+    """The second thread begins while the first one measures, and ends after it."""
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+
+    def first():
+        first_is_in.set()
+        second_is_in.wait(0.2)
+
+    def second():
+        second_is_in.set()
+        first_is_out.wait(10)
+
+    def after_first():
+        first_is_in.wait(10)
+        clock.peak_memory(second, torch.device('cpu'))
+
+    before, stderr = os.fstat(2), sys.stderr
+    other = threading.Thread(target=after_first)
+    other.start()
+    clock.peak_memory(first, torch.device('cpu'))
+    first_is_out.set()
+    other.join()
+    assert os.path.samestat(os.fstat(2), before) and sys.stderr is stderr
 
 
 def test_what_is_printed_is_what_is_written(saved, tmp_path, capsys):

@@ -13,6 +13,7 @@ from helpers import forkserver
 from safetensors.numpy import load_file, save_file
 
 import timm_epfs
+from timm_epfs.latency import device_latency, timings
 
 STEPS, BATCH, CLASSES = 8, 8, 5
 FIRST = ('learner', 'wrapper')
@@ -48,12 +49,36 @@ def run(path, rank=0, world=1, first='learner'):
     save_file(seen, f'{path}/{first}{rank}of{world}.safetensors')
 
 
+def learn_a_latency(path, rank):
+    """Select by clocks that say something else in each process, and write what was selected and how often they ran."""
+    timed = []
+
+    def time_call(call, device):
+        timed.append('call')
+        return 1e-6 * (rank + 1) * call()[0].numel()
+
+    def least_seconds(models, args, kwargs):
+        timed.append('model')
+        return [1e-9 * (sum(p.numel() for p in model.parameters()) + 10000 * rank) for model in models]
+
+    torch.manual_seed(0)
+    os.environ['TIMM_EPFS_CACHE'] = f'{path}/cache{rank}'
+    timings.time_call, device_latency.least_seconds = time_call, least_seconds
+    learner = timm_epfs.OneShot(timm.create_model('resnet20_cifar'), latency=0.6, steps=1, kinds=['filters'])
+    learner.penalty().backward()
+    learner.step()
+    kept = {cut.structure.name: cut.keep for cut in learner.plan().cuts}
+    counts = {f'timed {what}': np.array(timed.count(what)) for what in ('call', 'model')}
+    save_file({**kept, **counts, 'share': np.array(learner.selector.budget.value)}, f'{path}/latency{rank}.safetensors')
+
+
 def worker(rank, path, port):
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     torch.set_num_threads(1)
     dist.init_process_group('gloo', rank=rank, world_size=2)
     for first in FIRST:
         run(path, rank, 2, first)
+    learn_a_latency(path, rank)
     dist.destroy_process_group()
 
 
@@ -80,3 +105,11 @@ def test_two_processes_are_one(seen, first):
         assert np.array_equal(left[key], right[key]), key
         # Sums in another order make 1e-5; sums over one process alone, 1e-2 and more.
         np.testing.assert_allclose(left[key], one[key], atol=1e-3, err_msg=key)
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason='torch without gloo')
+def test_the_first_process_measures_latencies_for_all(seen):
+    first, second = (load_file(seen / f'latency{rank}.safetensors') for rank in (0, 1))
+    assert first.pop('timed call') > 10 and first.pop('timed model') > 1
+    assert second.pop('timed call') == second.pop('timed model') == 0
+    assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)

@@ -1,6 +1,9 @@
 """Saving and loading through timm: what comes back is what was saved, or nothing is there."""
 import json
+import os
 import shutil
+import signal
+import sys
 
 import pytest
 import safetensors.torch
@@ -10,7 +13,7 @@ from hand_plans import VIT, VIT_ARGS, resnet_plan, vit_plan
 from timm.models import resolve_model_input_args, save_for_hf
 from torch import nn
 
-from timm_epfs.core import PruningError
+from timm_epfs.core import PruningError, files, whole_folder
 from timm_epfs.plan import Plan
 from timm_epfs.surgery import apply_plan, build_base, slice_checkpoint
 from timm_epfs.zoo import save_pretrained
@@ -234,9 +237,6 @@ def test_what_can_not_be_saved(tmp_path):
     with pytest.raises(PruningError, match='this ResNet has no pruning_plan'):
         save_pretrained(timm.create_model('resnet18'), tmp_path / 'out')
     model = nn.Linear(2, 2)
-    model.pruning_plan = Plan(None, {}, ())
-    with pytest.raises(PruningError, match='give base='):
-        save_pretrained(model, tmp_path / 'out')
     model.pruning_plan = Plan('resnet18', {'num_classes': 10 ** 6}, ())  # what loading refuses isn't saved
     with pytest.raises(PruningError, match='expected numbers up to 262144'):
         save_pretrained(model, tmp_path / 'out')
@@ -257,6 +257,10 @@ def test_folders_that_are_taken(saved, tmp_path):
     with pytest.raises(PruningError, match="holds 'thesis.tex'"):
         save_pretrained(model, tmp_path / 'home', overwrite=True)
     assert (tmp_path / 'home' / 'thesis.tex').exists()
+    (tmp_path / 'notes').mkdir()
+    (tmp_path / 'notes' / 'README.md').write_text('what a model may have, too, but never by itself')
+    with pytest.raises(PruningError, match="holds 'README.md', which isn't part of a model"):
+        save_pretrained(model, tmp_path / 'notes', overwrite=True)
 
 
 def test_overwriting_replaces_the_old_model(saved, tmp_path):
@@ -283,6 +287,7 @@ def test_a_save_that_fails_leaves_what_was_there(saved, tmp_path, monkeypatch, s
 
     owner, _, name = f'timm_epfs.zoo.saving.{step}'.rpartition('.')
     with monkeypatch.context() as patch:
+        patch.setattr(files, '_exchange', lambda *paths: False)
         patch.setattr(f'{owner}.{name}', fail)
         for folder, overwrite in (('new', False), ('old', True)):
             with pytest.raises(raised):
@@ -302,8 +307,31 @@ def test_an_overwrite_that_fails_at_the_last_step_puts_the_old_model_back(saved,
         return rename(self, target)
 
     with monkeypatch.context() as patch:
+        patch.setattr(files, '_exchange', lambda *paths: False)
         patch.setattr(hub.Path, 'rename', fail_for_the_new)
         with pytest.raises(PruningError, match='Input/output error'):
             save_pretrained(model, tmp_path / 'out', overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ['out']
     assert same_tensors(timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True), model)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='replaces a folder in two steps')
+@pytest.mark.parametrize('kill', ['before', 'after'])
+def test_a_kill_while_a_folder_is_replaced_leaves_the_old_one_or_the_new_one(tmp_path, monkeypatch, kill):
+    """The child is killed at its first change of names, whichever way it is made."""
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'old').touch()
+    child = os.fork()
+    if not child:
+        def killing(change):
+            def change_and_die(*paths):
+                done = kill == 'after' and change(*paths)
+                os.kill(os.getpid(), signal.SIGKILL)
+                return done
+            return change_and_die
+
+        files._exchange, hub.Path.rename = killing(files._exchange), killing(hub.Path.rename)
+        with whole_folder(tmp_path / 'out') as part:
+            (part / 'new').touch()
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert [path.name for path in (tmp_path / 'out').iterdir()] == ['old' if kill == 'before' else 'new']

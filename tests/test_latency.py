@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ import timm_epfs
 from timm_epfs.allocate import allocate
 from timm_epfs.cli import main
 from timm_epfs.core import Budget, PruningError
-from timm_epfs.latency import DeviceLatency, LatencyModel, Table, device_latency, interpolation, kernels
+from timm_epfs.latency import DeviceLatency, LatencyModel, Table, device_latency, interpolation, kernels, timings
 from timm_epfs.latency.call_grids import points
 from timm_epfs.plan import make_plan
 from timm_epfs.pruner import example_for, trace_model
@@ -60,7 +61,7 @@ def rounded_up(n, step):
 class FakeTable:
     machine = {'device': 'abacus', 'threads': 1, 'torch': '2'}
 
-    def __init__(self, device):
+    def __init__(self, device, together=False):
         pass
 
     def __call__(self, kernel, left):
@@ -412,7 +413,7 @@ def test_what_was_measured_is_remembered(tmp_path, one_call):
     table.learn([one_call])
     assert table(*one_call) == 1e-3
     assert len(later.timed) == 1  # the reference workload alone
-    assert [path.suffix for path in tmp_path.iterdir()] == ['.json']
+    assert [path for path in tmp_path.iterdir() if path.suffix != '.lock'] == [table.path]
 
 
 def test_a_call_that_was_disturbed_is_measured_until_it_is_not(tmp_path, one_call):
@@ -450,6 +451,28 @@ def test_tables_of_two_processes_add_up(tmp_path, one_call):
     tables[0].learn([one_call]), tables[1].learn([other])
     clock = Clock()
     Table('cpu', clock, tmp_path).learn([one_call, other])
+    assert len(clock.timed) == 1
+
+
+def test_tables_that_are_written_at_once_add_up(tmp_path, one_call, monkeypatch):
+    """The second thread begins to save while the first has read the file and not yet written it."""
+    kernel, left = one_call
+    calls = [one_call, (kernel, {**left, next(iter(kernel.names)): 3})]
+    tables = [Table('cpu', Clock(), tmp_path) for _ in calls]
+    second = threading.Thread(target=tables[1].learn, args=[calls[1:]])
+    write_whole = timings.write_whole
+
+    def write_while_the_other_saves(path, write):
+        if not second.ident:
+            second.start()
+            second.join(0.3)
+        write_whole(path, write)
+
+    monkeypatch.setattr(timings, 'write_whole', write_while_the_other_saves)
+    tables[0].learn(calls[:1])
+    second.join()
+    clock = Clock()
+    Table('cpu', clock, tmp_path).learn(calls)
     assert len(clock.timed) == 1
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from helpers import distance, flat, randomise
 from test_train import DIGITS, few_digits, quick  # noqa: F401, a fixture
+from torch import nn
 
 import timm_epfs
 from timm_epfs.cli import main
@@ -312,7 +313,7 @@ def test_a_run_times_its_layers_once_and_searches_no_more_than_it_needs(monkeypa
     class Table:
         machine = {'device': 'abacus', 'threads': 1}
 
-        def __init__(self, device):
+        def __init__(self, device, together=False):
             pass
 
         def __call__(self, kernel, left):
@@ -373,3 +374,19 @@ def test_a_model_that_is_cut_in_inference_mode_can_be_trained():
         slim = timm_epfs.prune('resnet20_cifar', macs=0.5)
     slim(torch.randn(2, 3, 32, 32)).sum().backward()
     assert all(parameter.grad is not None for parameter in slim.parameters())
+
+
+@pytest.mark.parametrize('norm, width', [
+    (nn.InstanceNorm2d(32), 'num_features'),
+    (nn.InstanceNorm2d(32, affine=True), 'num_features'),
+    (nn.BatchNorm2d(32, affine=False, track_running_stats=False), 'num_features'),
+    (nn.GroupNorm(8, 32, affine=False), 'num_channels'),
+], ids=str)
+def test_a_norm_says_its_width_with_and_without_tensors(norm, width):
+    x = torch.randn(2, 3, 8, 8)
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), norm, nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 8, 1))
+    slim = timm_epfs.prune(model, macs=0.5, example_input=x[:1])
+    assert getattr(slim[1], width) == slim[0].out_channels < 32
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')  # torch warns where an InstanceNorm says another width than it gets
+        slim(x)

@@ -1,7 +1,9 @@
 """Pushing and pulling by the real clients, against a Hub on loopback: what comes back is what was pushed."""
 import copy
+import hashlib
 import json
 import threading
+import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,10 +13,12 @@ import timm
 import torch
 from hub_server import Fault, Hub, connect
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.hf_api import RepoFile
 
 import timm_epfs
 from timm_epfs import PruningError, push_to_hub
 from timm_epfs.cli import main
+from timm_epfs.hub import push
 from timm_epfs.report import draw_layers
 
 # The client streams uploads in a way that its HTTP library calls old.
@@ -308,6 +312,26 @@ def test_an_upload_that_never_gets_through_leaves_the_repo_as_it_was(hub, slim, 
     assert one_line(error) and len(hub.commits(REPO)) == 1
 
 
+@pytest.mark.parametrize('large', [False, True])
+def test_a_file_is_compared_with_the_repos_without_being_read_whole(tmp_path, large):
+    path, data = tmp_path / 'weights', bytes(range(256)) * (1 << 17)  # 32 MiB
+    path.write_bytes(data)
+    hashes = {'oid': hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()}
+    if large:
+        hashes['lfs'] = {'oid': hashlib.sha256(data).hexdigest(), 'size': len(data), 'pointerSize': 134}
+    del data
+    entry = RepoFile(path='weights', size=path.stat().st_size, **hashes)
+    tracemalloc.start()
+    try:
+        assert not push._differs(path, entry)
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+    with open(path, 'r+b') as file:
+        file.write(b'x')
+    assert push._differs(path, entry)
+
+
 def test_an_upload_that_is_cut_goes_on(hub, slim):
     hub.faults.append(Fault('PUT /large/', cut=50_000, times=3))
     assert push_to_hub(slim, REPO).files == FILES
@@ -370,6 +394,14 @@ def test_pushes_that_never_get_through_give_up(hub, slim):
     hub.faults.append(Fault('POST .*/commit/', status=412, times=4))
     with pytest.raises(PruningError, match=r'others kept pushing at the same time; push again \(412\)'):
         push_to_hub(slim, REPO)
+
+
+def test_a_model_that_no_name_builds_is_not_pushed(hub):
+    layers = [torch.nn.Conv2d(3, 8, 1), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 1)]
+    own = timm_epfs.prune(torch.nn.Sequential(*layers), macs=0.5, example_input=torch.empty(1, 3, 8, 8))
+    with pytest.raises(PruningError, match='no name builds this model, so timm could not load it from a repo'):
+        push_to_hub(own, REPO)
+    assert REPO not in hub.repos
 
 
 # From a shell

@@ -3,6 +3,7 @@ import csv
 import doctest
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from timm_epfs.training.checkpoints import Checkpoints
 from timm_epfs.training.data import Digits
 from timm_epfs.training.options import check_options
 from timm_epfs.training.phase import Phase
+from timm_epfs.training.summary import claim_folder
 
 # Small enough for five updates per epoch in half a second.
 DIGITS = ['train', 'resnet20_cifar', '--dataset', 'digits', '--img-size', '8', '-b', '64', '--macs', '0.5']
@@ -337,6 +339,38 @@ def test_folder_of_a_run_is_not_lost_by_mistake(tmp_path, capsys):
     assert train(run, '--overwrite') == 2 and "holds 'thesis.tex'" in error(capsys)
     (run / 'thesis.tex').unlink()
     assert train(run, '--overwrite', '--seed', '1') == 0 and (run / 'summary.csv').read_bytes() != before
+
+
+@pytest.mark.parametrize('options', [None, '{"lr": 0.1}', '[]', 'not JSON'])
+@pytest.mark.parametrize('flag', [None, '--overwrite', '--resume'])
+def test_a_folder_of_the_users_that_looks_like_a_run_is_left_alone(tmp_path, capsys, options, flag):
+    """Only the options that a run writes first, and deletes last, make a folder a run's."""
+    work = tmp_path / 'work'
+    for name in ('checkpoints/00001.json', 'checkpoints/.cache.tmp', 'pictures/cat.png', '.notes.tmp'):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text(name)
+    if options:
+        (work / 'args.json').write_text(options)
+    before = {path: path.read_text() for path in work.rglob('*') if path.is_file()}
+    assert train(work, *([flag] if flag else [])) == 2
+    assert re.search(r"holds '(args.json|checkpoints)', which is not part of a run; name another folder", error(capsys))
+    assert {path: path.read_text() for path in work.rglob('*') if path.is_file()} == before
+
+
+def test_an_overwrite_that_is_killed_leaves_a_folder_that_is_still_a_run(tmp_path, monkeypatch):
+    for name in ('pruned/config.json', 'summary.csv', 'args.json'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"epochs_by_phase": {}}')
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, 'rmtree', killed)
+        with pytest.raises(KeyboardInterrupt):
+            claim_folder(tmp_path, resume=False, overwrite=True)
+    claim_folder(tmp_path, resume=False, overwrite=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize('arguments, message', [

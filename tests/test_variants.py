@@ -398,6 +398,21 @@ def test_register(registry, as_):
         timm.create_model('my_resnet', pretrained=True)
 
 
+@pytest.mark.parametrize('name', ['timm', 'register', 'Plan', 'default_cfgs', '__all__'])
+def test_a_model_may_be_called_like_anything_in_our_code(registry, name):
+    plan = variants.plan_path('resnet20_cifar_epfs50')
+    timm_epfs.register(name, plan)
+    variants.register('the_next', plan)
+    for made in (name, 'the_next'):
+        assert described(timm.create_model(made))[:2] == described(variant('resnet20_cifar_epfs50'))[:2]
+
+
+def test_entry_points_are_attributes_of_their_module(registry):
+    assert variants.resnet20_cifar_epfs50 is timm.models.model_entrypoint('resnet20_cifar_epfs50')
+    with pytest.raises(AttributeError, match='no_such_model'):
+        _ = variants.no_such_model
+
+
 def test_registered_weights(registry, tmp_path, monkeypatch):
     model = timm_epfs.prune('resnet20_cifar', macs=0.5, num_classes=5, in_chans=1).eval()
     folder, x = timm_epfs.save_pretrained(model, tmp_path / 'out'), images(channels=1)

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from .pruner import Pruner, inspect, prune
     from .report import plot
     from .surgery import compensate, rebuild, recalibrate_bn, slice_checkpoint
-    from .zoo import save_pretrained
+    from .zoo import load_pretrained, save_pretrained
     from .zoo.variants import register
 
 __all__ = [
     'BNSFP', 'Budget', 'CRITERIA', 'EPFS', 'OneShot', 'Plan', 'PrunedModel', 'Pruner', 'PruningError', 'SFP', 'SSS',
-    'Scratch', '__version__', 'compensate', 'inspect', 'plot', 'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn',
-    'register', 'save_pretrained', 'slice_checkpoint',
+    'Scratch', '__version__', 'compensate', 'inspect', 'load_pretrained', 'plot', 'prune', 'push_to_hub', 'rebuild',
+    'recalibrate_bn', 'register', 'save_pretrained', 'slice_checkpoint',
 ]
 
 # Where each name that is loaded on first use lives.
@@ -45,6 +45,7 @@ _HOMES = {
     'Scratch': 'learn',
     'compensate': 'surgery',
     'inspect': 'pruner',
+    'load_pretrained': 'zoo',
     'plot': 'report',
     'prune': 'pruner',
     'push_to_hub': 'hub',

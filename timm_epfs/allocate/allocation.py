@@ -131,17 +131,17 @@ def top(scores: np.ndarray, left: int) -> np.ndarray:
 
     >>> top(np.array([3.0, 1.0, 2.0, 2.0]), 2)
     array([0, 2])
+    >>> top(np.array([3.0, 1.0, 2.0, 2.0]), 0)
+    array([], dtype=int64)
 
     Args:
-        scores: Scores, shape (units,).
+        scores: Scores, shape (units,), floating-point.
         left: How many units to return.
 
     Returns:
         Units, ascending, int64, shape (left,).
     """
-    threshold = np.partition(scores, -left)[-left]
-    above, ties = np.flatnonzero(scores > threshold), np.flatnonzero(scores == threshold)
-    return np.sort(np.append(above, ties[:left - len(above)])).astype(np.int64)
+    return np.sort(np.argsort(-scores, kind='stable')[:left]).astype(np.int64)
 
 
 def _nearest_place(

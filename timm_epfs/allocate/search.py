@@ -198,10 +198,13 @@ class Search:
         return moves.make(loss.argmin()) if closing.any() else place
 
     def _exchange(self, place: np.ndarray, bounds: '_Bounds') -> np.ndarray:
-        """Make the two moves that come nearest to the target; among pairs within ``NEAR``, those that lose the least.
+        """Make the one or two moves that come nearest to the target; among those within ``NEAR``, which lose the least.
+
+        Second moves are chosen by what they add to first order. What is found is compared by what it really costs: cost
+        is not linear in a width that two dims of a layer have.
 
         Returns:
-            The place after both moves.
+            The place after the moves.
         """
         gap, first_moves = self.gap(place), self._moves(place, bounds)
         best_place, best = place, (np.inf, np.inf)  # remaining gap, importance lost
@@ -210,9 +213,10 @@ class Search:
             second_moves = self._moves(halfway, bounds)
             gaps = np.maximum(np.abs(self.gap(halfway) + second_moves.added), NEAR)
             second = np.where(gaps == gaps.min(), second_moves.lost, np.inf).argmin()
-            result = (gaps.min(), first_moves.lost.flat[first] + second_moves.lost.flat[second])
-            if result < best:
-                best_place, best = second_moves.make(second), result
+            for end, lost in ((second_moves.make(second), second_moves.lost.flat[second]), (halfway, 0.0)):
+                result = (max(abs(self.gap(end)), NEAR), first_moves.lost.flat[first] + lost)
+                if result < best:
+                    best_place, best = end, result
         return best_place
 
     def _moves(self, place: np.ndarray, bounds: '_Bounds') -> '_Moves':

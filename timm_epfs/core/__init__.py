@@ -6,11 +6,11 @@ from .budget import BUDGETS, Budget
 from .cost import QUANTITIES, CostModel, is_number
 from .deep_copies import clone_tensor, deep_copy
 from .errors import OutOfReach, PruningError, first_few, one_line
-from .files import check_place, whole_folder, write_whole
+from .files import check_place, locked, whole_folder, write_whole
 from .indices import complement, distinct
 from .keywords import nearest_keyword, refuse_unknown
 from .modules import device_of, eval_mode, named_tensors, set_modes
-from .processes import from_first, summed, world_size
+from .processes import from_first, measured_by_first, summed, world_size
 from .progress_bar import progress, step
 from .repeatable import Repeatable
 from .structure import DEFAULT_KINDS, KINDS, Member, Size, Structure, check_patterns, kinds_named, pattern_list
@@ -23,7 +23,7 @@ __all__ = [
     'Member', 'OutOfReach', 'PruningError', 'QUANTITIES', 'Repeatable', 'Rule', 'Size', 'Structure', 'TEXT',
     'aligned_table', 'check', 'check_patterns', 'check_place', 'clone_tensor', 'complement', 'deep_copy',
     'device_of', 'distinct', 'eval_mode', 'first_few', 'format_count', 'from_first', 'invalid', 'is_number',
-    'kind_of', 'kinds_named', 'markdown_table', 'named_tensors', 'nearest', 'nearest_keyword', 'one_line',
-    'pattern_list', 'percent', 'progress', 'refuse_unknown', 'set_modes', 'shorten', 'step', 'summed', 'warn',
-    'whole_folder', 'world_size', 'write_whole',
+    'kind_of', 'kinds_named', 'locked', 'markdown_table', 'measured_by_first', 'named_tensors', 'nearest',
+    'nearest_keyword', 'one_line', 'pattern_list', 'percent', 'progress', 'refuse_unknown', 'set_modes', 'shorten',
+    'step', 'summed', 'warn', 'whole_folder', 'world_size', 'write_whole',
 ]

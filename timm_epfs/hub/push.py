@@ -3,6 +3,7 @@
 ``HfApi.upload_folder`` is not used: it makes several commits if the Xet client is installed, and it does not notice if
 another push was made in between.
 """
+import hashlib
 import tempfile
 import time
 from dataclasses import dataclass
@@ -20,12 +21,11 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from torch import nn
 
 from ..core import PruningError, warn
 from ..version import __version__
-from ..zoo import save_pretrained
+from ..zoo import plan_of, save_pretrained
 from .cards import CARD, check_metrics, is_ours, stamp, write_card
 
 __all__ = ['Pushed', 'push_to_hub']
@@ -97,6 +97,10 @@ def push_to_hub(
     """
     check_metrics(metrics)
     _check_target(repo_id, revision, create_pr)
+    if plan_of(model) is not None and plan_of(model).base is None:
+        raise PruningError(
+            'push: no name builds this model, so timm could not load it from a repo; give base= when pruning, or keep '
+            'it by save_pretrained and load_pretrained')
     with tempfile.TemporaryDirectory() as scratch:
         folder = save_pretrained(model, Path(scratch) / 'model')
         write_card(folder, model, repo_id, metrics)
@@ -179,11 +183,9 @@ class _Push:
 
     def _changed(self, head: ModelInfo) -> Tuple[str, ...]:
         """Names of the files that differ from the repo's or are missing there, without a card that must be kept."""
-        remote = {
-            entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
-            for entry in self.api.list_repo_tree(self.repo_id, revision=head.sha) if isinstance(entry, RepoFile)
-        }
-        changed = [name for name in self._names() if remote.get(name) not in _hashes(self.folder / name)]
+        entries = self.api.list_repo_tree(self.repo_id, revision=head.sha)
+        remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+        changed = [name for name in self._names() if name not in remote or _differs(self.folder / name, remote[name])]
         if CARD in changed and CARD in remote and not self.overwrite_card and not self._card_is_ours(head):
             warn(f'{CARD} in {self.repo_id} was written or edited by hand and is kept; overwrite_card=True replaces it')
             changed.remove(CARD)
@@ -195,11 +197,16 @@ class _Push:
             return is_ours(Path(path).read_bytes().decode(errors='replace'))
 
 
-def _hashes(path: Path) -> Tuple[str, str]:
-    """The two hashes by which the Hub may know a file's content: that of git, and that of large file storage."""
+def _differs(path: Path, entry: RepoFile) -> bool:
+    """Whether a file's content differs from a repo's: by the hash of git, or of large file storage where it is there.
+
+    The file is read in pieces, as weights may be larger than memory.
+    """
+    digest = hashlib.sha256() if entry.lfs else hashlib.sha1(b'blob %d\0' % path.stat().st_size)
     with open(path, 'rb') as file:
-        lfs_hash = sha_fileobj(file).hex()
-    return git_hash(path.read_bytes()), lfs_hash
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest() != (entry.lfs.sha256 if entry.lfs else entry.blob_id)
 
 
 def _with_causes(error: Optional[BaseException]) -> List[BaseException]:

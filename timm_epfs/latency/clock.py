@@ -10,11 +10,13 @@ Each function is built on the one above it:
 
 ``peak_memory`` stands by itself.
 """
+import logging
 import os
 import time
-from contextlib import ExitStack, contextmanager, redirect_stderr
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
+from threading import RLock
 from typing import TYPE_CHECKING, Any, Callable, Iterator, List, Mapping, Sequence, Tuple
 
 import torch
@@ -33,13 +35,15 @@ __all__ = [
 _SHORTEST = 0.004   # seconds for which ``time_call`` repeats a call, at least
 _REPEATS = 2        # and how often, at least
 
+_STDERR = RLock()
+
 Forward = Callable[[], object]
 
 
 def timer(call: Forward, device: torch.device) -> 'Timer':
     """torch's timer of a call, on as many threads as torch uses now."""
     _keep_heap()
-    with _silent():  # its import warns where CUDA is installed without a GPU
+    with _unlogged('torch.utils.cpp_extension'):  # its import warns where CUDA is installed without a GPU
         from torch.utils.benchmark import Timer
     return Timer('call()', timer=partial(_now, device), globals={'call': call}, num_threads=torch.get_num_threads())
 
@@ -139,7 +143,7 @@ def peak_memory(forward: Forward, device: torch.device) -> int:
         forward()
         torch.accelerator.synchronize(device)
         return torch.accelerator.max_memory_allocated(device) - before
-    with _silent(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with _stderr_aside(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         forward()
     changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == '[memory]']
     changes.sort(key=lambda event: event.start_ns())
@@ -165,13 +169,33 @@ def _keep_heap() -> None:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
-    """Keep everything off stderr inside the block, messages from C++ included, which no log level of torch stops."""
-    stderr = os.dup(2)
+def _unlogged(name: str) -> Iterator[None]:
+    """Drop what is logged under a name inside the block."""
+    logger = logging.getLogger(name)
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(drop)
     try:
-        with open(os.devnull, 'w') as nowhere, redirect_stderr(nowhere):
-            os.dup2(nowhere.fileno(), 2)
-            yield
+        yield
     finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
+        logger.removeFilter(drop)
+
+
+@contextmanager
+def _stderr_aside() -> Iterator[None]:
+    """Keep messages of C++ off stderr inside the block: those of torch's profiler, which no log level stops.
+
+    The process has only one stderr. A thread that would put it aside while another one does waits, or what it finds and
+    puts back at the end would be the other's substitute.
+    """
+    with _STDERR:
+        stderr, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        try:
+            os.dup2(nowhere, 2)
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            os.close(nowhere)

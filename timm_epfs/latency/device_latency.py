@@ -1,11 +1,12 @@
 """The latency of a model on its device: predicted for any cut from a table of measured calls, or measured whole."""
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 from torch import nn
 
-from ..core import Budget, OutOfReach, PruningError, device_of, percent
+from ..core import Budget, OutOfReach, PruningError, device_of, measured_by_first, percent
 from ..trace import Trace
 from .call_grids import points
 from .clock import time_models
@@ -94,6 +95,8 @@ class DeviceLatency:
         args: Positional arguments of the forward that was traced, at batch size 1. Only their shapes are used.
         kwargs: Keyword arguments of that forward. Only their shapes are used.
         batch_size: Images per batch.
+        together: Whether all processes that train together make this object and the same cuts: then the first one
+            measures for all of them.
 
     Attributes:
         cost: The cost model that predicts latency.
@@ -103,15 +106,23 @@ class DeviceLatency:
         PruningError: The weights are on the meta device, or the calls of the forward can't be timed one by one.
     """
 
-    def __init__(self, model: nn.Module, traced: Trace, args: Tuple, kwargs: Dict[str, Any], batch_size: int = 1):
-        self.model, self.batch_size = model, batch_size
+    def __init__(
+            self,
+            model: nn.Module,
+            traced: Trace,
+            args: Tuple,
+            kwargs: Dict[str, Any],
+            batch_size: int = 1,
+            together: bool = False,
+    ):
+        self.model, self.batch_size, self._together = model, batch_size, together
         self.device = device_of(model)
         if self.device.type == 'meta':
             raise PruningError(
                 'latency: the model\'s weights are on the meta device, where nothing can be timed; build the model on '
                 'the device that it will run on')
         self._inputs = inputs_of(model, (args, kwargs), batch_size, self.device)
-        self._table = Table(self.device)
+        self._table = Table(self.device, together=together)
         self._kernels = kernels(model, traced, args, kwargs, batch_size)
         self.units = {s.name: s.units for s in traced.structures}
         self._channels = {s.name for s in traced.structures if s.kind == 'channels'}
@@ -162,7 +173,7 @@ class DeviceLatency:
             PruningError: The budget is out of reach, or the dense model meets it already.
         """
         dense = self.model if dense is None else dense
-        share = budget.share(least_seconds([dense], *self._inputs)[0] if budget.in_milliseconds else self.dense)
+        share = budget.share(self._least_seconds([dense])[0] if budget.in_milliseconds else self.dense)
         nearest: Optional[Match] = None
         last_share = 1.0  # the last that could be cut
         for _ in range(_MAX_CUTS):
@@ -193,10 +204,16 @@ class DeviceLatency:
             earlier: Optional[Match] = None,
     ) -> Match:
         """Measure a cut; combined with an earlier measurement of the same cut, the shorter times count."""
-        seconds = least_seconds([dense, slim], *self._inputs)
+        seconds = self._least_seconds([dense, slim])
         if earlier is not None:
             seconds = [min(seconds[0], earlier.dense), min(seconds[1], earlier.pruned)]
         return Match(share, budget.share(seconds[0]), *seconds)
+
+    def _least_seconds(self, models: Sequence[nn.Module]) -> List[float]:
+        measure = partial(least_seconds, models, *self._inputs)
+        if not self._together:
+            return measure()
+        return measured_by_first(lambda: np.array(measure()), (len(models),), self.device).tolist()
 
     def favour_slow_layers(self, scores: Mapping[str, np.ndarray]) -> Dict[str, np.ndarray]:
         """Lower the scores of layers that cost more latency than MACs, so that their units are removed first.

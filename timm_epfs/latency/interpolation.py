@@ -162,7 +162,7 @@ class LatencyModel:
         return self._grids.seconds
 
     def with_seconds(self, seconds: np.ndarray) -> 'LatencyModel':
-        """The same calls with other seconds: those that another process measured, or an earlier run.
+        """The same calls with other seconds: those of an earlier run.
 
         Raises:
             PruningError: The shape isn't that of ``seconds``: they are of another model.

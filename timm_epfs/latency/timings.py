@@ -7,9 +7,10 @@ import re
 from pathlib import Path
 from typing import Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
+import numpy as np
 import torch
 
-from ..core import PruningError, is_number, warn, write_whole
+from ..core import PruningError, is_number, locked, measured_by_first, warn, write_whole
 from .clock import Forward, time_call
 from .kernels import Kernel
 
@@ -34,6 +35,10 @@ class Timing(NamedTuple):
     seconds: float
     reference: float
 
+    def best(self, other: Optional['Timing']) -> 'Timing':
+        """What two timings say together: other programs make a call slower, so the least is nearest to the truth."""
+        return self if other is None else Timing(*map(min, self, other))
+
 
 class Table:
     """Seconds by call, remembered on disk for the processes that come after this one.
@@ -47,6 +52,7 @@ class Table:
         device: Where calls run.
         clock: ``clock(call, device)`` gives the seconds that a call takes; ``time_call`` by default.
         folder: Folder of the file. None: ``cache_folder()`` for the default clock; another clock's times are not kept.
+        together: Whether all processes that train together ask for the same calls: then the first one measures for all.
     """
 
     def __init__(
@@ -54,7 +60,9 @@ class Table:
             device: torch.device,
             clock: Optional[Callable[[Forward, torch.device], float]] = None,
             folder: Optional[Path] = None,
+            together: bool = False,
     ):
+        self._together = together
         self.device, self.clock = torch.device(device), clock or time_call
         self.machine = {
             'device': device_name(self.device), 'threads': torch.get_num_threads(), 'torch': torch.__version__,
@@ -79,6 +87,18 @@ class Table:
             UserWarning: The device was disturbed all along, or nothing can be kept.
         """
         by_signature = {kernel.signature(left): (kernel, left) for kernel, left in calls}
+        if not self._together:
+            self._learn(by_signature)
+            return
+
+        def measure() -> np.ndarray:
+            self._learn(by_signature)
+            return np.array([self._timings[name] for name in by_signature]).reshape(-1, 2)
+
+        measured = measured_by_first(measure, (len(by_signature), 2), self.device)
+        self._timings.update({name: Timing(*timing) for name, timing in zip(by_signature, measured.tolist())})
+
+    def _learn(self, by_signature: Mapping[str, Call]) -> None:
         reference = self._time_reference()
         todo = self._doubtful(by_signature)
         for turn in range(_MOST_PASSES if todo else 0):
@@ -107,9 +127,7 @@ class Table:
         seconds = {name: self._time(name, *call) for name, call in calls.items()}
         after = self._time_reference()
         for name, new in seconds.items():
-            known = self._timings.get(name, Timing(math.inf, math.inf))
-            # Other programs make a call slower, never faster: the least is nearest to the truth.
-            self._timings[name] = Timing(min(new, known.seconds), min(max(before, after), known.reference))
+            self._timings[name] = Timing(new, max(before, after)).best(self._timings.get(name))
         self._save(calls)
         return after
 
@@ -135,11 +153,13 @@ class Table:
         """Add these calls to the file, beside those that other processes have added since it was read."""
         if self.path is None:
             return
-        calls = {**self._read(), **{name: self._timings[name] for name in names}}
-        text = json.dumps({'format': FORMAT, **self.machine, 'calls': calls}, indent=0)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path, lambda part: part.write_text(text, encoding='utf-8'))
+            with locked(self.path):
+                calls = self._read()
+                calls.update({name: self._timings[name].best(calls.get(name)) for name in names})
+                text = json.dumps({'format': FORMAT, **self.machine, 'calls': calls}, indent=0)
+                write_whole(self.path, lambda part: part.write_text(text, encoding='utf-8'))
         except OSError as e:
             warn(
                 f'latencies can\'t be kept in {self.path.parent} ({e.strerror or e}), so they will be measured again '

@@ -20,8 +20,7 @@ __all__ = ['Selector']
 class Selector:
     """Chooses the units that stay by their scores, and tells what share of the dense model's cost they have.
 
-    All processes that train together make the same choice: under a budget of latency, all use what the first one
-    measured.
+    All processes that train together make the same choice: all use the latencies that the first one measures.
 
     Args:
         setup: The model, the budget, and how units are chosen.
@@ -41,13 +40,13 @@ class Selector:
         self._pruner, self._asked, self._structures = setup.pruner, setup.budget, structures
         self.quantity = 'macs' if setup.budget is None else setup.budget.quantity
         batch_size = 1 if setup.budget is None else setup.budget.latency_batch_size
-        allocator = setup.pruner.allocator(self.quantity, setup.choice, batch_size, fixed)
+        allocator = setup.pruner.allocator(self.quantity, setup.choice, batch_size, fixed, together=True)
         self.allocator: Allocator = replace(allocator, streams=bool(setup.pruner.streams))
         self.budget: Optional[Budget] = None
         if self.quantity == 'latency':
-            self._device = setup.pruner.latency(batch_size)
-            self._share_timings()
-            self._set_latency_share(setup.pruner.share_of_equal_cut(setup.budget, self.allocator))
+            self._device = setup.pruner.latency(batch_size, together=True)
+            share = setup.pruner.share_of_equal_cut(setup.budget, self.allocator, together=True)
+            self.budget = setup.budget.at(share)
         elif setup.budget is not None:
             self.budget = setup.budget.at(setup.budget.share(self.allocator.dense(self.quantity)))
             self.allocate({s.name: np.ones(s.units) for s in structures})  # raises where the budget can't be met
@@ -63,21 +62,6 @@ class Selector:
         weights = self.allocator.width_weights_by(scores, self.budget)
         shared = from_first(np.array([*weights.values()]), device_of(self._pruner.model))
         return dict(zip(weights, shared.tolist()))
-
-    def _share_timings(self) -> None:
-        """Take over what the first process measured."""
-        cost, weights, device = self.allocator.cost, self.allocator.width_weights or {}, self._device.device
-        shared_weights = from_first(np.array([*weights.values()]), device).tolist()
-        self.allocator = replace(
-            self.allocator,
-            cost=cost.with_seconds(from_first(cost.seconds, device)),
-            width_weights=dict(zip(weights, shared_weights)) or None,
-            align=int(from_first(np.array(self.allocator.align), device)),
-        )
-
-    def _set_latency_share(self, share: float) -> None:
-        """Set the budget to the share of the table's latency that the first process found."""
-        self.budget = self._asked.at(float(from_first(np.array(share), self._device.device)))
 
     def _set_width_weights(self, width_weights: Dict[str, float]) -> None:
         self._width_weights = width_weights
@@ -117,7 +101,7 @@ class Selector:
             return cut_copy(dense, make_plan(self._pruner.trace, self.allocate(scores, share).keep, {}))
 
         match = self._device.match(self._asked, cut, dense)
-        self._set_latency_share(match.share)
+        self.budget = self._asked.at(match.share)
         return match.problem
 
     def share(self, left: Mapping[str, int]) -> float:

@@ -100,6 +100,9 @@ class Plan:
     def compose(self, later: 'Plan') -> 'Plan':
         """The plan that does in one step what this one and then ``later``, made on the pruned model, do in two.
 
+        Arguments of the base are those of ``later`` where both have one: the model may have got another classifier in
+        between.
+
         Raises:
             PruningError: ``later`` has a structure that this plan does not leave behind.
         """
@@ -120,7 +123,7 @@ class Plan:
         )
         return Plan(
             base=self.base,
-            base_args=self.base_args,
+            base_args={**self.base_args, **(later.base_args if later.base == self.base else {})},
             cuts=cuts,
             attributes={**self.attributes, **later.attributes},
             recipe={'steps': [*recipe_steps(self.recipe), *recipe_steps(later.recipe)]},

@@ -17,7 +17,7 @@ from ..plan import Plan, PrunedModel, make_plan, make_recipe
 from ..surgery import compensate as compensate_cut
 from ..surgery import cut_copy
 from ..trace import meta_tensor
-from ..zoo import base_of
+from ..zoo import base_of, plan_of, present_base_of
 from .allocator import Allocator
 from .dense_model import check_unmasked, prepare_model
 from .inputs import Example, example_for, trace_model
@@ -96,7 +96,8 @@ class Pruner:
     ):
         self.exclude, self.only, self.kinds, self.streams = checked_options(exclude, only, kinds, streams)
         self.model = prepare_model(model, device, pretrained, model_args, ours=(Pruner.__init__, make_request))
-        self.base = base_of(self.model) if base is None else (base, {})
+        built_by_name = isinstance(model, str) and base is None
+        self.base = base_of(self.model) if built_by_name else present_base_of(self.model, base)
         self.name = model if isinstance(model, str) else self.base[0] or type(self.model).__name__
         self.example = tree_map(_to_meta, example_for(self.model, example_input))
         whole_heads = 'heads' in self.kinds or 'head_dims' not in self.kinds
@@ -104,7 +105,7 @@ class Pruner:
         self.fixed = self._find_fixed()
         self.structures = tuple(s for s in self.trace.structures if s.name not in self.fixed)
         self._scorer = Scorer(self.model, self.structures, data, loss_fn)
-        self._latencies: Dict[int, DeviceLatency] = {}  # by batch size
+        self._latencies: Dict[Tuple[int, bool], DeviceLatency] = {}  # by the arguments of ``latency``
         self._equal_cuts: Dict[Tuple, float] = {}
 
     def __repr__(self) -> str:
@@ -119,8 +120,7 @@ class Pruner:
     @property
     def _earlier_plan(self) -> Optional[Plan]:
         """The plan by which the model was pruned before; None for a dense model."""
-        plan = getattr(self.model, 'pruning_plan', None)
-        return plan if isinstance(plan, Plan) else None
+        return plan_of(self.model)
 
     def __call__(
             self,
@@ -242,17 +242,20 @@ class Pruner:
         """
         return self._scorer.sensitivity(criterion, seed)
 
-    def latency(self, batch_size: int = 1) -> DeviceLatency:
+    def latency(self, batch_size: int = 1, together: bool = False) -> DeviceLatency:
         """Latency of the model's cuts on its device. The first call times the layers, for a minute or so.
 
         Args:
             batch_size: Number of images in a batch.
+            together: Whether all processes that train together call this, and use the result alike: then the first one
+                measures for all of them.
         """
-        if batch_size not in self._latencies:
-            self._latencies[batch_size] = DeviceLatency(self.model, self.trace, *self.example, batch_size)
-        return self._latencies[batch_size]
+        key = (batch_size, together)
+        if key not in self._latencies:
+            self._latencies[key] = DeviceLatency(self.model, self.trace, *self.example, batch_size, together)
+        return self._latencies[key]
 
-    def share_of_equal_cut(self, budget: Budget, allocator: Allocator) -> float:
+    def share_of_equal_cut(self, budget: Budget, allocator: Allocator, together: bool = False) -> float:
         """The share of the table's latency at which a cut of equal shares everywhere is measured to meet a budget.
 
         The table adds up timings of single layers, so it is a little off. This tells by how much, without knowing which
@@ -261,11 +264,12 @@ class Pruner:
         Args:
             budget: A latency.
             allocator: Chooses units under that budget.
+            together: As in ``latency``.
         """
-        key = (budget, allocator.fixed, allocator.scope, allocator.round_to, allocator.align, allocator.floor)
+        key = (together, budget, allocator.fixed, allocator.scope, allocator.round_to, allocator.align, allocator.floor)
         if key not in self._equal_cuts:
             equal_scores = {s.name: np.ones(s.units) for s in self.trace.structures}
-            device = self.latency(budget.latency_batch_size)
+            device = self.latency(budget.latency_batch_size, together)
             match = device.match(budget, lambda share: self._cut(allocator(equal_scores, budget.at(share))))
             self._equal_cuts[key] = match.share
         return self._equal_cuts[key]
@@ -283,6 +287,7 @@ class Pruner:
             choice: Choice,
             latency_batch_size: int = 1,
             fixed: FrozenSet[str] = frozenset(),
+            together: bool = False,
     ) -> Allocator:
         """An ``Allocator`` of this model's units, for budgets of one quantity.
 
@@ -292,6 +297,7 @@ class Pruner:
                 so they are left to the caller (``Allocator.width_weights_by``).
             latency_batch_size: Number of images in a batch when latency is measured.
             fixed: Names of further structures to leave uncut.
+            together: As in ``latency``.
 
         Raises:
             PruningError: ``widths`` is unknown or needs data that the pruner lacks, or is ``'cost'`` where blocks may
@@ -306,7 +312,7 @@ class Pruner:
         fixed = self.fixed | fixed
         budget_is_latency = quantity == 'latency'
         measure_alignment = choice.round_to == 'auto' or (budget_is_latency and choice.round_to is None)
-        device = self.latency(latency_batch_size) if budget_is_latency or measure_alignment else None
+        device = self.latency(latency_batch_size, together) if budget_is_latency or measure_alignment else None
         cost = device.cost if budget_is_latency else self.trace.cost
         width_weights = None
         if choice.widths == 'cost':

@@ -1,5 +1,5 @@
 """Dense checkpoints cut to a plan, and back."""
-from typing import Dict, Mapping
+from typing import Any, Dict, Mapping, Optional
 
 import torch
 from torch import Tensor
@@ -7,22 +7,39 @@ from torch import Tensor
 from ..core import PruningError, complement
 from ..plan import Plan, check_plan
 from .bases import build_base
+from .optimizer_states import is_optimizer_state, slice_optimizer_state
 from .tensors import cut_tensor, dense_lengths, tensor_misfits, wrong_base
 
 __all__ = ['inflate_checkpoint', 'slice_checkpoint']
 
 
-def slice_checkpoint(state_dict: Mapping[str, Tensor], plan: Plan) -> Dict[str, Tensor]:
-    """Cut a dense checkpoint of the plan's base. Tensors that the plan doesn't cut pass through as they are.
+def slice_checkpoint(
+        state_dict: Mapping[str, Any],
+        plan: Plan,
+        parameters: Optional[Mapping[str, Tensor]] = None,
+) -> Dict[str, Any]:
+    """Cut a dense checkpoint of the plan's base, or the state of an optimizer that trained it.
+
+    Tensors that the plan doesn't cut pass through as they are. Of an optimizer's state, the moments are cut as their
+    parameters are, so that training goes on where it was::
+
+        state = slice_checkpoint(optimizer.state_dict(), slim.pruning_plan, dict(dense.named_parameters()))
+        optimizer = torch.optim.AdamW(slim.parameters())
+        optimizer.load_state_dict(state)
 
     Args:
-        state_dict: Tensors by name, as in the base's ``state_dict()``.
+        state_dict: Tensors by name, as in the base's ``state_dict()``; or an optimizer's ``state_dict()``.
         plan: What stays.
+        parameters: For an optimizer's state: the dense parameters that the optimizer has, by name. Their order is that
+            in which it has them, unless it was made with ``named_parameters()``.
 
     Raises:
-        PruningError: The checkpoint is of another base.
+        PruningError: The checkpoint or the parameters are of another base, or part of an optimizer's state is not of
+            its parameter's shape (Adafactor).
     """
     check_plan(plan)
+    if is_optimizer_state(state_dict):
+        return slice_optimizer_state(state_dict, plan, parameters)
     named = {member.tensor for cut in plan.cuts for member in cut.structure.members}
     absent = named.difference(state_dict)
     if absent and plan.base is not None:

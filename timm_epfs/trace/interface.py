@@ -11,14 +11,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from ..core import named_tensors
 from .recorder import Recorder
 
 __all__ = ['watch_interface']
 
-# Surgery sets the widths of these from the shapes of their tensors.
+# Surgery sets the widths of these from the shapes of their tensors, where they have any.
 _SET_BY_SURGERY = (nn.Linear, _ConvNd, _NormBase, nn.GroupNorm, nn.LayerNorm, nn.Embedding, nn.PReLU)
 _INPUT = frozenset({'in_features', 'in_chs', 'in_channels', 'num_features', 'in_dim', 'input_size', 'hidden_size'})
-_OUTPUT = frozenset({'out_features', 'out_chs', 'out_channels', 'out_dim', 'num_features'})
+_OUTPUT = frozenset({'out_features', 'out_chs', 'out_channels', 'out_dim', 'num_features', 'num_channels'})
 
 
 class _Ran(NamedTuple):
@@ -76,7 +77,7 @@ def _note(rec: Recorder, path: str, value: Any, tensor: Optional[torch.Tensor]) 
 
 def _note_modules(model: nn.Module, rec: Recorder, ran: Dict[str, _Ran]) -> None:
     for name, module in model.named_modules():
-        if name not in ran or isinstance(module, _SET_BY_SURGERY):
+        if name not in ran or (isinstance(module, _SET_BY_SURGERY) and named_tensors(module)):
             continue
         for key in sorted(vars(module).keys() & (_INPUT | _OUTPUT)):
             if key in _INPUT:

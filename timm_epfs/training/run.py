@@ -28,7 +28,7 @@ from .options import PHASES, check_options, check_unchanged, phase_epochs, run_o
 from .phase import Phase, evaluate
 from .run_cut import RunCut
 from .run_pictures import mask_histogram
-from .summary import claim_folder, write_report, write_summary
+from .summary import OPTIONS, claim_folder, write_report, write_summary
 
 __all__ = ['Result', 'train']
 
@@ -131,7 +131,7 @@ class Run:
         first_phase = PHASES.index(self.saved['phase']) if self.saved else 0
         if self.first:
             text = json.dumps({**self.options, 'epochs_by_phase': self.epochs}, indent=1) + '\n'
-            write_whole(self.folder / 'args.json', lambda part: part.write_text(text, encoding='utf-8'))
+            write_whole(self.folder / OPTIONS, lambda part: part.write_text(text, encoding='utf-8'))
         if self.saved:
             self.history, self.masks = self.saved['history'], self.saved['masks']
             if self.saved['plan']:

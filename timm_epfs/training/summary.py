@@ -14,12 +14,11 @@ from ..report import Rows, table
 from ..version import __version__
 from .run_pictures import draw_all
 
-__all__ = ['claim_folder', 'write_report', 'write_summary']
+__all__ = ['OPTIONS', 'claim_folder', 'write_report', 'write_summary']
 
+OPTIONS = 'args.json'  # written before anything else: a folder without it holds no run
 # The files and folders of a run. A folder that holds anything else is never replaced.
-_OWN_FILES = (
-    'args.json', 'checkpoints', 'dense.safetensors', 'pictures', 'pruned', 'report.md', 'summary.csv',
-)
+_OWN_FILES = ('checkpoints', 'dense.safetensors', 'pictures', 'pruned', 'report.md', 'summary.csv', OPTIONS)
 
 
 def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -37,21 +36,43 @@ def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         present = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith('.'))
-        others = [name for name in present if name not in _OWN_FILES]
+        others = [name for name in present if name not in _OWN_FILES or not _holds_run(folder)]
         if others:
             raise PruningError(f'train: {folder} holds {others[0]!r}, which is not part of a run; name another folder')
         if present and not (resume or overwrite):
             raise PruningError(
                 f'train: {folder} holds a run; continue it with --resume, replace it with --overwrite, or name another '
                 'folder')
-        partial = (*folder.glob('.*.tmp'), *folder.glob('checkpoints/.*.tmp'))  # files of a run that was killed
-        for path in (*partial, *(folder / name for name in present if overwrite)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        _delete_partial(folder)
+        for name in _OWN_FILES if overwrite else ():  # the options last: until then, what is left is seen to be a run
+            _delete(folder / name)
     except OSError as e:
         raise PruningError(f'train: {folder} can\'t be used: {e.strerror or e}') from e
+
+
+def _holds_run(folder: Path) -> bool:
+    """Whether the options in a folder are those of a run, and not of another program's."""
+    try:
+        options = json.loads((folder / OPTIONS).read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return False
+    return isinstance(options, dict) and 'epochs_by_phase' in options
+
+
+def _delete_partial(folder: Path) -> None:
+    """Delete what a run that was killed had begun to write."""
+    for name in _OWN_FILES:
+        for path in folder.glob(f'.{name}.*.tmp'):
+            _delete(path)
+    for path in folder.glob('checkpoints/.*.tmp'):
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_summary(path: Path, history: Sequence[Mapping[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 ``config.json`` carries the plan in its ``model_args``, so that ``timm.create_model('hf-hub:…')`` and
 ``('local-dir:…')`` need nothing but ``import timm_epfs``.
 """
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Dict, Mapping, Optional, Union
@@ -21,6 +22,8 @@ from .weights import shape_misfits
 __all__ = ['as_plan', 'describe_torchvision', 'epfs_pruned']
 
 _FEATURE_ARGS = ('feature_cls', 'out_indices')
+_DROP_RATE = ('drop_rate', 'drop_path_rate', 'drop_block_rate')  # for training, no part of a model's description
+_PLAIN = (bool, int, float, str, list, tuple, dict)
 
 
 @register_model
@@ -51,7 +54,7 @@ def epfs_pruned(
         PruningError: The plan can't be read or applied, or the weights don't fit.
     """
     description = Description.checked(pretrained_cfg, pretrained_cfg_overlay, pretrained_model_args, cache_dir)
-    plan = as_plan(plan)
+    plan = _of_this_model(as_plan(plan), description, kwargs)
     make = _pruned_torchvision if (plan.base or '').startswith(TORCHVISION) else _pruned_timm
     return make(plan, description, pretrained, kwargs)
 
@@ -87,6 +90,17 @@ def describe_torchvision(model: nn.Module, plan: Plan, cfg: Optional[Mapping[str
         if not hasattr(model, name):
             setattr(model, name, value)
     return model
+
+
+def _of_this_model(plan: Plan, description: Description, kwargs: Mapping[str, Any]) -> Plan:
+    """The plan with the arguments that this model is built with, where they aren't those of the saved model."""
+    saved = description.model_args
+    own = {
+        name: value for name, value in kwargs.items()
+        if name not in (*_FEATURE_ARGS, 'features_only') and not name.endswith(_DROP_RATE)
+        and isinstance(value, _PLAIN) and (name not in saved or value != saved[name])
+    }
+    return replace(plan, base_args={**plan.base_args, **own}) if own else plan
 
 
 def _pruned_torchvision(plan: Plan, description: Description, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:

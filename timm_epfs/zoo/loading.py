@@ -1,4 +1,5 @@
 """Models by the name that a user gives: timm's, torchvision's, and saved ones."""
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple
 
@@ -10,8 +11,9 @@ from ..core import PruningError, one_line
 from ..plan import Plan
 from ..surgery import TORCHVISION, build_base
 from .origin import note_origin
+from .rebuilding import rebuilding_args
 
-__all__ = ['base_of', 'create_model', 'load_model', 'model_args']
+__all__ = ['base_of', 'create_model', 'load_model', 'model_args', 'plan_of', 'present_base_of']
 
 
 def create_model(name: str, pretrained: bool = False, /, **model_args: Any) -> nn.Module:
@@ -51,19 +53,43 @@ def base_of(model: nn.Module) -> Tuple[Optional[str], Dict[str, Any]]:
     """The name and the keyword arguments by which a model's dense base is built.
 
     Returns:
-        They are None and empty where the model doesn't say: a module of the user's own.
+        They are None and empty where the model doesn't say: a module of the user's own, or features of a model.
     """
-    plan = getattr(model, 'pruning_plan', None)
-    if isinstance(plan, Plan):
+    plan = plan_of(model)
+    if plan is not None:
         return plan.base, plan.base_args
     base = getattr(model, '_timm_epfs_base', None)
     if base is not None:
         return base
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     architecture = cfg.get('architecture') if isinstance(cfg, dict) else getattr(cfg, 'architecture', None)
-    if architecture and timm.is_model(architecture):
-        return architecture, dict(get_model_args(model))
+    args = dict(get_model_args(model))
+    if architecture and timm.is_model(architecture) and 'features_only' not in args:
+        return architecture, args
     return None, {}
+
+
+def present_base_of(model: nn.Module, base: Optional[str] = None) -> Tuple[Optional[str], Dict[str, Any]]:
+    """As ``base_of``, with arguments for the model as it is now: its classifier may have been replaced by hand.
+
+    Where no arguments build the model as it is, they are those that it was built with, and ``save_pretrained`` refuses
+    it.
+
+    Args:
+        model: The model, dense or pruned.
+        base: Its name, where the model doesn't say it.
+    """
+    name, args = base_of(model) if base is None else (base, {})
+    if name is not None:
+        with suppress(PruningError):
+            args = rebuilding_args(model, name, args, plan_of(model))
+    return name, args
+
+
+def plan_of(model: nn.Module) -> Optional[Plan]:
+    """The plan by which a model was pruned; None for a dense model."""
+    plan = getattr(model, 'pruning_plan', None)
+    return plan if isinstance(plan, Plan) else None
 
 
 def load_model(name: str, pretrained: bool = False, img_size: Optional[int] = None) -> nn.Module:

@@ -1,7 +1,8 @@
-"""Save a pruned model in timm's own layout: ``config.json`` with the plan in it, and ``model.safetensors``."""
+"""Save a pruned model: in timm's own layout where a name builds it, otherwise as a plan and weights."""
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Dict, Union
 
@@ -14,15 +15,28 @@ from ..plan import Plan, check_arguments
 from ..surgery import TORCHVISION
 from .description import ARCHITECTURE
 from .entry_point import describe_torchvision
+from .loading import plan_of
+from .own_models import PLAN, WEIGHTS, without_base
+from .rebuilding import rebuilding_args
 
 __all__ = ['check_free', 'save_pretrained']
 
-# What a folder of a saved model may hold; a folder with anything else in it is not overwritten.
-_OWN_FILES = ('config.json', HF_SAFE_WEIGHTS_NAME, 'README.md', 'layers.png', '.gitattributes')
+_CONFIG = 'config.json'
+# What a folder of a saved model may hold. With anything else in it, or without a config or plan, it's not overwritten.
+_OWN_FILES = (_CONFIG, HF_SAFE_WEIGHTS_NAME, PLAN, WEIGHTS, 'README.md', 'layers.png', '.gitattributes')
 
 
-def save_pretrained(model: nn.Module, folder: Union[str, Path], overwrite: bool = False) -> Path:
+def save_pretrained(
+        model: nn.Module,
+        folder: Union[str, Path],
+        overwrite: bool = False,
+        *,
+        as_module: bool = False,
+) -> Path:
     """Save a pruned model; ``timm.create_model('local-dir:<folder>', pretrained=True)`` gives it back, bit for bit.
+
+    Of a model that no name builds (one's own class, features of a timm model), plan and weights are saved, and
+    ``timm_epfs.load_pretrained(model, folder)`` gives it back.
 
     The folder appears whole or not at all, and an old one is replaced only by a whole new one.
 
@@ -30,37 +44,63 @@ def save_pretrained(model: nn.Module, folder: Union[str, Path], overwrite: bool 
         model: A model with a ``pruning_plan``.
         folder: Where to save.
         overwrite: Replace a model that was saved there before.
+        as_module: Save plan and weights for ``load_pretrained`` although the model has a name: it has layers that the
+            name doesn't build.
 
     Returns:
         The folder's path.
 
     Raises:
-        PruningError: The model has no plan or its plan no base, the folder is taken, or it can't be written.
+        PruningError: The model has no plan, its name doesn't build it any more (the message names the layer), the
+            folder is taken, or it can't be written.
     """
-    plan = getattr(model, 'pruning_plan', None)
-    if not isinstance(plan, Plan):
+    plan = plan_of(model)
+    if plan is None:
         raise PruningError(f'save: this {type(model).__name__} has no pruning_plan; save what prune() returned')
-    if plan.base is None:
-        raise PruningError("save: the plan names no base to rebuild the model from; give base= when pruning")
-    check_arguments(plan.base_args, 'save: base_args')  # what is saved can be loaded
-
+    plan = without_base(plan) if as_module or plan.base is None else _loadable(model, plan)
     folder = Path(folder).resolve()
     check_free(folder, overwrite)
+    weights = _separate(model)
     try:
         with whole_folder(folder) as part:
-            safetensors.torch.save_file(_separate(model.state_dict()), part / HF_SAFE_WEIGHTS_NAME, {'format': 'pt'})
-            _save_config(model, plan, part / 'config.json')
+            weights_file = part / (WEIGHTS if plan.base is None else HF_SAFE_WEIGHTS_NAME)
+            safetensors.torch.save_file(weights, weights_file, {'format': 'pt'})
+            description = part / (PLAN if plan.base is None else _CONFIG)
+            if plan.base is None:
+                plan.save(description)
+            else:
+                _save_config(model, plan, description)
             # safetensors writes for its owner alone; both files are for whoever may read the folder
-            shutil.copymode(part / 'config.json', part / HF_SAFE_WEIGHTS_NAME)
+            shutil.copymode(description, weights_file)
     except (OSError, safetensors.SafetensorError) as e:
         raise PruningError(f'model not saved to {folder}: {getattr(e, "strerror", None) or e}') from e
     return folder
+
+
+def _loadable(model: nn.Module, plan: Plan) -> Plan:
+    """The plan with the arguments by which its base builds the model as it is now. What is saved can be loaded.
+
+    Raises:
+        PruningError: No arguments do, or they are none that a plan may hold.
+    """
+    check_arguments(plan.base_args, 'save: base_args')
+    try:
+        plan = replace(plan, base_args=rebuilding_args(model, plan.base, plan.base_args, plan))
+    except PruningError as e:
+        raise PruningError(
+            f'save: {e}, so it could not be loaded by its name; save it with as_module=True, and load it with '
+            f'timm_epfs.load_pretrained into a model that you build as you built this one'
+        ) from e
+    check_arguments(plan.base_args, 'save: base_args')
+    return plan
 
 
 def _save_config(model: nn.Module, plan: Plan, path: Path) -> None:
     described = copy.copy(model)
     if plan.base.startswith(TORCHVISION):
         describe_torchvision(described, plan)
+    if 'num_classes' in plan.base_args:  # of a classifier that was replaced by hand, the model says the old number
+        described.num_classes = plan.base_args['num_classes']
     try:
         save_config_for_hf(
             described,
@@ -76,8 +116,14 @@ def _save_config(model: nn.Module, plan: Plan, path: Path) -> None:
     path.write_text(json.dumps(config, indent=2), encoding='utf-8', newline='\n')
 
 
-def _separate(tensors: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Contiguous copies on the CPU: a file holds each name by itself, tied or not."""
+def _separate(model: nn.Module) -> Dict[str, Tensor]:
+    """Contiguous copies of a model's tensors on the CPU: a file holds each name by itself, tied or not."""
+    tensors = model.state_dict()
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise PruningError(
+                f'save: {name} in the model\'s state_dict is no tensor but of type {type(value).__name__}, which '
+                'safetensors can\'t hold; leave it out of the state_dict')
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
 
 
@@ -88,6 +134,6 @@ def check_free(folder: Path, overwrite: bool) -> None:
     present = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
     if present and not overwrite:
         raise PruningError(f'save: {folder} is not empty; name another folder or pass overwrite=True (--overwrite)')
-    others = [name for name in present if name not in _OWN_FILES]
+    others = [name for name in present if name not in _OWN_FILES or not {_CONFIG, PLAN} & {*present}]
     if others:
         raise PruningError(f"save: {folder} holds {others[0]!r}, which isn't part of a model; name another folder")

@@ -15,6 +15,7 @@ from timm.models import (
     PretrainedCfg,
     generate_default_cfgs,
     get_pretrained_cfg,
+    model_entrypoint,
     register_model,
     resolve_pretrained_cfg,
 )
@@ -117,10 +118,18 @@ def _register_folder() -> None:
 
 def _add(name: str, plan: Union[Plan, Path], cfgs: Mapping[str, PretrainedCfg]) -> None:
     """Register an entry point with its default cfgs, by name and tag."""
-    entry = _entry_point(name, plan)
-    globals()[name] = entry
     default_cfgs.update(generate_default_cfgs(cfgs))
-    register_model(entry)
+    register_model(_entry_point(name, plan))
+
+
+def __getattr__(name: str) -> Callable[..., nn.Module]:
+    """Entry points as attributes, as timm's own modules have them.
+
+    They are looked up in timm's registry and not set: a model may be called like a name that this module uses.
+    """
+    if name not in default_cfgs:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return model_entrypoint(name)
 
 
 def _entry_point(name: str, plan: Union[Plan, Path]) -> Callable[..., nn.Module]:
