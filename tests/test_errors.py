@@ -31,8 +31,8 @@ class Failing(nn.Module):
         raise RuntimeError('this model is broken\nin two lines')
 
 
-class Branching(nn.Module):
-    """Its path depends on values, which a trace doesn't have."""
+class Untraceable(nn.Module):
+    """Its forward asks for numbers, and fails on them."""
 
     def __init__(self):
         super().__init__()
@@ -40,8 +40,7 @@ class Branching(nn.Module):
         self.second = nn.Conv2d(8, 8, 3)
 
     def forward(self, x):
-        x = self.first(x)
-        return self.second(x if x.sum().item() > 0 else -x)
+        raise ValueError(f'{x.sum().item():.0f} is wrong')
 
 
 class Spectrum(nn.Module):
@@ -123,7 +122,9 @@ BAD_CALLS = {
     'a shape as input': call(r'=\(1, 3, 16, 16\) holds no tensor; give a', macs=0.5, example_input=(1, 3, 16, 16)),
     'a number as input': call('example_input=32 holds no tensor', macs=0.5, example_input=32),
     'wrong input': call(r'forward fails on \(1, 2, 16, 16\)', macs=0.5, example_input=IMAGE[:, :2]),
-    'untraceable': call(r'forward fails .* Tensor\.item\(\)', model=Branching(), macs=0.5, example_input=IMAGE),
+    'untraceable': call(
+        r'forward fails on .*test_errors.py:\d+: ValueError: .* is wrong', model=Untraceable(), macs=0.5,
+        example_input=IMAGE),
     'operation without a rule': call('nothing is left .* histc', model=Spectrum(), macs=0.5, example_input=IMAGE),
     'nothing to cut': call('nothing is left to cut', model=nn.Linear(16, 4), macs=0.5, example_input=IMAGE[0]),
 }

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Dict, Iterable, List, Sequence, Tuple
 
 from ..core import CostModel, Structure, format_count, percent, shorten
-from ..trace import Trace
+from ..trace import OUTPUT_WIDTH, Trace
 
 __all__ = ['Report', 'Row', 'make_report']
 
@@ -96,8 +96,10 @@ class Report:
         if self.skipped:
             lines += ['', 'nothing is cut around:']
             lines += [shorten(f'  {where}: {why}', _WIDTH) for where, why in self.skipped]
-        if self.fixed:
-            lines += ['', 'widths that stay:', *_fixed_lines(self.fixed)]
+        # That a model's outputs stay goes without saying, unless nothing else is left to say.
+        fixed = [entry for entry in self.fixed if entry[2] != OUTPUT_WIDTH or not self.structures]
+        if fixed:
+            lines += ['', 'widths that stay:', *_fixed_lines(fixed)]
         if self.on_numbers:
             lines += ['', 'traced on numbers, since shapes alone don\'t tell which way the forward takes:',
                       shorten(f'  {self.on_numbers}', _WIDTH)]

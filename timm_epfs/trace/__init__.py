@@ -7,9 +7,9 @@ from .copies import meta_copy, meta_tensor, quiet
 from .forwards import Forward
 from .isolation import isolated
 from .rules import rule
-from .tracing import Skipped, Trace, trace
+from .tracing import OUTPUT_WIDTH, Skipped, Trace, trace
 
 __all__ = [
-    'Call', 'Calls', 'Forward', 'Skipped', 'Trace', 'isolated', 'meta_copy', 'meta_tensor', 'quiet', 'rule',
-    'tensors_in', 'trace',
+    'Call', 'Calls', 'Forward', 'OUTPUT_WIDTH', 'Skipped', 'Trace', 'isolated', 'meta_copy', 'meta_tensor', 'quiet',
+    'rule', 'tensors_in', 'trace',
 ]

@@ -33,8 +33,9 @@ from .records import Operation
 from .sizes import Sizer
 from .verify import Cut, Mismatch, Verifier
 
-__all__ = ['Skipped', 'Trace', 'trace']
+__all__ = ['OUTPUT_WIDTH', 'Skipped', 'Trace', 'trace']
 
+OUTPUT_WIDTH = 'the model returns it'  # why the width of a classifier is fixed
 _MAX_ROUNDS = 60
 
 
@@ -169,7 +170,7 @@ def _training_only(rec: Recorder, forward: Forward) -> List[Skipped]:
 def _reason(rec: Recorder, source: Optional[int]) -> str:
     """Why a width is fixed, given what pinned it."""
     if source == RETURNED:
-        return 'the model returns it'
+        return OUTPUT_WIDTH
     if source is None or source >= len(rec.operations):
         return 'a cut there does not run as predicted'
     operation = rec.operations[source]
