@@ -13,7 +13,8 @@ README = HERE.parent / 'README.md'
 TABLES = {
     'zoo': 'zoo.md',
     **{f'training_free_{name}': f'training_free_{name}.md'
-       for name in ('resnet20_cifar', 'resnet56_cifar', 'tf_efficientnet_lite0', 'cost')},
+       for name in ('resnet20_cifar', 'resnet56_cifar', 'tf_efficientnet_lite0', 'convnext_atto_imagenette',
+                    'vit_tiny_patch16_224_imagenette', 'cost')},
     'one_shot': 'one_shot_resnet56_cifar.md',
     'exactness': 'exactness.md',
     'latency': 'latency.md',
