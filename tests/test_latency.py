@@ -612,15 +612,18 @@ def test_a_forward_that_is_timed_finds_the_memory_of_the_last_one():
 
 def test_on_this_machine(cache):
     """The real clock, of which only what holds on any machine is asserted, a busy one too."""
-    model = timm.create_model('resnet20_cifar').eval()
+    model = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(64, 8, 1)).eval()
+    image = torch.empty(1, 3, 32, 32)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        slim = timm_epfs.prune(model, latency=0.6, latency_batch_size=4)
+        slim = timm_epfs.prune(model, latency=0.6, latency_batch_size=4, example_input=image)
     dense, fast = slim.pruning_plan.recipe['latency_ms']
     assert 0 < fast < dense
 
-    traced = trace_model(model)
-    args, options = example_for(model)
+    traced = trace_model(model, image)
+    args, options = example_for(model, image)
     units = {s.name: s.units for s in traced.structures}
     table = Table('cpu')  # of another process: it reads what was kept
     assert table.path.parent == cache / 'latency'
