@@ -192,7 +192,7 @@ def find_classifier(model: nn.Module, args: Tuple, kwargs: Dict[str, Any]) -> Tu
 
     Raises:
         PruningError: There is no such layer; there are several, and none of them reads what the others compute; or the
-            forward fails without data.
+            forward fails.
     """
     try:
         copy, runs, output = isolated(model, partial(_run, Forward.without_data(model, args, kwargs)))

@@ -21,7 +21,7 @@ So the shortcut is ``downsample``, then ``act``. The branch is 4, which is zero 
 >>> from timm_epfs.trace.recorder import Recorder
 >>> block = BasicBlock(8, 16, downsample=nn.Conv2d(8, 16, 1))
 >>> rec = Recorder(nn.Sequential(nn.Conv2d(3, 8, 1), block).to('meta').eval())
->>> _ = rec.run((torch.empty(1, 3, 4, 4, device='meta'),), {})
+>>> rec.run((torch.empty(1, 3, 4, 4, device='meta'),), {})
 >>> rec.blocks
 (Block(module='1', last=('1.bn2.bias', '1.bn2.weight'), shortcut=('downsample', 'act2'), projects=True),)
 """

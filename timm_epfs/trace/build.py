@@ -12,7 +12,7 @@ from .labels import Solution
 from .recorder import Recorder
 from .sizes import Sizer, attribute_sizes
 
-__all__ = ['Proposal', 'build']
+__all__ = ['Proposal', 'build', 'fixed_dims']
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Proposal:
         conflicts: Labels that must be pinned first, since an attribute would have to have two values.
         sizer: Sizes of labels.
         blocks: The residual blocks among the structures.
-        fixed: Dims of weights that layers write and that can't be cut.
+        solution: The units that the structures and sizes come from.
     """
     structures: Tuple[Structure, ...]
     cost: CostModel
@@ -34,7 +34,7 @@ class Proposal:
     conflicts: List[np.ndarray]
     sizer: Sizer
     blocks: Tuple[Block, ...]
-    fixed: Tuple['FixedDim', ...]
+    solution: Solution
 
 
 class FixedDim(NamedTuple):
@@ -85,10 +85,11 @@ def build(rec: Recorder, solution: Solution, blocks: Tuple[Block, ...]) -> Propo
     sizer = Sizer(solution, structures, groups)
     attributes, conflicts = attribute_sizes(rec.follower.attributes.values(), sizer)
     cost = build_cost(rec, structures, sizer, blocks)
-    return Proposal(structures, cost, attributes, conflicts, sizer, blocks, tuple(_fixed(rec, solution)))
+    return Proposal(structures, cost, attributes, conflicts, sizer, blocks, solution)
 
 
-def _fixed(rec: Recorder, solution: Solution) -> Iterator[FixedDim]:
+def fixed_dims(rec: Recorder, solution: Solution) -> Iterator[FixedDim]:
+    """The dims of weights that layers write and that can't be cut."""
     written, sources = rec.labels.of_weights(rec.written), rec.labels.pinned_by(solution)
     for name, (_, labels) in rec.params.items():
         for label in labels if name in rec.parameters else ():

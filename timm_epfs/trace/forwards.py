@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .copies import cpu_copy, meta_copy, meta_tensor
+from .rules.lookups import is_mask
 
 __all__ = ['Forward', 'decided', 'decided_by_numbers']
 
@@ -50,7 +51,7 @@ class Forward:
 
     def inputs(self) -> Tuple[Tuple, Dict[str, Any]]:
         """Arguments that a forward may change."""
-        return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, (self.args, self.kwargs))
+        return _cloned((self.args, self.kwargs))
 
     def __str__(self) -> str:
         tensors = [x for x in tree_leaves((self.args, self.kwargs)) if isinstance(x, torch.Tensor)]
@@ -77,8 +78,7 @@ def decided_by_numbers(func: Callable, name: str, args: Tuple, out: Any) -> Any:
         out: What it returned.
     """
     if name == 'index':
-        is_masked = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
-        return args[1] if is_masked else None
+        return args[1] if any(index is not None and is_mask(index) for index in args[1]) else None
     tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
     return out if name in _WITHOUT_TAG or tags & set(func.tags) else None
 
@@ -94,4 +94,8 @@ def decided(func: Callable, name: str, args: Tuple, outcome: Any) -> Any:
     """
     if name == 'index':
         return func(args[0], outcome)
-    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, outcome)
+    return _cloned(outcome)
+
+
+def _cloned(tree: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, tree)

@@ -233,13 +233,10 @@ class Recorder(TorchDispatchMode):
 
     # -- running ----------------------------------------------------------------------------------------------------
 
-    def run(self, args: Tuple, kwargs: Dict[str, Any]) -> Any:
+    def run(self, args: Tuple, kwargs: Dict[str, Any]) -> None:
         """Record the forward that is counted and that a cut model must repeat. Called once, before any other.
 
         What it returns is pinned, since whoever calls the model relies on it.
-
-        Returns:
-            The outputs.
         """
         self._counting = True
         with Calls(self._see_call):
@@ -248,7 +245,6 @@ class Recorder(TorchDispatchMode):
         self._pin(out)
         self.main = len(self.operations)
         self.blocks = self._block_finder.blocks()
-        return out
 
     def run_training(self, args: Tuple, kwargs: Dict[str, Any]) -> None:
         """Record another forward, in training mode."""

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from ..core import CostModel, PruningError, Size, Structure
 from .blocks import Block
-from .build import Proposal, build
+from .build import Proposal, build, fixed_dims
 from .calls import Call
 from .copies import raised_at
 from .costs import build_calls
@@ -55,7 +55,6 @@ class Trace:
         cost: MACs, parameters and activations as functions of the units left.
         attributes: Integer attributes that follow a cut, by path.
         skipped: Where cutting was given up, and why.
-        returns: Name of the type that the forward returns, ``'Tensor'`` for logits.
         calls: The torch functions that the forward calls, in order.
         on_numbers: Where and why the forward fails without data, if it was recorded on numbers (``forwards.py``).
         unseen: Shapes of the parameters that no forward used, by name.
@@ -65,7 +64,6 @@ class Trace:
     cost: CostModel
     attributes: Dict[str, Size]
     skipped: Tuple[Skipped, ...] = ()
-    returns: str = 'Tensor'
     calls: Tuple[Call, ...] = ()
     on_numbers: str = ''
     unseen: Mapping[str, Tuple[int, ...]] = field(default_factory=dict)
@@ -93,7 +91,7 @@ def trace(
         PruningError: The forward fails, or nothing that was found could be verified.
     """
     with Isolation(model) as isolation:
-        forward, rec, returns, on_numbers = _record(model, args, kwargs or {}, whole_heads, isolation)
+        forward, rec, on_numbers = _record(model, args, kwargs or {}, whole_heads, isolation)
         with isolation.fresh():
             skipped = _training_only(rec, forward)
         skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
@@ -101,10 +99,9 @@ def trace(
         proposal, skipped = _find_verified(rec, verifier, skipped)
     calls = build_calls(rec, proposal.sizer, proposal.blocks)
     unseen = {name: tuple(tensor.shape) for name, tensor in rec.parameters.items() if name not in rec.params}
-    fixed = {dim.module: (dim.units, _reason(rec, dim.source)) for dim in proposal.fixed}
+    fixed = {dim.module: (dim.units, _reason(rec, dim.source)) for dim in fixed_dims(rec, proposal.solution)}
     return Trace(
-        proposal.structures, proposal.cost, proposal.attributes, tuple(skipped), returns, calls, on_numbers, unseen,
-        fixed)
+        proposal.structures, proposal.cost, proposal.attributes, tuple(skipped), calls, on_numbers, unseen, fixed)
 
 
 # -- record ---------------------------------------------------------------------------------------------------------
@@ -115,25 +112,24 @@ def _record(
         kwargs: Dict[str, Any],
         whole_heads: bool,
         isolation: Isolation,
-) -> Tuple[Forward, Recorder, str, str]:
+) -> Tuple[Forward, Recorder, str]:
     """Record the forward, on numbers where it fails without.
 
     Returns:
         forward: How the model was run.
         recorder: What was recorded.
-        returns: Name of the type that the forward returns.
         on_numbers: Where and why it fails without numbers, empty if it doesn't.
     """
     without = Forward.without_data(model, args, kwargs)
     try:
-        return (without, *isolation.run(partial(_recorded, without, whole_heads)), '')
+        return without, isolation.run(partial(_recorded, without, whole_heads)), ''
     except PruningError:  # the model can't be copied
         raise
     except Exception as e:
         on_numbers = _failure(e)
     forward = Forward.on_numbers(model, args, kwargs)
     try:
-        return (forward, *isolation.run(partial(_recorded, forward, whole_heads)), on_numbers)
+        return forward, isolation.run(partial(_recorded, forward, whole_heads)), on_numbers
     except Exception as e:
         raise PruningError(
             f"the model's forward fails on {forward} at {_failure(e)}; give an example_input= that the model "
@@ -145,13 +141,13 @@ def _failure(error: Exception) -> str:
     return f'{_place(raised_at(error))}: {type(error).__name__}: {(str(error).splitlines() or [""])[0]}'
 
 
-def _recorded(forward: Forward, whole_heads: bool) -> Tuple[Recorder, str]:
+def _recorded(forward: Forward, whole_heads: bool) -> Recorder:
     copy = forward.copy()
     rec = Recorder(copy, whole_heads, forward.has_numbers)
     args, kwargs = forward.inputs()
     with watch_interface(copy, rec, args):
-        out = rec.run(args, kwargs)
-    return rec, type(out).__name__
+        rec.run(args, kwargs)
+    return rec
 
 
 def _training_only(rec: Recorder, forward: Forward) -> List[Skipped]:

@@ -17,13 +17,14 @@ def _indexed(indices: Sequence[Optional[torch.Tensor]]) -> List[int]:
     """The dims that are indexed: one by each index, and by a mask as many as it has."""
     at, d = [], 0
     for index in indices:
-        taken = index.ndim if index is not None and _is_mask(index) else 1
+        taken = index.ndim if index is not None and is_mask(index) else 1
         at += [] if index is None else range(d, d + taken)
         d += taken
     return at
 
 
-def _is_mask(index: torch.Tensor) -> bool:
+def is_mask(index: torch.Tensor) -> bool:
+    """Whether an index is a mask, which selects as many entries as it has ones."""
     return index.dtype in (torch.bool, torch.uint8)
 
 
@@ -48,7 +49,7 @@ def _index_put(rec, out, x, indices, values, *args, **kwargs):
     labels, at = rec.labels_of(x), _indexed(indices)
     for d in at:
         rec.labels.pin(labels[d])
-    new = max(1 if _is_mask(index) else index.ndim for index in indices if index is not None)
+    new = max(1 if is_mask(index) else index.ndim for index in indices if index is not None)
     selected = [None] * values.ndim + _selected(labels, at, new)
     for back, label in enumerate(reversed(rec.labels_of(values)), 1):
         if values.shape[-back] > 1:
