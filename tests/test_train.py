@@ -132,9 +132,10 @@ def test_report_does_without_matplotlib(tmp_path, monkeypatch):
     assert 'matplotlib' in report and 'pictures/' not in report
 
 
-@pytest.mark.parametrize('method', ['epfs', 'sss', 'sfp', 'bn_sfp'])
-def test_every_method_ends_on_its_budget_and_cuts_what_it_masked(tmp_path, method):
-    arguments = ['--method', method, '--epochs', '3', '--dense-epochs', '1', '--sparse-epochs', '2']
+@pytest.mark.parametrize('method, options', [
+    ('epfs', []), ('epfs', ['--widths', 'sensitivity']), ('sss', []), ('sfp', []), ('bn_sfp', [])])
+def test_every_method_ends_on_its_budget_and_cuts_what_it_masked(tmp_path, method, options):
+    arguments = ['--method', method, *options, '--epochs', '3', '--dense-epochs', '1', '--sparse-epochs', '2']
     assert train(tmp_path / 'run', *arguments, base=DIGITS) == 0
     rows = history(tmp_path / 'run')
     assert [row['phase'] for row in rows] == ['dense', 'sparse', 'sparse', 'cut']

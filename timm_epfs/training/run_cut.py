@@ -45,7 +45,7 @@ class RunCut:
         if self.args.method == 'none':
             self._check_one_shot()
             return
-        learner = self.learner(steps=1, steps_per_epoch=1)
+        learner = self._learner(steps=1, steps_per_epoch=1, measure=False)
         try:
             self.pruner.composed(learner.plan())
         finally:
@@ -61,8 +61,14 @@ class RunCut:
         Raises:
             PruningError: The method can't cut this model to this budget.
         """
+        return self._learner(steps, steps_per_epoch, measure=True)
+
+    def _learner(self, steps: int, steps_per_epoch: int, measure: bool) -> Learner:
+        """A learner, without widths from images unless ``measure``: a check comes before any training, and is quick."""
         method = METHODS[self.args.method]
         _, options = cut_options(self.args)
+        if options.get('widths') == 'sensitivity' and not measure:
+            del options['widths']
         if 'steps_per_epoch' in inspect.signature(method).parameters:
             options.setdefault('steps_per_epoch', steps_per_epoch)
         pruner = self.pruner
