@@ -146,7 +146,7 @@ def test_every_method_ends_on_its_budget_and_cuts_what_it_masked(tmp_path, metho
 
 
 def test_main_job_learns_the_digits(tmp_path, all_digits):
-    arguments = ['train', 'resnet20_cifar', '--dataset', 'digits', '--macs', '0.5', '--img-size', '8', '--epochs', '12']
+    arguments = ['train', 'resnet20_cifar', '--dataset', 'digits', '--macs', '0.5', '--img-size', '8', '--epochs', '9']
     assert train(tmp_path / 'run', base=arguments) == 0
     rows = history(tmp_path / 'run')
     dense = [float(row['eval_top1']) for row in rows if row['phase'] == 'dense'][-1]
