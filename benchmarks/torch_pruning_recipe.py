@@ -1,12 +1,14 @@
 """torch-pruning's own one-shot, as its examples for timm and torchvision do it: what ours is compared with."""
-from typing import Callable, Dict, List, Optional, Sequence
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, TypeVar
 
 import torch
 import torch_pruning as tp
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ['DrawnMagnitude', 'NoInit', 'one_shot']
+__all__ = ['DrawnMagnitude', 'NoInit', 'nearest', 'one_shot']
+
+T = TypeVar('T')
 
 
 class DrawnMagnitude(tp.importance.GroupMagnitudeImportance):
@@ -70,6 +72,20 @@ def one_shot(
     if hasattr(model, 'conv_proj') and hasattr(model, 'hidden_dim'):  # torchvision's ViT
         model.hidden_dim = model.conv_proj.out_channels
     return model
+
+
+def nearest(cut: Callable[[float], Tuple[T, float]], macs: float) -> Tuple[T, float]:
+    """The cut whose share of the MACs comes nearest to ``macs``, and that share: a budget can't be asked for.
+
+    Args:
+        cut: Takes the share of the channels to remove; returns a cut and the share of the MACs that it leaves.
+        macs: The share of the MACs that is wanted.
+    """
+    low, high = 0.0, 0.9
+    for _ in range(12):
+        ratio = (low + high) / 2
+        low, high = (ratio, high) if cut(ratio)[1] > macs else (low, ratio)
+    return min((cut(low), cut(high)), key=lambda found: abs(found[1] - macs))
 
 
 def _classifier(model: nn.Module) -> List[nn.Module]:

@@ -29,7 +29,7 @@ from timm.data import ImageNetInfo, create_dataset, create_transform, resolve_da
 from timm.models import load_checkpoint
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
-from torch_pruning_recipe import one_shot
+from torch_pruning_recipe import nearest, one_shot
 from training_free_table import STEPS, draw, markdown
 
 import timm_epfs
@@ -249,11 +249,7 @@ class Job:
             slim = one_shot(copy.deepcopy(self.model), example, importance, ratio=ratio)
             return slim, count_macs(slim, (example,), {}) / dense
 
-        low, high = 0.0, 0.9  # the share of the channels that go is all that can be chosen
-        for _ in range(12):
-            ratio = (low + high) / 2
-            low, high = (ratio, high) if cut(ratio)[1] > macs else (low, ratio)
-        return min((cut(low), cut(high)), key=lambda found: abs(found[1] - macs))
+        return nearest(cut, macs)
 
 
 if __name__ == '__main__':

@@ -268,6 +268,19 @@ def test_a_shape_that_another_experiment_found_is_filled_with_the_units_that_a_c
     assert any(list(cut.keep) != list(found[name].keep) for name, cut in filled.items())
 
 
+def test_torch_pruning_cuts_the_same_share_of_each_layer(script, photographs):
+    images = script.SETS['imagenette'](photographs, photographs)
+    (photographs / 'test_resnet').mkdir()
+    weights = timm.create_model('test_resnet', num_classes=2).state_dict()
+    save_file(script.halved(weights), photographs / 'test_resnet' / 'dense-0.safetensors')
+    args = Namespace(runs=photographs / 'runs', results=photographs, data_dir=photographs, device='cpu')
+    options = {'method': 'none', 'macs': 0.4, 'epochs': 0, 'batch-size': 2, 'img-size': 32, 'workers': 0}
+    result = script._run(args, {'runner': 'torch_pruning', 'options': options}, 'test_resnet/theirs-0', 0, images)
+    assert result['macs'][1] / result['macs'][0] == pytest.approx(0.4, abs=0.02)
+    shares = [len(cut.keep) / cut.structure.units for cut in _cuts(result).values() if cut.structure.kind != 'blocks']
+    assert 0.5 < min(shares) and max(shares) - min(shares) < 0.06, shares
+
+
 def test_center_loss_goes_on_while_fine_tuning(really_run):
     plain, centered = (
         really_run(name, **more, options={'epochs': 2, 'criterion': 'l2'})['history'][-1]

@@ -12,8 +12,10 @@ import torch_pruning as tp
 from records import plan_of
 from timm.task import TrainingTask
 from torch import Tensor, nn
+from torch_pruning_recipe import nearest, one_shot
 
 from timm_epfs.allocate import top
+from timm_epfs.core import Structure
 from timm_epfs.importance import score
 from timm_epfs.learn.center_loss import CenterLoss, FeatureHook, find_classifier
 from timm_epfs.plan import Plan, make_plan
@@ -102,6 +104,42 @@ class GroupNormRun(ExperimentRun):
         return phase
 
 
+class TorchPruningRun(ExperimentRun):
+    """torch-pruning's own one-shot, as its README has it: L2 over groups, the same share of channels in each layer."""
+
+    def _one_shot(self) -> nn.Module:
+        traced = trace_model(self.model)
+        recipe = {'method': 'one-shot', 'criterion': 'torch-pruning'}
+
+        def cut(ratio: float) -> Tuple[Plan, float]:
+            left = self._channels_left(ratio)
+            keep = {structure.name: _units_left(structure, left) for structure in traced.structures}
+            plan = make_plan(traced, keep, recipe, self.args.model, self.model_args)
+            return plan, plan.cost['macs'][1] / plan.cost['macs'][0]
+
+        model = copy.deepcopy(self.model)
+        model.pruning_plan, _ = nearest(cut, self.args.macs)
+        return apply_plan(model, model.pruning_plan)
+
+    def _channels_left(self, ratio: float) -> Dict[str, np.ndarray]:
+        """The channels that are left, by the name of each BatchNorm's mean, which is numbered before the cut."""
+        model = copy.deepcopy(self.model).to(memory_format=torch.contiguous_format).eval()
+        norms = {name: module for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)}
+        for norm in norms.values():
+            norm.running_mean.copy_(torch.arange(norm.num_features))
+        example = torch.zeros(1, *self.config['input_size'], device=self.args.device)
+        one_shot(model, example, tp.importance.GroupMagnitudeImportance(p=2), ratio=ratio)
+        return {f'{name}.running_mean': norm.running_mean.cpu().numpy() for name, norm in norms.items()}
+
+
+def _units_left(structure: Structure, left: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The units of a structure whose channels are left: of blocks all, which torch-pruning doesn't cut."""
+    if structure.kind == 'blocks':
+        return np.arange(structure.units)
+    member = next(member for member in structure.members if member.tensor in left)
+    return np.flatnonzero(np.isin(member.index, left[member.tensor]).all(axis=1))
+
+
 class CenteredRun(ExperimentRun):
     """Center Loss on the deep feature while fine-tuning, too; the centres start anew where a run is resumed."""
 
@@ -126,5 +164,5 @@ class CenteredRun(ExperimentRun):
 
 RUNNERS = {
     'train': ExperimentRun, 'whole': WholeRun, 'scratch': ScratchRun, 'shape': ShapeRun, 'group_norm': GroupNormRun,
-    'centered': CenteredRun,
+    'centered': CenteredRun, 'torch_pruning': TorchPruningRun,
 }
