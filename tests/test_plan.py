@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from timm_epfs.core import Member, PruningError, Structure, indices, validation
+from timm_epfs.core import Member, PruningError, Structure, indices, returned, validation
 from timm_epfs.plan import FORMAT, Cut, Plan, json_values, notation
 from timm_epfs.plan.notation import Ranges, Strided
 from timm_epfs.surgery import apply_plan
@@ -64,7 +64,7 @@ def test_ranges_survive_text(values):
 
 
 def test_the_examples_run():
-    assert all(doctest.testmod(module).failed == 0 for module in (indices, json_values, notation, validation))
+    assert all(doctest.testmod(module).failed == 0 for module in (indices, json_values, notation, returned, validation))
 
 
 def test_the_rows_of_a_head_read_as_in_the_docs():

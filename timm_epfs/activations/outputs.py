@@ -4,9 +4,8 @@ from typing import Any, List, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from ..core import PruningError
+from ..core import PruningError, returned_tensors
 
 __all__ = ['are_logits', 'divergence', 'has_classes', 'output_tensors']
 
@@ -19,7 +18,7 @@ def output_tensors(output: Any) -> List[Tensor]:
     Raises:
         PruningError: There are none.
     """
-    tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    tensors = [tensor for tensor in returned_tensors(output) if tensor.is_floating_point()]
     if not tensors:
         raise PruningError(f'the model\'s output holds no tensor of numbers; {_ADVICE}')
     return tensors

@@ -13,6 +13,7 @@ from .modules import device_of, eval_mode, named_tensors, set_modes
 from .processes import from_first, measured_by_first, summed, world_size
 from .progress_bar import progress, step
 from .repeatable import Repeatable
+from .returned import returned_tensors
 from .structure import DEFAULT_KINDS, KINDS, Member, Size, Structure, check_patterns, kinds_named, pattern_list
 from .text import aligned_table, format_count, kind_of, markdown_table, nearest, percent, shorten
 from .user_warning import warn
@@ -24,6 +25,6 @@ __all__ = [
     'aligned_table', 'check', 'check_patterns', 'check_place', 'clone_tensor', 'complement', 'deep_copy',
     'device_of', 'distinct', 'eval_mode', 'first_few', 'format_count', 'from_first', 'invalid', 'is_number',
     'kind_of', 'kinds_named', 'locked', 'markdown_table', 'measured_by_first', 'named_tensors', 'nearest',
-    'nearest_keyword', 'one_line', 'pattern_list', 'percent', 'progress', 'refuse_unknown', 'set_modes', 'shorten',
-    'step', 'summed', 'warn', 'whole_folder', 'world_size', 'write_whole',
+    'nearest_keyword', 'one_line', 'pattern_list', 'percent', 'progress', 'refuse_unknown', 'returned_tensors',
+    'set_modes', 'shorten', 'step', 'summed', 'warn', 'whole_folder', 'world_size', 'write_whole',
 ]

@@ -6,7 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Set, Tuple
 import torch
 from torch import nn
 
-from ..core import PruningError, kind_of, one_line
+from ..core import PruningError, kind_of, one_line, returned_tensors
 from ..trace import Forward, isolated, quiet, tensors_in
 
 __all__ = ['CenterLoss', 'FeatureHook', 'drop_hooks', 'find_classifier', 'names_no_class']
@@ -267,10 +267,8 @@ def _candidates(model: nn.Module) -> Dict[str, nn.Module]:
 
 def _scores(output: Any, inputs: Sequence[torch.Tensor]) -> List[torch.Tensor]:
     """The tensors that a model returned of shape (batch, two or more)."""
-    if hasattr(output, '__dict__') and not isinstance(output, (torch.Tensor, dict, list, tuple)):
-        output = vars(output)
     batches = {1, *(len(tensor) for tensor in inputs if tensor.ndim)}  # not the number of boxes or tokens
-    return [t for t in tensors_in(output) if t.ndim == 2 and len(t) in batches and t.shape[1] > 1]
+    return [t for t in returned_tensors(output) if t.ndim == 2 and len(t) in batches and t.shape[1] > 1]
 
 
 def _behind(scores: torch.Tensor, runs: Sequence[_Run]) -> List[_Run]:

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from ..core import named_tensors
+from ..core import named_tensors, returned_tensors
 from .blocks import Block, BlockFinder
 from .calls import Calls, tensors_in
 from .copies import call_site, quiet
@@ -266,12 +265,6 @@ class Recorder(TorchDispatchMode):
 
     def _pin(self, out: Any) -> None:
         self.labels.source = RETURNED
-        for tensor in tensors_in(_leaves(out)):
+        for tensor in returned_tensors(out):
             for label in self.labels_of(tensor):
                 self.labels.pin(label)
-
-
-def _leaves(out: Any) -> List[Any]:
-    if hasattr(out, '__dict__') and not isinstance(out, (torch.Tensor, dict, list, tuple)):
-        return tree_leaves(dict(vars(out)))
-    return tree_leaves(out)
