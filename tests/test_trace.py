@@ -330,9 +330,9 @@ RULE_ROWS = {
         Net(lambda m, x: m.b(m.a(x)[0]), a=nn.LSTM(12, 8, batch_first=True), b=nn.Linear(8, 5)), TOKENS, {'a': 8}),
     'attention heads': (
         Net(attention, qkv=nn.Linear(12, 48), proj=nn.Linear(16, 12), heads=4, width=4), TOKENS, {'qkv': 4}),
-    "MLPs of torch's encoder": (
+    "torch's encoder": (
         nn.Sequential(nn.Linear(12, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 5)),
-        TOKENS, {'1.linear1': 16}),
+        TOKENS, {'0': -8, '1.self_attn': 2, '1.linear1': 16}),
     'a convolution over folded heads': (
         Net(folded, a=nn.Linear(12, 16), c=nn.Conv1d(4, 4, 3, padding=1), b=nn.Linear(16, 5), heads=4, width=4), TOKENS,
         {'a': 4}),

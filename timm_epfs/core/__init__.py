@@ -1,7 +1,8 @@
-"""What all other packages use: structures and their costs as plain data, errors, files, text.
+"""What all other packages use: structures and their costs as plain data, attention, errors, files, text.
 
 In: nothing of this library. Out: ``Structure``, ``CostModel``, ``Budget``, ``PruningError``, and small helpers.
 """
+from .attention import PrunedMultiheadAttention, plain_attention, refresh_attention, without_fused_attention
 from .budget import BUDGETS, Budget
 from .cost import QUANTITIES, CostModel, is_number
 from .deep_copies import clone_tensor, deep_copy
@@ -21,10 +22,11 @@ from .validation import ANYTHING, DICT, FLAG, INTEGER, LIST, TEXT, Rule, check, 
 
 __all__ = [
     'ANYTHING', 'BUDGETS', 'Budget', 'CostModel', 'DEFAULT_KINDS', 'DICT', 'FLAG', 'INTEGER', 'KINDS', 'LIST',
-    'Member', 'OutOfReach', 'PruningError', 'QUANTITIES', 'Repeatable', 'Rule', 'Size', 'Structure', 'TEXT',
-    'aligned_table', 'check', 'check_patterns', 'check_place', 'clone_tensor', 'complement', 'deep_copy',
-    'device_of', 'distinct', 'eval_mode', 'first_few', 'format_count', 'from_first', 'invalid', 'is_number',
-    'kind_of', 'kinds_named', 'locked', 'markdown_table', 'measured_by_first', 'named_tensors', 'nearest',
-    'nearest_keyword', 'one_line', 'pattern_list', 'percent', 'progress', 'refuse_unknown', 'returned_tensors',
-    'set_modes', 'shorten', 'step', 'summed', 'warn', 'whole_folder', 'world_size', 'write_whole',
+    'Member', 'OutOfReach', 'PrunedMultiheadAttention', 'PruningError', 'QUANTITIES', 'Repeatable', 'Rule', 'Size',
+    'Structure', 'TEXT', 'aligned_table', 'check', 'check_patterns', 'check_place', 'clone_tensor', 'complement',
+    'deep_copy', 'device_of', 'distinct', 'eval_mode', 'first_few', 'format_count', 'from_first', 'invalid',
+    'is_number', 'kind_of', 'kinds_named', 'locked', 'markdown_table', 'measured_by_first', 'named_tensors',
+    'nearest', 'nearest_keyword', 'one_line', 'pattern_list', 'percent', 'plain_attention', 'progress',
+    'refresh_attention', 'refuse_unknown', 'returned_tensors', 'set_modes', 'shorten', 'step', 'summed', 'warn',
+    'whole_folder', 'without_fused_attention', 'world_size', 'write_whole',
 ]

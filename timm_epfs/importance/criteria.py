@@ -219,6 +219,8 @@ def _member_type(model: nn.Module, member: Member) -> str:
     owner, _, attribute = member.tensor.rpartition('.')
     _tensor(model, member)  # raises if there is no such tensor
     module = model.get_submodule(owner)
+    if isinstance(module, nn.MultiheadAttention) and attribute.endswith('proj_weight'):
+        return member.role
     if attribute != 'weight':
         return ''
     if isinstance(module, nn.modules.conv._ConvNd):

@@ -17,7 +17,7 @@ from ..activations import (
     list_readers,
     sample_positions,
 )
-from ..core import PruningError, Structure, eval_mode, progress
+from ..core import PruningError, Structure, eval_mode, plain_attention, progress
 
 __all__ = ['Consumer', 'Statistics', 'gather_statistics', 'refitted']
 
@@ -140,7 +140,7 @@ def _split(batches: Batches, every: int) -> Tuple[List[Tensor], Batches]:
 
 def _consumers(model: nn.Module, names: Sequence[str], batches: Sequence[Tensor]) -> Dict[str, Consumer]:
     count, first = sum(map(len, batches)), 0
-    with eval_mode(model):
+    with eval_mode(model), plain_attention(model):
         readers, _ = list_readers(model, batches[0][:1])
         sums = {name: (Sums(), Sums()) for name, reader in readers.items() if name in names and not reader.is_norm}
 

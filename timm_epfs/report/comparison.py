@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..core import PruningError, eval_mode, format_count, kind_of
+from ..core import PruningError, eval_mode, format_count, kind_of, without_fused_attention
 
 __all__ = ['Rows', 'compare', 'count_macs', 'size_on_disk', 'table', 'top1']
 
@@ -53,7 +53,7 @@ def count_macs(model: nn.Module, args: Tuple, kwargs: Mapping[str, Any]) -> floa
     trainable = [p for p in model.parameters() if p.requires_grad]
     model.requires_grad_(False)  # otherwise the counter fails if a module is called with a view of a parameter
     try:
-        with FlopCounterMode(display=False) as counter:
+        with without_fused_attention(), FlopCounterMode(display=False) as counter:
             model(*args, **kwargs)
     finally:
         for p in trainable:

@@ -11,7 +11,9 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ['attribute_misfits', 'refresh_shapes', 'repeated_sizes', 'set_attribute']
+from ..core import PrunedMultiheadAttention, refresh_attention
+
+__all__ = ['attribute_misfits', 'refresh_encoders', 'refresh_shapes', 'repeated_sizes', 'set_attribute']
 
 # What a layer says about its own shape, read off its tensors after a cut. What can't be read off a shape (groups,
 # num_heads, splits, …) is listed in the plan.
@@ -103,6 +105,9 @@ def _with_entry(owner: Any, path: Sequence[str], value: int) -> Any:
 def refresh_shapes(module: nn.Module) -> None:
     """Set a layer's size attributes from the shapes of its tensors."""
     _compute_weights(module)
+    if isinstance(module, nn.MultiheadAttention):
+        refresh_attention(module)
+        return
     for kind, read in _SHAPES:
         if isinstance(module, kind):
             for name, value in read(module).items():
@@ -110,6 +115,14 @@ def refresh_shapes(module: nn.Module) -> None:
             return
     if hasattr(module, 'normalized_shape') and getattr(module, 'weight', None) is not None:
         module.normalized_shape = tuple(module.weight.shape)
+
+
+def refresh_encoders(model: nn.Module) -> None:
+    """Keep torch's encoders from packing padded sequences for a kernel that doesn't run with heads cut."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            if any(isinstance(layer, PrunedMultiheadAttention) for layer in module.modules()):
+                module.use_nested_tensor = False
 
 
 def _compute_weights(module: nn.Module) -> None:

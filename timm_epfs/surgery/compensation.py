@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..activations import fast_format, image_batches
-from ..core import PruningError, complement, eval_mode, first_few, named_tensors, one_line, warn
+from ..core import PruningError, complement, eval_mode, first_few, named_tensors, one_line, plain_attention, warn
 from ..plan import Plan
 from .reconstruction import Reconstruction
 from .tensors import tensor_misfits, unchanged_on_error, wrong_base
@@ -106,7 +106,7 @@ def reconstruct(
     """
     kept = _kept_entries(model, dense, plan)
     batches = image_batches(images, model, num_images)
-    with unchanged_on_error(model), eval_mode(model), eval_mode(dense), \
+    with unchanged_on_error(model), eval_mode(model), eval_mode(dense), plain_attention(model, dense), \
             one_line(f'the models can\'t run images of shape {tuple(batches[0].shape[1:])}'):
         memory_format = fast_format(batches[0], model, dense)
         batches = [batch.contiguous(memory_format=memory_format) for batch in _of_equal_length(batches)]

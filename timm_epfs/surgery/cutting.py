@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..core import distinct, named_tensors, set_modes
 from ..plan import Plan, check_plan
-from .attributes import attribute_misfits, refresh_shapes, repeated_sizes, set_attribute
+from .attributes import attribute_misfits, refresh_encoders, refresh_shapes, repeated_sizes, set_attribute
 from .tensors import cut_tensor, tensor_misfits, wrong_base
 
 __all__ = ['apply_plan']
@@ -39,6 +39,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> nn.Module:
         set_attribute(model, path, value)
     for module in changed:
         refresh_shapes(module)
+    refresh_encoders(model)
     for module, name, layer, attribute in repeated:
         setattr(module, name, getattr(layer, attribute))
     for name, children in blocks.items():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..core import clone_tensor, deep_copy
+from ..core import clone_tensor, deep_copy, without_fused_attention
 from .hooks import drop_hooks_of, watching_hooks, without_global_hooks
 
 __all__ = ['call_site', 'cpu_copy', 'meta_copy', 'meta_tensor', 'quiet', 'raised_at']
@@ -54,13 +54,9 @@ def meta_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def quiet() -> Iterator[None]:
     """Inside the block, a forward runs without gradients, fused attention and the hooks by which somebody watches all
     modules of the process, and the random state stays as it is."""
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.no_grad(), torch.random.fork_rng([]), sdpa_kernel(SDPBackend.MATH), without_global_hooks():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with torch.no_grad(), torch.random.fork_rng([]), sdpa_kernel(SDPBackend.MATH), without_fused_attention(), \
+            without_global_hooks():
+        yield
 
 
 def call_site() -> Tuple[str, int]:
@@ -96,5 +92,6 @@ def lies_in(path: str, folder: str) -> bool:
     return os.path.normcase(path).startswith(os.path.join(os.path.normcase(folder), ''))
 
 
-_PLUMBING = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+_HERE = os.path.dirname(__file__)
+_PLUMBING = (os.path.dirname(torch.__file__), _HERE, os.path.join(os.path.dirname(_HERE), 'core'))
 _MODELS = (nn.modules.transformer.__file__,)  # torch's own models, of many layers

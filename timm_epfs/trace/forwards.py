@@ -11,12 +11,17 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..core import PrunedMultiheadAttention
 from .copies import cpu_copy, meta_copy, meta_tensor
 from .rules.lookups import is_mask
 
 __all__ = ['Forward', 'decided', 'decided_by_numbers']
 
 _WITHOUT_TAG = frozenset({'torchvision::nms'})  # operations that torch doesn't know to depend on numbers
+
+
+class _TracedAttention(PrunedMultiheadAttention):
+    """Attention in copies, dense or cut: all run the same operations, and a cut leaves their class alone."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,11 @@ class Forward:
 
     def copy(self) -> nn.Module:
         """A copy of the model on the device, in evaluation mode."""
-        return (cpu_copy if self.has_numbers else meta_copy)(self.model).eval()
+        copied = (cpu_copy if self.has_numbers else meta_copy)(self.model).eval()
+        for module in copied.modules():
+            if type(module) in (nn.MultiheadAttention, PrunedMultiheadAttention):
+                module.__class__ = _TracedAttention
+        return copied
 
     def inputs(self) -> Tuple[Tuple, Dict[str, Any]]:
         """Arguments that a forward may change."""

@@ -96,6 +96,7 @@ class Recorder(TorchDispatchMode):
         self._block_finder = BlockFinder(model)
         self._known: Dict[int, List[Label]] = {}
         self._repeated: Dict[int, FrozenSet[int]] = {}
+        self._inexact_if_read: Dict[int, List[Tuple[Label, str]]] = {}
         self._weights: set = set()
         self._alive: List[torch.Tensor] = []
         self._names: Dict[int, str] = {}
@@ -134,6 +135,12 @@ class Recorder(TorchDispatchMode):
     def repeats(self, tensor: torch.Tensor, dim: int) -> bool:
         """Whether a tensor repeats one entry in a dim."""
         return dim in self._repeated.get(id(tensor), ())
+
+    def mark_inexact_if_read(self, tensors: Any, label: Label, reason: str) -> None:
+        """As ``labels.mark_inexact``, once something reads one of these tensors: attention's mean over its heads is
+        often left unread."""
+        for tensor in self.tensors(tensors):
+            self._inexact_if_read.setdefault(id(tensor), []).append((label, reason))
 
     def constant(self, n: int) -> np.ndarray:
         """A label of ``n`` entries that always stay."""
@@ -176,6 +183,7 @@ class Recorder(TorchDispatchMode):
         inputs = tensors_in((args, kwargs))
         for tensor in inputs:
             self.labels_of(tensor)
+            self._read(tensor)
         out = func(*args, **kwargs)
         self._block_finder.see(self.name, args, out)
         outputs = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(o, torch.Tensor)]
@@ -217,6 +225,10 @@ class Recorder(TorchDispatchMode):
             [self._checked(n, label) for n, label in zip(t.shape, dims, strict=True)]
             for t, dims in zip(outputs, result)
         ]
+
+    def _read(self, tensor: torch.Tensor) -> None:
+        for label, reason in self._inexact_if_read.pop(id(tensor), ()):
+            self.labels.mark_inexact(label, reason)
 
     def _checked(self, n: int, label: Label) -> Label:
         if label is None or n == 1:  # a single entry can't go
@@ -266,5 +278,6 @@ class Recorder(TorchDispatchMode):
     def _pin(self, out: Any) -> None:
         self.labels.source = RETURNED
         for tensor in returned_tensors(out):
+            self._read(tensor)
             for label in self.labels_of(tensor):
                 self.labels.pin(label)

@@ -74,7 +74,7 @@ def _reduce(rec, out, x, *args, **kwargs):
     result = []
     for d, label in enumerate(rec.labels_of(x)):
         if d in dims:
-            rec.labels.mark_inexact(label, reason)
+            rec.mark_inexact_if_read(out, label, reason)
             result += [None] if keep else []
         else:
             result.append(label)
