@@ -1,6 +1,6 @@
 """``Allocator``: everything that an allocation depends on, except the scores and the budget."""
 from dataclasses import dataclass, field, replace
-from typing import Dict, FrozenSet, Mapping, Optional, Sequence, Union
+from typing import Dict, FrozenSet, List, Mapping, Optional, Sequence, Union
 
 import numpy as np
 
@@ -39,6 +39,11 @@ class Allocator:
     floor: float = 0.05
     ratios: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def free(self) -> List[Structure]:
+        """The structures that may be cut."""
+        return [s for s in self.structures if s.name not in self.fixed]
+
     def __call__(self, scores: Mapping[str, np.ndarray], budget: Budget) -> Allocation:
         """Choose the units that stay.
 
@@ -49,13 +54,12 @@ class Allocator:
         Raises:
             OutOfReach: The budget is less than any allowed cut leaves.
         """
-        free = [s for s in self.structures if s.name not in self.fixed]
-        streams = {s.name for s in free if s.stream}
+        streams = {s.name for s in self.free if s.stream}
         if not streams or self.streams:
             return self._allocate(scores, budget, self.fixed)
         if self.streams is not None:
             return self._allocate(scores, budget, self.fixed | streams)
-        if len(streams) < len(free):
+        if len(streams) < len(self.free):
             try:
                 return self._allocate(scores, budget, self.fixed | streams)
             except OutOfReach:
@@ -79,11 +83,10 @@ class Allocator:
         Raises:
             OutOfReach: The budget is less than any allowed cut leaves.
         """
-        highest = max(float(values.max()) for values in scores.values())
-        free = [s for s in self.structures if s.name not in self.fixed]
-        blocks = {s.name: np.full(1, highest + 1) for s in free if s.kind == 'blocks'}  # so all other units go first
+        above_all = max(float(values.max()) for values in scores.values()) + 1  # so that blocks go last
+        blocks = {s.name: np.full(1, above_all) for s in self.free if s.kind == 'blocks'}
         keep = replace(self, width_weights=None)({**scores, **blocks}, budget).keep
-        return {s.name: float(len(keep[s.name])) for s in free if s.name not in blocks}
+        return {s.name: float(len(keep[s.name])) for s in self.free if s.name not in blocks}
 
     def price(self, quantity: str, left: Mapping[str, int]) -> float:
         """Cost of the cut model, given the number of units left of every structure."""

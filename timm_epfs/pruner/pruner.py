@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..allocate import ALIGN, Allocation, cost_aware_width_weights
-from ..core import DEFAULT_KINDS, Budget, PruningError, first_few, named_tensors, refuse_unknown, warn
+from ..core import DEFAULT_KINDS, KINDS, Budget, PruningError, first_few, named_tensors, refuse_unknown, warn
 from ..importance import WITHOUT_DATA, Sensitivity, check_criterion
 from ..latency import DeviceLatency
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
@@ -54,8 +54,9 @@ class Pruner:
             in it), with or without wildcards (``'*.conv3'``, ``'layer?.0'``).
         only: Patterns of the only layers whose outputs are cut. None: all are.
         kinds: Kinds of units to cut: ``'channels'`` (or ``'filters'``, ``'neurons'``), ``'heads'``, ``'head_dims'``,
-            ``'groups'`` and, not by default, ``'blocks'``. Attention is cut by whole heads; with ``'head_dims'`` and
-            without ``'heads'``, the same dims of all heads of a layer are cut.
+            ``'groups'`` and ``'blocks'``. None: all but blocks; and under ``latency``, where one search chooses widths
+            and depth, blocks, too. Attention is cut by whole heads; with ``'head_dims'`` and without ``'heads'``, the
+            same dims of all heads of a layer are cut.
         streams: Whether to cut residual streams that are normalised over their channels (ViT, ConvNeXt). Such a cut is
             never exact. None: only if the budget can't be met otherwise, with a warning.
         example_input: Input of the forward, for models that don't declare it: a tensor, a tuple of positional or a dict
@@ -86,7 +87,7 @@ class Pruner:
             loss_fn: Optional[Callable] = None,
             exclude: Optional[Sequence[str]] = None,
             only: Optional[Sequence[str]] = None,
-            kinds: Sequence[str] = DEFAULT_KINDS,
+            kinds: Optional[Sequence[str]] = None,
             streams: Optional[bool] = None,
             example_input: Optional[Example] = None,
             device: Optional[Union[str, torch.device]] = None,
@@ -94,7 +95,8 @@ class Pruner:
             base: Optional[str] = None,
             **model_args: Any,
     ):
-        self.exclude, self.only, self.kinds, self.streams = checked_options(exclude, only, kinds, streams)
+        checked = checked_options(exclude, only, DEFAULT_KINDS if kinds is None else kinds, streams)
+        self.exclude, self.only, self.kinds, self.streams = checked
         self.model = prepare_model(model, device, pretrained, model_args, ours=(Pruner.__init__, make_request))
         built_by_name = isinstance(model, str) and base is None
         self.base = base_of(self.model) if built_by_name else present_base_of(self.model, base)
@@ -102,8 +104,10 @@ class Pruner:
         self.example = tree_map(_to_meta, example_for(self.model, example_input))
         whole_heads = 'heads' in self.kinds or 'head_dims' not in self.kinds
         self.trace = trace_model(self.model, example_input, whole_heads)
-        self.fixed = self._find_fixed()
+        self.fixed = self._find_fixed(self.kinds)
         self.structures = tuple(s for s in self.trace.structures if s.name not in self.fixed)
+        with_blocks = (*self.kinds, 'blocks') if kinds is None else self.kinds
+        self._more_blocks = self.fixed - self._find_fixed(with_blocks)  # that latencies are met by, too
         self._scorer = Scorer(self.model, self.structures, data, loss_fn)
         self._latencies: Dict[Tuple[int, bool], DeviceLatency] = {}  # by the arguments of ``latency``
         self._equal_cuts: Dict[Tuple, float] = {}
@@ -111,8 +115,8 @@ class Pruner:
     def __repr__(self) -> str:
         return f'<Pruner of {self.name}: {len(self.structures)} of {len(self.trace.structures)} structures may be cut>'
 
-    def _find_fixed(self) -> FrozenSet[str]:
-        fixed = left_alone(self.trace.structures, self.exclude, self.only, self.kinds)
+    def _find_fixed(self, kinds: Sequence[str]) -> FrozenSet[str]:
+        fixed = left_alone(self.trace.structures, self.exclude, self.only, kinds)
         if self._earlier_plan is not None:
             fixed |= self._earlier_plan.uncomposable(self.trace.structures)
         return frozenset(fixed)
@@ -192,8 +196,7 @@ class Pruner:
         choice = choice.for_data(self._scorer.has_data)
         allocator = self._allocator_of(budget, choice)
         if not budget.in_milliseconds:
-            scores = {s.name: np.ones(s.units) for s in self.structures}
-            allocation = allocator(scores, budget)
+            allocation = allocator({s.name: np.ones(s.units) for s in allocator.free}, budget)
             self.composed(self._make_plan(allocation, {}))
 
     def inspect(self) -> Report:
@@ -219,7 +222,7 @@ class Pruner:
         Raises:
             PruningError: As for ``timm_epfs.importance.score``.
         """
-        return self._scorer.scores(criterion, seed)
+        return self._scorer.scores(self.structures, criterion, seed)
 
     def sensitivity(self, criterion: str = 'obs', seed: int = 0) -> Sensitivity:
         """What the network's output loses as one structure after the other gets narrower, measured on the data.
@@ -240,7 +243,7 @@ class Pruner:
         Raises:
             PruningError: The pruner has no data, or the model's outputs can't be compared.
         """
-        return self._scorer.sensitivity(criterion, seed)
+        return self._scorer.sensitivity(self.structures, criterion, seed)
 
     def latency(self, batch_size: int = 1, together: bool = False) -> DeviceLatency:
         """Latency of the model's cuts on its device. The first call times the layers, for a minute or so.
@@ -333,10 +336,12 @@ class Pruner:
         """The plan that cuts this model to the budget."""
         choice = choice.for_data(self._scorer.has_data)
         allocator = self._allocator_of(budget, choice)
-        scores, measured = self.scores(choice.criterion, choice.seed), {}
+        free, measured = allocator.free, {}
+        scores = self._scorer.scores(free, choice.criterion, choice.seed)
         width_scores = self.scores(choice.widths, choice.seed) if choice.widths in WITHOUT_DATA else None
         if choice.widths == 'sensitivity':
-            scores = self.sensitivity(choice.criterion, choice.seed).scores(allocator.unit_prices(budget.quantity))
+            sensitivity = self._scorer.sensitivity(free, choice.criterion, choice.seed)
+            scores = sensitivity.scores(allocator.unit_prices(budget.quantity))
 
         if budget.quantity == 'latency':
             device = self.latency(budget.latency_batch_size)
@@ -367,9 +372,13 @@ class Pruner:
         if not self.structures:
             why = describe_nothing(self.trace, self.exclude, self.only, self.kinds)
             raise PruningError(f'nothing is left to cut: {why}')
-        return self.allocator(budget.quantity, choice, budget.latency_batch_size)
+        allocator = self.allocator(budget.quantity, choice, budget.latency_batch_size)
+        scores_decide = choice.scope == 'global' and choice.widths in (None, 'sensitivity')
+        more = self._more_blocks if budget.quantity == 'latency' and scores_decide else frozenset()
+        return replace(allocator, fixed=allocator.fixed - more)
 
     def _recipe(self, budget: Budget, choice: Choice, allocator: Allocator, **measured: Any) -> Dict[str, Any]:
+        kinds = {*self.kinds, 'blocks'} if self._more_blocks - allocator.fixed else set(self.kinds)
         rounding = {'round_to': choice.round_to}
         if allocator.round_to != choice.round_to or allocator.align != ALIGN:  # the alignment was measured
             rounding = {'align': allocator.align}
@@ -377,7 +386,7 @@ class Pruner:
             method='one-shot', criterion=choice.criterion, scope=choice.scope, widths=choice.widths,
             floor=choice.floor, **budget.to_dict(), **rounding, exclude=list(self.exclude), only=list(self.only),
             ratios=dict(choice.ratios), streams=self.streams,
-            kinds=list(self.kinds) if set(self.kinds) != set(DEFAULT_KINDS) else None,
+            kinds=[kind for kind in KINDS if kind in kinds] if kinds != set(DEFAULT_KINDS) else None,
             seed=choice.seed if choice.criterion == 'random' else None, **measured,
         )
 

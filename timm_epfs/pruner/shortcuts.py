@@ -4,7 +4,7 @@ from typing import Any, Callable, Iterable, Mapping, Optional, Sequence, Union
 import torch
 from torch import nn
 
-from ..core import DEFAULT_KINDS, KINDS, Budget
+from ..core import KINDS, Budget
 from ..plan import PrunedModel
 from .inputs import Example
 from .inspection import Report
@@ -29,7 +29,7 @@ def prune(
         exclude: Optional[Sequence[str]] = None,
         only: Optional[Sequence[str]] = None,
         ratios: Optional[Mapping[str, float]] = None,
-        kinds: Sequence[str] = DEFAULT_KINDS,
+        kinds: Optional[Sequence[str]] = None,
         streams: Optional[bool] = None,
         data: Optional[Iterable] = None,
         compensate: bool = True,
@@ -77,8 +77,9 @@ def prune(
         only: Patterns of the only layers whose outputs are cut. None: all are.
         ratios: Shares of units to remove, by pattern. These are set first; all other structures then meet the budget.
         kinds: Kinds of units to cut: ``'channels'`` (or ``'filters'``, ``'neurons'``), ``'heads'``, ``'head_dims'``,
-            ``'groups'`` and, not by default, ``'blocks'``. Attention is cut by whole heads; with ``'head_dims'`` and
-            without ``'heads'``, the same dims of all heads of a layer are cut.
+            ``'groups'`` and ``'blocks'``. None: all but blocks; and under ``latency``, where one search chooses widths
+            and depth, blocks, too. Attention is cut by whole heads; with ``'head_dims'`` and without ``'heads'``, the
+            same dims of all heads of a layer are cut.
         streams: Whether to cut residual streams that are normalised over their channels (ViT, ConvNeXt). Such a cut is
             never exact. None: only if the budget can't be met otherwise, with a warning.
         data: Batches of images, or tuples that start with images. They decide which units stay, unless ``criterion`` is
