@@ -270,7 +270,7 @@ def test_an_interruption_leaves_nothing_behind(tmp_path, capsys, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(prune_command, 'prune', interrupt)
+    monkeypatch.setattr(prune_command, 'Pruner', interrupt)
     assert main(['prune', 'test_resnet', '--macs', '0.5', '-o', str(tmp_path / 'out')]) == 130
     assert capsys.readouterr().err == 'timm-epfs: interrupted\n' and list(tmp_path.iterdir()) == []
 

@@ -58,6 +58,7 @@ timm_epfs.recalibrate_bn(slim, batches, dense=model)
 timm_epfs.compensate(slim, model, batches)
 timm_epfs.register('half', slim.pruning_plan, weights='folder')
 timm_epfs.plot(slim).savefig('layers.png')
+assert_type(timm_epfs.html_report('page.html', pruner, [slim], data=batches, sensitivity=pruner.sensitivity()), Path)
 try:
     timm_epfs.Plan.load('plan.json')
 except timm_epfs.PruningError as error:

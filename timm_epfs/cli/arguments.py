@@ -3,6 +3,7 @@
 Every help text ends with the option's default, or says that the option is required.
 """
 import argparse
+from pathlib import Path
 from typing import Any, Dict, Union
 
 from timm.utils import ParseKwargs
@@ -13,8 +14,8 @@ from ..importance import WITHOUT_DATA
 from ..zoo import model_args
 
 __all__ = [
-    'KeyValues', 'add_budget_arguments', 'add_choice_arguments', 'add_model_arguments', 'given_model_args',
-    'positive', 'positive_or_zero',
+    'KeyValues', 'add_budget_arguments', 'add_choice_arguments', 'add_model_arguments', 'add_report_argument',
+    'given_model_args', 'positive', 'positive_or_zero',
 ]
 
 _ONE_BUDGET = 'required: one of --macs, --params, --latency'
@@ -120,6 +121,13 @@ def add_choice_arguments(group: argparse._ArgumentGroup) -> None:
         '--streams', action=argparse.BooleanOptionalAction,
         help='whether residual streams that are normalised over their channels may be cut '
              '(default: only if the budget can\'t be met otherwise; train with a method that learns: no)')
+
+
+def add_report_argument(group: argparse._ArgumentGroup) -> None:
+    """Add the page that shows the result."""
+    group.add_argument(
+        '--report', type=Path, metavar='FILE',
+        help='write a page that shows the result, a .html file that needs no network (default: none)')
 
 
 def _share_or_count(text: str) -> float:

@@ -2,19 +2,34 @@
 import argparse
 import copy
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Tuple
 
 import torch
 from torch import nn
 
-from ..core import PruningError, aligned_table, step
+from ..core import PruningError, aligned_table, percent, step
 from ..importance import CRITERIA
 from ..latency import latencies, latency_note
-from ..pruner import prune
-from ..report import compare, image_loader, random_images, table, top1
+from ..plan import Plan, recipe_steps
+from ..pruner import Pruner
+from ..report import (
+    Rows,
+    Section,
+    accuracy_section,
+    check_page,
+    compare,
+    comparison_section,
+    image_loader,
+    layers_section,
+    random_images,
+    sensitivity_section,
+    table,
+    top1,
+    write_page,
+)
 from ..surgery import compensate
 from ..zoo import check_free, save_pretrained
-from .arguments import KeyValues, add_budget_arguments, add_choice_arguments
+from .arguments import KeyValues, add_budget_arguments, add_choice_arguments, add_report_argument
 from .data_arguments import (
     add_data_arguments,
     add_weight_arguments,
@@ -27,8 +42,9 @@ from .data_arguments import (
 
 __all__ = ['add_prune_arguments']
 
-# Options that are passed on to prune() only if they were given: their defaults are those of prune().
-_OPTIONS = ('criterion', 'scope', 'widths', 'round_to', 'floor', 'exclude', 'only', 'ratios', 'kinds', 'streams')
+# Options that are passed on only if they were given: their defaults are those of the Python call.
+_PRUNER_OPTIONS = ('exclude', 'only', 'kinds', 'streams')
+_CUT_OPTIONS = ('criterion', 'scope', 'widths', 'round_to', 'floor', 'ratios')
 
 
 def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +79,7 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
         '-o', '--output', type=Path, required=True, metavar='DIR', help='new or empty folder to save in (required)')
     group.add_argument(
         '--overwrite', action='store_true', help='replace the model that was saved in this folder (default: off)')
+    add_report_argument(group)
 
 
 def _prune(args: argparse.Namespace) -> None:
@@ -71,12 +88,11 @@ def _prune(args: argparse.Namespace) -> None:
     images = random_images(dense, args.img_size, seed=args.seed)
     fit_on, val = _loaders(args, dense, images) if args.data_dir else (None, None)
 
-    options = {name: getattr(args, name) for name in _OPTIONS if getattr(args, name) is not None}
     with step(f'cutting {args.model}'):
-        slim = prune(
-            dense, args.macs, args.params, latency=args.latency, latency_batch_size=args.latency_batch_size,
-            data=fit_on, compensate=False, seed=args.seed, example_input=images, **options,
-        )
+        pruner = Pruner(dense, data=fit_on, example_input=images, **_given(args, _PRUNER_OPTIONS))
+        slim = pruner(
+            args.macs, args.params, latency=args.latency, latency_batch_size=args.latency_batch_size, compensate=False,
+            seed=args.seed, **_given(args, _CUT_OPTIONS))
     before_compensation = slim
     if fit_on and not args.no_compensate:
         before_compensation = copy.deepcopy(slim)
@@ -86,16 +102,27 @@ def _prune(args: argparse.Namespace) -> None:
         latency_ms = latencies([dense, slim], images.to(args.device))
     with step(f'saving to {args.output}'):
         folder = save_pretrained(slim, args.output, overwrite=args.overwrite)
-    print(aligned_table(table(compare(dense, slim, accuracy, latency_ms))))
+    rows = compare(dense, slim, accuracy, latency_ms)
     weights = args.checkpoint or ('pretrained' if args.pretrained else 'random')
-    print(f'weights: {weights}; {latency_note(args.device)}')
+    notes = f'weights: {weights}; {latency_note(args.device)}'
+    if args.report:
+        sections = _measured(pruner, slim.pruning_plan, args.seed)
+        _write_report(args, rows, notes, slim.pruning_plan, sections)
+    print(aligned_table(table(rows)))
+    print(notes)
     print(f'saved in {args.output}: timm.create_model({f"local-dir:{folder}"!r}, pretrained=True)')
+
+
+def _given(args: argparse.Namespace, names: Tuple[str, ...]) -> Dict[str, Any]:
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _check(args: argparse.Namespace) -> None:
     """Raise ``PruningError`` before any work starts, for whatever would fail after it."""
     check_free(args.output.resolve(), args.overwrite)
     check_weights(args)
+    if args.report:
+        check_page(args.report)
     criterion = CRITERIA.get(args.criterion)
     if criterion and criterion.needs and not args.data_dir:
         raise PruningError(f'criterion {args.criterion!r} needs images, none were given; give --data-dir')
@@ -121,3 +148,19 @@ def _accuracy(
         pruned['top-1 after compensation, %'] = slim
     dense_top1, *pruned_top1 = top1([dense, *pruned.values()], with_progress(val, 'measuring top-1', len(val)))
     return {label: (dense_top1, value) for label, value in zip(pruned, pruned_top1)}
+
+
+def _measured(pruner: Pruner, plan: Plan, seed: int) -> List[Section]:
+    """The sensitivity, where it decided how many units each layer keeps: then the pruner has it already."""
+    recipe = recipe_steps(plan.recipe)[-1]
+    if recipe.get('widths') != 'sensitivity':
+        return []
+    return [sensitivity_section(pruner.sensitivity(recipe['criterion'], seed))]
+
+
+def _write_report(args: argparse.Namespace, rows: Rows, notes: str, plan: Plan, measured: List[Section]) -> None:
+    dense, pruned = rows['MACs'][0]
+    compared = {'pruned': rows}
+    sections = [
+        comparison_section(compared, notes), *accuracy_section(compared), layers_section({'pruned': plan}), *measured]
+    write_page(args.report, args.model, f'Pruned by timm_epfs to {percent(pruned / dense)} of its MACs.', sections)

@@ -1,4 +1,4 @@
-"""``timm-epfs sensitivity``: measure what each structure's cut costs, as a table, JSON and a picture."""
+"""``timm-epfs sensitivity``: measure what each structure's cut costs, as a table, JSON, a picture and a page."""
 import argparse
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 from ..core import DEFAULT_KINDS, KINDS, check_place, one_line, step, write_whole
 from ..importance import CRITERIA
 from ..pruner import Pruner
-from ..report import check_picture, draw_sensitivity, random_images
+from ..report import check_page, check_picture, draw_sensitivity, random_images, sensitivity_section, write_page
+from .arguments import add_report_argument
 from .data_arguments import (
     add_data_arguments,
     add_weight_arguments,
@@ -37,6 +38,7 @@ def add_sensitivity_arguments(parser: argparse.ArgumentParser) -> None:
     add_weight_arguments(output)
     output.add_argument('--json', type=Path, metavar='FILE', help='write all that was measured as JSON (default: none)')
     output.add_argument('--plot', type=Path, metavar='FILE', help='draw it into a .png file (default: none)')
+    add_report_argument(output)
     add_data_arguments(parser.add_argument_group('data'), required=True)
     parser.set_defaults(run=_sensitivity)
 
@@ -46,6 +48,8 @@ def _sensitivity(args: argparse.Namespace) -> None:
         check_place(args.json, '--json')
     if args.plot:
         check_picture(args.plot, '--plot')
+    if args.report:
+        check_page(args.report)
     check_weights(args)
     dense = build_dense(args)
     images = random_images(dense, args.img_size, seed=args.seed)
@@ -62,4 +66,6 @@ def _sensitivity(args: argparse.Namespace) -> None:
     if args.plot:
         with one_line(f'--plot: {args.plot} not written'):
             draw_sensitivity(args.plot, sensitivity, args.model)
+    if args.report:
+        write_page(args.report, args.model, 'What cutting each layer costs.', [sensitivity_section(sensitivity)])
     print(sensitivity)

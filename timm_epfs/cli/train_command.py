@@ -10,6 +10,7 @@ from .arguments import (
     KeyValues,
     add_budget_arguments,
     add_choice_arguments,
+    add_report_argument,
     given_model_args,
     positive,
     positive_or_zero,
@@ -212,6 +213,7 @@ def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         '--checkpoint-hist', type=_at_least_two, default=2, metavar='N',
         help='number of checkpoints to keep, at least 2 (default: %(default)s)')
+    add_report_argument(group)
 
 
 def _at_least_two(text: str) -> int:

@@ -44,6 +44,11 @@ class Curve:
         at = dict(zip(self.removed, self.divergence))
         return [at[count] for count in removed_counts(self.units)]
 
+    @property
+    def half(self) -> int:
+        """Position of the measurement with about half of the units."""
+        return int(np.argmin([abs(count - self.units / 2) for count in self.removed]))
+
     def marginal(self) -> np.ndarray:
         """What the removal of each unit adds to the divergence, in their order, growing, shape (units,).
 
@@ -119,10 +124,9 @@ class Sensitivity:
         header = ['structure', 'units', *(percent(share) for share in SHARES), 'error', 'top-1' if has_top1 else 'same']
         rows = [tuple(header)]
         for name, curve in self.curves.items():
-            half = int(np.argmin([abs(count - curve.units / 2) for count in curve.removed]))
-            quality = f'{curve.top1[half]:.1f}' if has_top1 else _percent(curve.same_class[half])
+            quality = f'{curve.top1[curve.half]:.1f}' if has_top1 else _percent(curve.same_class[curve.half])
             cells = [f'{value:.2g}' for value in curve.divergence_by_share]
-            rows.append((name, str(curve.units), *cells, _percent(curve.error[half]), quality))
+            rows.append((name, str(curve.units), *cells, _percent(curve.error[curve.half]), quality))
         quality = f'top-1, {self.top1:.1f} % when dense' if has_top1 else 'share of the images whose class is the same'
         return '\n'.join([
             f'divergence of the output on {self.images} images, by the share of its units that a structure loses (at '

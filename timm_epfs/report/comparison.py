@@ -1,5 +1,5 @@
 """The size, the speed and the accuracy of a dense and a pruned model, side by side."""
-from typing import Any, Callable, Dict, Iterable, List, Mapping, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ def compare(
         dense: nn.Module,
         slim: nn.Module,
         accuracy: Mapping[str, Tuple[float, float]],
-        latency_ms: Sequence[float],
+        latency_ms: Optional[Sequence[float]],
 ) -> Rows:
     """Compare a pruned model with the model that it was cut from.
 
@@ -25,7 +25,7 @@ def compare(
         dense: The model before the cut. It may have been pruned earlier; then its cost is that after the earlier cut.
         slim: The pruned model, with its plan.
         accuracy: Top-1 of both models in percent, by its label in the table.
-        latency_ms: Milliseconds of a forward of both models.
+        latency_ms: Milliseconds of a forward of both models. None: they aren't known.
     """
     earlier_plan = getattr(dense, 'pruning_plan', None)
     cost = {
@@ -37,7 +37,7 @@ def compare(
         'MACs': (cost['macs'], format_count),
         'parameters': (cost['params'], format_count),
         'size on disk, bytes': ((size_on_disk(dense), size_on_disk(slim)), format_count),
-        'latency, ms': (tuple(latency_ms), '{:.2f}'.format),
+        **({} if latency_ms is None else {'latency, ms': (tuple(latency_ms), '{:.2f}'.format)}),
     }
 
 

@@ -6,15 +6,16 @@ global state changes.
 import json
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Set, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, List, Mapping, Sequence, Tuple, Union
 
 import numpy as np
 from PIL import Image
 from torch import nn
 
 from ..core import KINDS, PruningError, check_place, one_line
-from ..plan import Cut, Plan
+from ..plan import Plan
 from ..zoo import as_plan
+from .layers import Layer, layers_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,66 +144,46 @@ def _plan_of(model: Any) -> Plan:
         return Plan.from_dict(config['model_args']['plan'])
 
 
-def _shown(plan: Plan) -> List[Cut]:
-    """The cuts that are shown as bars, in the order of the layers. Blocks are shown only if some were removed."""
-    inner = [cut for cut in plan.cuts if cut.structure.kind != 'blocks']
-    blocks = [cut for cut in plan.cuts if cut.structure.kind == 'blocks']
-    if all(len(cut.keep) for cut in blocks):
-        return inner
-    position = {id(cut): float(i) for i, cut in enumerate(inner)}
-    for block in blocks:  # right before the first layer inside the block
-        inside = (i for i, cut in enumerate(inner) if cut.structure.name.startswith(f'{block.structure.name}.'))
-        position[id(block)] = next(inside, len(inner)) - 0.5
-    return sorted((*inner, *blocks), key=lambda cut: position[id(cut)])
-
-
-def _removed(plan: Plan) -> Set[str]:
-    """Names of the structures that were removed whole: blocks, and structures that were only inside of them."""
-    blocks = {cut.structure.name for cut in plan.cuts if not len(cut.keep)}
-    lost_tensors = plan.lost(member.tensor for cut in plan.cuts for member in cut.structure.members)
-    inside = {cut.structure.name for cut in plan.cuts if all(m.tensor in lost_tensors for m in cut.structure.members)}
-    return blocks | inside
-
-
-def _kinds(plan: Plan) -> List[str]:
-    present = {cut.structure.kind for cut in _shown(plan)}
+def _kinds(layers: Sequence[Layer]) -> List[str]:
+    present = {layer.kind for layer in layers}
     return [kind for kind in KINDS if kind in present]
 
 
 def _size(plan: Plan) -> Tuple[float, float]:
-    names = _names(_shown(plan))
+    layers = layers_of(plan)
+    names = _names(layers)
     names_height = 0.085 * max(map(len, names), default=0)
     width = max(6.0, min(15.0, 1.5 + 0.2 * len(names)))
-    return width, 0.8 + 1.9 * max(1, len(_kinds(plan))) + names_height
+    return width, 0.8 + 1.9 * max(1, len(_kinds(layers))) + names_height
 
 
-def _names(cuts: List[Cut]) -> List[str]:
-    names = [cut.structure.name for cut in cuts]
+def _names(layers: Sequence[Layer]) -> List[str]:
+    names = [layer.name for layer in layers]
     return [name if len(name) <= _LETTERS else f'…{name[1 - _LETTERS:]}' for name in names]
 
 
 def _layers(figure: 'Figure', plan: Plan) -> None:
-    shown, kinds, removed = _shown(plan), _kinds(plan), _removed(plan)
+    layers = layers_of(plan)
+    kinds = _kinds(layers)
     heights = [0.4 if kind == 'blocks' else 1.0 for kind in kinds] or [1.0]
     rows = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axis, kind in zip(rows, kinds):
-        positions = [i for i, cut in enumerate(shown) if cut.structure.kind == kind]
-        _bars(axis, kind, positions, [shown[i] for i in positions], removed)
+        positions = [i for i, layer in enumerate(layers) if layer.kind == kind]
+        _bars(axis, kind, positions, [layers[i] for i in positions])
         axis.legend(fontsize='x-small', ncols=3, loc='lower right', bbox_to_anchor=(1, 1), frameon=False)
         axis.spines[['top', 'right']].set_visible(False)
-    step = max(1, ceil(len(shown) / _NAMES))
-    rows[-1].set_xticks(range(0, len(shown), step), _names(shown)[::step], rotation=90, fontsize='x-small')
-    rows[-1].set_xlim(-0.7, len(shown) - 0.3)
+    step = max(1, ceil(len(layers) / _NAMES))
+    rows[-1].set_xticks(range(0, len(layers), step), _names(layers)[::step], rotation=90, fontsize='x-small')
+    rows[-1].set_xlim(-0.7, len(layers) - 0.3)
 
 
-def _bars(axis: 'Axes', kind: str, positions: List[int], cuts: List[Cut], removed: Set[str]) -> None:
+def _bars(axis: 'Axes', kind: str, positions: List[int], layers: List[Layer]) -> None:
     """Draw the row of bars of one kind, on a square-root scale."""
     from matplotlib.ticker import FixedLocator
-    dense = [cut.structure.units for cut in cuts]
-    left = [0 if cut.structure.name in removed else len(cut.keep) for cut in cuts]
+    dense = [layer.dense for layer in layers]
     axis.bar(positions, dense, width=0.8, color=_GREY, label='dense')
-    axis.bar(positions, left, width=0.8, color=_COLOURS[kind], label='left')
-    hatched = [(at, units) for at, units, cut in zip(positions, dense, cuts) if cut.structure.name in removed]
+    axis.bar(positions, [layer.left for layer in layers], width=0.8, color=_COLOURS[kind], label='left')
+    hatched = [(at, layer.dense) for at, layer in zip(positions, layers) if layer.is_gone]
     if hatched:
         axis.bar(
             *zip(*hatched), width=0.8, color='none', edgecolor='#777777', hatch='////', linewidth=0,

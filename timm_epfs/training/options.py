@@ -18,7 +18,7 @@ _METHOD_OPTIONS = ('scope', 'widths', 'round_to', 'floor')  # how units are chos
 
 # Options that may change when a run is resumed: where and how it runs, and what helps against a loss of NaN.
 _MAY_CHANGE = (
-    'output', 'resume', 'overwrite', 'checkpoint_hist', 'workers', 'device', 'data_dir', 'checkpoint', 'run',
+    'output', 'report', 'resume', 'overwrite', 'checkpoint_hist', 'workers', 'device', 'data_dir', 'checkpoint', 'run',
     'lr', 'sparse_lr', 'finetune_lr', 'clip_grad', 'clip_mode', 'rank', 'local_rank', 'world_size', 'distributed',
 )
 

@@ -27,8 +27,9 @@ from .dense_weights import DenseWeights
 from .options import PHASES, check_options, check_unchanged, phase_epochs, run_options
 from .phase import Phase, evaluate
 from .run_cut import RunCut
+from .run_page import write_run_page
 from .run_pictures import mask_histogram
-from .summary import OPTIONS, claim_folder, write_report, write_summary
+from .summary import OPTIONS, check_page_place, claim_folder, write_report, write_summary
 
 __all__ = ['Result', 'train']
 
@@ -104,6 +105,8 @@ class Run:
         self.masks: List[Dict[str, Any]] = []
         if self.first:
             claim_folder(self.folder, args.resume, args.overwrite)
+            if args.report:
+                check_page_place(args.report, self.folder)
         self._wait()
 
         self.saved = self._load_checkpoint() if args.resume else None
@@ -295,5 +298,8 @@ class Run:
             latency_ms = latencies(models, image.to(args.device))
         rows = compare(dense, slim, {'top-1, %': tuple(accuracy)}, latency_ms)
         notes = latency_note(args.device)
-        write_report(self.folder, self.options, rows, notes, self.history, self.masks, slim.pruning_plan)
+        told = (self.options, rows, notes, self.history, self.masks, slim.pruning_plan)
+        write_report(self.folder, *told)
+        if args.report:
+            write_run_page(args.report, *told)
         return Result(folder, rows, notes, self.history)

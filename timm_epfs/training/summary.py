@@ -10,15 +10,16 @@ import torch
 
 from ..core import PruningError, markdown_table, write_whole
 from ..plan import Plan
-from ..report import Rows, table
+from ..report import Rows, check_page, table
 from ..version import __version__
 from .run_pictures import draw_all
 
-__all__ = ['OPTIONS', 'claim_folder', 'write_report', 'write_summary']
+__all__ = ['OPTIONS', 'check_page_place', 'claim_folder', 'write_report', 'write_summary']
 
 OPTIONS = 'args.json'  # written before anything else: a folder without it holds no run
+_PAGE = 'report.html'
 # The files and folders of a run. A folder that holds anything else is never replaced.
-_OWN_FILES = ('checkpoints', 'dense.safetensors', 'pictures', 'pruned', 'report.md', 'summary.csv', OPTIONS)
+_OWN_FILES = ('checkpoints', 'dense.safetensors', 'pictures', 'pruned', 'report.md', _PAGE, 'summary.csv', OPTIONS)
 
 
 def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
@@ -48,6 +49,13 @@ def claim_folder(folder: Path, resume: bool, overwrite: bool) -> None:
             _delete(folder / name)
     except OSError as e:
         raise PruningError(f'train: {folder} can\'t be used: {e.strerror or e}') from e
+
+
+def check_page_place(page: Path, folder: Path) -> None:
+    """Raise ``PruningError`` if a page can't be written, or would be a foreign file in the folder of a run."""
+    check_page(page)
+    if page.resolve().parent == folder.resolve() and page.name != _PAGE:
+        raise PruningError(f'--report {page} is in the folder of the run; call it {_PAGE}, or name another folder')
 
 
 def _holds_run(folder: Path) -> bool:
