@@ -88,11 +88,10 @@ def _prune(args: argparse.Namespace) -> None:
     images = random_images(dense, args.img_size, seed=args.seed)
     fit_on, val = _loaders(args, dense, images) if args.data_dir else (None, None)
 
-    with step(f'cutting {args.model}'):
-        pruner = Pruner(dense, data=fit_on, example_input=images, **_given(args, _PRUNER_OPTIONS))
-        slim = pruner(
-            args.macs, args.params, latency=args.latency, latency_batch_size=args.latency_batch_size, compensate=False,
-            seed=args.seed, **_given(args, _CUT_OPTIONS))
+    pruner = Pruner(dense, data=fit_on, example_input=images, **_given(args, _PRUNER_OPTIONS))
+    slim = pruner(
+        args.macs, args.params, latency=args.latency, latency_batch_size=args.latency_batch_size, compensate=False,
+        seed=args.seed, **_given(args, _CUT_OPTIONS))
     before_compensation = slim
     if fit_on and not args.no_compensate:
         before_compensation = copy.deepcopy(slim)

@@ -54,10 +54,10 @@ def _sensitivity(args: argparse.Namespace) -> None:
     dense = build_dense(args)
     images = random_images(dense, args.img_size, seed=args.seed)
     (train,), config = read_images(args, dense, images, (args.train_split,))
+    pruner = Pruner(
+        dense, data=fit_images(train, config, args), exclude=args.exclude, only=args.only,
+        kinds=args.kinds or DEFAULT_KINDS, example_input=images)
     with step(f'measuring the sensitivity of {args.model}'):
-        pruner = Pruner(
-            dense, data=fit_images(train, config, args), exclude=args.exclude, only=args.only,
-            kinds=args.kinds or DEFAULT_KINDS, example_input=images)
         sensitivity = pruner.sensitivity(args.criterion, args.seed)
     if args.json:
         text = json.dumps({'model': args.model, **sensitivity.to_dict()}, indent=1) + '\n'

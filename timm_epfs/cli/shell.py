@@ -145,10 +145,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    with step(f'inspecting {args.model}'):
-        with torch.device('meta'):
-            model = create_model(args.model, **given_model_args(args))
-        report = inspect(model, random_images(model, args.img_size))
+    with step(f'building {args.model}'), torch.device('meta'):
+        model = create_model(args.model, **given_model_args(args))
+    report = inspect(model, random_images(model, args.img_size))
     print(json.dumps(report.to_dict(), indent=1) if args.json else report)
 
 

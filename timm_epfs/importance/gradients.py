@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from ..core import PruningError, eval_mode, kind_of
+from ..core import PruningError, eval_mode, kind_of, progress
 
 __all__ = ['gradients_of']
 
@@ -37,7 +37,7 @@ def gradients_of(
     fisher, count = criterion == 'obdc', 0
     # The global random state is restored afterwards: a loader that shuffles draws from it.
     with eval_mode(model), torch.enable_grad(), torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        for images, targets in _batches(data, criterion, device):
+        for images, targets in progress(_batches(data, criterion, device), 'computing gradients'):
             outputs = functional_call(model, leaves, (images,))
             if loss_fn is None:
                 _check_scores(outputs, criterion, model)

@@ -6,7 +6,7 @@ from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 import numpy as np
 from torch import nn
 
-from ..core import Budget, OutOfReach, PruningError, device_of, measured_by_first, percent
+from ..core import Budget, OutOfReach, PruningError, device_of, measured_by_first, percent, progress
 from ..trace import Trace
 from .call_grids import points
 from .clock import time_models
@@ -176,7 +176,7 @@ class DeviceLatency:
         share = budget.share(self._least_seconds([dense])[0] if budget.in_milliseconds else self.dense)
         nearest: Optional[Match] = None
         last_share = 1.0  # the last that could be cut
-        for _ in range(_MAX_CUTS):
+        for _ in progress(range(_MAX_CUTS), 'measuring the latency of cuts'):
             try:
                 slim = cut(share)
             except OutOfReach:

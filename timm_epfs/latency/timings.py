@@ -10,7 +10,7 @@ from typing import Callable, Dict, Iterable, List, Mapping, NamedTuple, Optional
 import numpy as np
 import torch
 
-from ..core import PruningError, is_number, locked, measured_by_first, warn, write_whole
+from ..core import PruningError, is_number, locked, measured_by_first, progress, warn, write_whole
 from .clock import Forward, time_call
 from .kernels import Kernel
 
@@ -101,12 +101,15 @@ class Table:
     def _learn(self, by_signature: Mapping[str, Call]) -> None:
         reference = self._time_reference()
         todo = self._doubtful(by_signature)
-        for turn in range(_MOST_PASSES if todo else 0):
-            for i in range(0, len(todo), _PORTION):
-                portion = {name: by_signature[name] for name in todo[i:i + _PORTION]}
-                reference = self._measure(portion, reference)
-            if turn + 1 >= _PASSES:
-                todo = self._doubtful(todo)
+        with progress(None, 'timing layers', _PASSES * len(todo)) as bar:
+            for turn in range(_MOST_PASSES if todo else 0):
+                for i in range(0, len(todo), _PORTION):
+                    portion = {name: by_signature[name] for name in todo[i:i + _PORTION]}
+                    reference = self._measure(portion, reference)
+                    bar.update(len(portion))
+                if turn + 1 >= _PASSES:
+                    todo = self._doubtful(todo)
+                    bar.total += len(todo)
         if todo:
             warn(
                 f'latency: other programs kept the machine busy while {len(todo)} of {len(by_signature)} calls were '

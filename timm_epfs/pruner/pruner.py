@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ..allocate import ALIGN, Allocation, cost_aware_width_weights
-from ..core import DEFAULT_KINDS, KINDS, Budget, PruningError, first_few, named_tensors, refuse_unknown, warn
+from ..core import DEFAULT_KINDS, KINDS, Budget, PruningError, first_few, named_tensors, refuse_unknown, step, warn
 from ..importance import WITHOUT_DATA, Sensitivity, check_criterion
 from ..latency import DeviceLatency
 from ..plan import Plan, PrunedModel, make_plan, make_recipe
@@ -103,7 +103,8 @@ class Pruner:
         self.name = model if isinstance(model, str) else self.base[0] or type(self.model).__name__
         self.example = tree_map(_to_meta, example_for(self.model, example_input))
         whole_heads = 'heads' in self.kinds or 'head_dims' not in self.kinds
-        self.trace = trace_model(self.model, example_input, whole_heads)
+        with step(f'tracing {self.name}'):
+            self.trace = trace_model(self.model, example_input, whole_heads)
         self.fixed = self._find_fixed(self.kinds)
         self.structures = tuple(s for s in self.trace.structures if s.name not in self.fixed)
         with_blocks = (*self.kinds, 'blocks') if kinds is None else self.kinds
@@ -152,8 +153,9 @@ class Pruner:
         Warns:
             UserWarning: As for ``plan``.
         """
-        plan = self._plan_cut(*_request(macs, params, **options))
-        slim = cast(PrunedModel, cut_copy(self.model, plan))
+        with step(f'cutting {self.name}'):
+            plan = self._plan_cut(*_request(macs, params, **options))
+            slim = cast(PrunedModel, cut_copy(self.model, plan))
         slim.pruning_plan = plan
         if compensate and self._scorer.has_data:
             compensate_cut(slim, self.model, self._scorer.data)

@@ -5,7 +5,7 @@ from typing import Any, Iterable, List, Optional
 import torch
 from torch import nn
 
-from ..core import PruningError, eval_mode, warn
+from ..core import PruningError, eval_mode, progress, warn
 from .compensation import plan_of, reconstruct
 
 __all__ = ['recalibrate_bn']
@@ -89,7 +89,8 @@ def _run(model: nn.Module, norms: List[nn.Module], loader: Iterable[Any], batche
     with eval_mode(model):
         for norm in norms:
             norm.training = True  # not .train(): timm's BatchNormAct2d contains a dropout layer
-        for batch in islice(loader, batches if batches is None else max(batches, 0)):
+        some = islice(loader, batches if batches is None else max(batches, 0))
+        for batch in progress(some, 'recalibrating BatchNorm', batches):
             images = batch[0] if isinstance(batch, (tuple, list)) else batch
             model(images.to(device))
             reached = True

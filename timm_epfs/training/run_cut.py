@@ -37,7 +37,7 @@ class RunCut:
         method = METHODS.get(self.args.method)
         options, _ = cut_options(self.args)
         options.setdefault('kinds', method.default_kinds if method else DEFAULT_KINDS)
-        with step(f'tracing {self.args.model}'), one_line(f'--method {self.args.method} can\'t be set up'):
+        with one_line(f'--method {self.args.method} can\'t be set up'):
             return Pruner(self.model, data=self._some_batches, **options)
 
     def check(self) -> None:
@@ -81,7 +81,7 @@ class RunCut:
         Raises:
             PruningError: The model can't be cut to the budget.
         """
-        with step(f'cutting {self.args.model}'), one_line('--method none can\'t cut'):
+        with one_line('--method none can\'t cut'):
             return self.pruner(budget(self.args), compensate=self.args.compensate, **self._one_shot_options())
 
     def _one_shot_options(self) -> Dict[str, Any]:
