@@ -11,7 +11,7 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from card_facts import numbers, recipe, section, table
+from card_facts import numbers, recipe, section, table, violations
 from hand_plans import resnet_plan
 from hub_server import Hub, connect
 from huggingface_hub import ModelCard
@@ -23,6 +23,8 @@ from timm_epfs.hub import cards, check_metrics, is_ours, make_card, stamp, write
 from timm_epfs.surgery import apply_plan, build_base
 
 pytestmark = pytest.mark.filterwarnings('ignore:Use .content:DeprecationWarning')
+
+CARDS = Path(__file__).parents[1] / 'model_cards'
 
 METRICS = {
     'dataset': 'digits',
@@ -87,6 +89,39 @@ def test_metadata_is_what_the_hub_reads(slim):
     assert data.datasets is None and data.eval_results[0].dataset_type == 'cifar-10-jpeg-quality-75'
     bare = ModelCard(make_card(slim, 'me/half')).data
     assert bare.eval_results is None and bare.datasets is None
+
+
+@pytest.mark.parametrize('license_name', ['apache-2.0', 'dinov3-license', None])
+@pytest.mark.parametrize('metrics', [None, METRICS, {**METRICS, 'dataset': 'My cats', 'dataset_id': 'me/cats'}])
+def test_metadata_meets_the_hubs_specification(slim, license_name, metrics):
+    model = with_recipe(slim, {})
+    notes = ['made from the weights of timm/test_resnet.r160_in1k']
+    model.pretrained_cfg = {**slim.pretrained_cfg, 'license': license_name, 'notes': notes}
+    card = make_card(model, 'me/half', metrics, widget_image='example.png')
+    data = yaml.safe_load(card.split('---')[1])
+    assert violations(data) == []
+    assert ModelCard(card).data.to_dict() == data
+    assert data['base_model'] == 'timm/test_resnet.r160_in1k'
+    if metrics:
+        assert data['datasets'] == [metrics.get('dataset_id', 'digits')]
+    if data.get('license') == 'other':
+        assert data['license_link'] == 'https://huggingface.co/timm/test_resnet.r160_in1k'
+
+
+@pytest.mark.parametrize('path', sorted(CARDS.glob('*/README.md')), ids=lambda path: path.parent.name)
+def test_metadata_of_the_cards_that_ship_meets_it_too(path):
+    data = yaml.safe_load(path.read_text(encoding='utf-8').split('---')[1])
+    assert violations(data) == [] and data['datasets'] == ['uoft-cs/cifar10']
+
+
+@pytest.mark.parametrize('change', [
+    {'license': 'Apache'}, {'license': 'other'}, {'datasets': ['CIFAR 10']}, {'datasets': 'digits'}, {'tags': 'timm'},
+    {'base_model': 'me/a b'}, {'pipeline_tag': 'classification'}, {'model-index': [{'name': 'half'}]},
+    {'widget': [{'src': 'example.png'}]}, {'library_name': None},
+])
+def test_what_does_not_meet_it_is_seen(slim, change):
+    data = yaml.safe_load(make_card(slim, 'me/half', METRICS).split('---')[1])
+    assert violations(data) == [] and violations({**data, **change}) == [*change]
 
 
 def base_model(model):
@@ -237,7 +272,7 @@ def test_metrics_come_back_as_they_are():
 
 
 @pytest.mark.parametrize('metrics, message', [
-    ({'top1': 90}, "metrics: unknown field 'top1'; known: dataset, dense, pruned, latency"),
+    ({'top1': 90}, "metrics: unknown field 'top1'; known: dataset, dataset_id, dense, pruned, latency"),
     ({'pruned': {'top5': 90}}, "metrics.pruned: unknown field 'top5'"),
     ({'pruned': 90}, 'expected a dict with top1, latency_ms'),
     ([], 'expected a dict'),
@@ -248,6 +283,7 @@ def test_metrics_come_back_as_they_are():
     ({'dense': {'latency_ms': 0}}, 'found 0, expected milliseconds'),
     ({'dense': {'latency_ms': math.inf}}, 'found inf, expected milliseconds'),
     ({'dataset': 'two\nlines'}, 'expected one line of text'),
+    ({'dataset': 'cats', 'dataset_id': 'my cats'}, "expected a dataset's id on the Hub"),
     ({'latency': {'batch_size': 1.5}}, 'expected a whole number'),
     ({'pruned': {'top1': 90}}, 'without the dataset'),
     ({**METRICS, 'latency': {'machine': 'AMD EPYC', 'batch_size': 1}}, "without the dtype; add 'latency'"),

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from hub_server import Fault, Hub, connect
+from PIL import Image
 
 import timm_epfs
 
@@ -51,7 +52,9 @@ def script(models, monkeypatch, tmp_path):
 
 
 def statuses(out):
-    head, *rows = [line.split(maxsplit=2) for line in out.splitlines()]
+    """The last table that was printed."""
+    *_, table = out.split('\n\n')
+    head, *rows = [line.split(maxsplit=2) for line in table.splitlines()]
     assert head == ['name', 'repo', 'status'] and all(repo == f'me/{name}' for name, repo, _ in rows)
     return {name: status for name, _, status in rows}
 
@@ -59,7 +62,9 @@ def statuses(out):
 def test_what_is_there_is_not_pushed_again(script, hub, capsys):
     everything = 'README.md, config.json, model.safetensors'
     assert script.main(['--org', 'me', '--dry-run']) == 0
-    assert statuses(capsys.readouterr().out) == dict.fromkeys(NAMES, f'would push {everything}') and not hub.repos
+    out = capsys.readouterr().out
+    assert statuses(out) == dict.fromkeys(NAMES, f'would push {everything}') and not hub.log
+    assert all(f'me/{name}:\nfile' in out and f'---\n# {name}\n' in out for name in NAMES)
     assert script.main(['--org', 'me', '--private', '--only', 'resnet20_*']) == 0
     assert statuses(capsys.readouterr().out) == dict.fromkeys(NAMES[:2], f'pushed {everything}')
     assert all(repo.private for repo in hub.repos.values())
@@ -99,6 +104,9 @@ def test_cards_come_from_their_folder(script, hub, tmp_path):
     assert '# By hand' in hub.files(f'me/{NAMES[0]}')['README.md'].decode()
     assert '| 91.25 |' in hub.files(f'me/{NAMES[1]}')['README.md'].decode()
     assert f'me/{NAMES[2]}' not in hub.repos
+    Image.new('RGB', (4, 4)).save(tmp_path / f'{NAMES[1]}.jpg')
+    script.main(['--org', 'me', '--only', NAMES[1]])
+    assert 'example.jpg' in hub.files(f'me/{NAMES[1]}')
 
 
 def test_what_can_not_be_done_ends_with_two(script, hub, capsys):

@@ -12,8 +12,10 @@ import pytest
 import timm
 import torch
 from hub_server import Fault, Hub, connect
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from PIL import Image
 
 import timm_epfs
 from timm_epfs import PruningError, push_to_hub
@@ -114,13 +116,33 @@ def test_only_what_changed_is_committed(hub, slim):
     assert same(pull(), trained)
 
 
-def test_a_dry_run_writes_nothing(hub, slim, other):
-    assert push_to_hub(slim, REPO, dry_run=True).files == FILES
-    assert not hub.repos
-    pushed = push_to_hub(slim, REPO)
-    assert push_to_hub(slim, REPO, dry_run=True) == push_to_hub(slim, REPO)
-    told = push_to_hub(other, REPO, dry_run=True)
-    assert (told.oid, told.files) == (pushed.oid, FILES) and len(hub.commits(REPO)) == 2
+def test_a_dry_run_shows_what_a_push_sends_and_asks_nobody(hub, slim, monkeypatch):
+    with monkeypatch.context() as offline:
+        offline.delenv('HF_TOKEN')
+        offline.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+        told = push_to_hub(slim, REPO, METRICS, dry_run=True)
+    assert not hub.log and (told.url, told.oid) == (f'{hub.endpoint}/{REPO}', '')
+    assert push_to_hub(slim, REPO, METRICS).files == told.files == FILES
+    files = hub.files(REPO)
+    assert told.sizes == tuple(len(files[name]) for name in FILES) and told.card == files['README.md'].decode()
+    shown = str(told)
+    assert all(f'{size:,}' in shown for size in told.sizes)
+    assert shown.endswith('\n---\n# half') and '\npipeline_tag: image-classification\n' in shown
+    with pytest.raises(PruningError, match="metadata of card= can't be read"):
+        push_to_hub(slim, REPO, card='---\n- no: mapping\n---\n', dry_run=True)
+
+
+def test_an_image_for_the_widget_goes_with_it(hub, slim, tmp_path):
+    for name in ('cat.png', 'cat.bmp'):
+        Image.new('RGB', (4, 4), 'red').save(tmp_path / name)
+    assert 'example.png' in push_to_hub(slim, REPO, widget_image=tmp_path / 'cat.png').files
+    files = hub.files(REPO)
+    assert files['example.png'] == (tmp_path / 'cat.png').read_bytes()
+    widget, = ModelCard(files['README.md'].decode()).data.widget
+    assert widget['src'] == f'{hub.endpoint}/{REPO}/resolve/main/example.png'
+    with pytest.raises(PruningError, match="cat.bmp can't be used; give a PNG or JPEG") as error:
+        push_to_hub(slim, REPO, widget_image=tmp_path / 'cat.bmp')
+    assert one_line(error)
 
 
 def test_a_card_of_somebodys_own_is_kept_until_asked(hub, slim, other):
@@ -141,8 +163,9 @@ def test_a_given_card_takes_the_place_of_the_generated_one(hub, slim):
     for text in ('---\nlicense: mit\n---\n# First\n', '---\nlicense: mit\n---\n# Second\n'):
         assert 'README.md' in push_to_hub(slim, REPO, card=text).files
         assert hub.files(REPO)['README.md'].decode().startswith(text)
-    with pytest.raises(PruningError, match='Invalid metadata in README.md') as error:
-        push_to_hub(slim, REPO, card='---\n- no: mapping\n---\n')
+    hub.faults.append(Fault('POST /api/validate-yaml', status=400, times=-1))
+    with pytest.raises(PruningError, match='push to me/half: ') as error:
+        push_to_hub(slim, REPO, card='---\nlicense: none-such\n---\n')
     assert one_line(error)
 
 
@@ -411,6 +434,9 @@ def test_the_shell_pushes_a_saved_folder(hub, slim, tmp_path, capsys):
     folder = timm_epfs.save_pretrained(slim, tmp_path / 'saved')
     (tmp_path / 'metrics.json').write_text(json.dumps(METRICS))
     command = ['push', str(folder), REPO, '--private', '--metrics', str(tmp_path / 'metrics.json')]
+    assert main([*command, '--dry-run']) == 0 and not hub.log
+    out = capsys.readouterr().out
+    assert out.startswith(f'would push to {REPO}:\nfile') and all(name in out for name in FILES)
     assert main(command) == 0
     oid = hub.commits(REPO)[-1].sha
     assert capsys.readouterr().out == f'pushed {", ".join(FILES)}: {hub.endpoint}/{REPO}/commit/{oid}\n'

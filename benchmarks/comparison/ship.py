@@ -34,6 +34,7 @@ from timm_epfs.zoo.variants import plan_path, weights_path  # noqa: E402
 ROOT, CIFAR10 = HERE.parents[1], HERE.parent / 'cifar10'
 CARDS, SHIPPED = ROOT / 'model_cards', ROOT / 'tests' / 'shipped.json'
 OWNER = 'timm-epfs'  # of the repos that the cards name; hub_upload.py makes them again for its own
+CIFAR10_ID = 'uoft-cs/cifar10'  # on the Hub; the images here are the same, compressed
 MOST = 1_500_000  # bytes that weights in the package may have
 SAMPLE = 1000  # first images of the test split that the tests count
 
@@ -128,7 +129,7 @@ def _metrics(result: Dict[str, Any]) -> Dict[str, Any]:
     machine, latency = result['machine'], result['latency']
     size = result['experiment']['options'].get('img-size')
     values = [{'top1': round(result['top1'][when], 2)} for when in ('dense', 'finetuned')]
-    metrics = {'dataset': result['images'], 'dense': values[0], 'pruned': values[1]}
+    metrics = {'dataset': result['images'], 'dataset_id': CIFAR10_ID, 'dense': values[0], 'pruned': values[1]}
     if size is not None:  # not the one that the variant's MACs are for, so the latency isn't either
         return {**metrics, 'dataset': f'{result["images"]}, at {size} × {size}'}
     for value, ms in zip(values, result['latency_ms']):

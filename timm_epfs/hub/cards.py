@@ -1,10 +1,11 @@
 """Model cards: what was cut, how the cut was found, and how the pruned model compares with the dense one.
 
 The caller passes its measurements as ``metrics``; the card shows "not measured" for any that are missing. MACs,
-parameters and size can't be passed: they are counted from the plan and the model.
+parameters and size can't be passed: they are counted from the plan and the model. ``dataset`` is for people;
+``dataset_id`` is the dataset's repo on the Hub, which then links the two.
 
 >>> metrics = {
-...     'dataset': 'my-dataset',
+...     'dataset': 'CIFAR-10', 'dataset_id': 'uoft-cs/cifar10',
 ...     'dense': {'top1': 90.0, 'latency_ms': 2.0},
 ...     'pruned': {'top1': 89.0, 'latency_ms': 1.0},
 ...     'latency': {'machine': 'my machine', 'batch_size': 1, 'dtype': 'float32', 'threads': 2},
@@ -15,31 +16,30 @@ True
 import hashlib
 import json
 import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Optional, Tuple
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
+from PIL import Image
 from torch import nn
 
-from ..core import INTEGER, PruningError, Rule, check, format_count, is_number, percent
+from ..core import INTEGER, PruningError, Rule, check, format_count, is_number, one_line, percent
 from ..learn import METHODS
 from ..plan import Plan, recipe_steps
 from ..report import draw_layers, size_on_disk
 from ..surgery import build_base
 from ..zoo import origin_of
+from .metadata import card_metadata, is_repo_id
 
 __all__ = ['CARD', 'FIGURE', 'check_metrics', 'is_ours', 'make_card', 'stamp', 'write_card']
 
 CARD, FIGURE = 'README.md', 'layers.png'
-TAGS = ['timm', 'timm_epfs', 'pruning', 'image-classification']
 TEMPLATE = Path(__file__).with_name('card_template.md')
 
 _MISSING = 'not measured'
-# Licenses of timm's weights that the Hub knows. It takes any other license as "other", with its name.
-_HUB_LICENSES = (
-    'apache-2.0', 'apple-amlr', 'apple-ascl', 'bsd-3-clause', 'cc-by-4.0', 'cc-by-nc-4.0', 'gemma', 'mit', 'unknown',
-)
+_WIDGETS = {'PNG': 'png', 'JPEG': 'jpg'}  # formats of a widget's image, and how its file ends
 _STAMP = re.compile(r'\n*<!-- timm_epfs card ([0-9a-f]{16}) -->\s*\Z')
 
 
@@ -49,18 +49,29 @@ def write_card(
         repo_id: str,
         metrics: Optional[Mapping[str, Any]] = None,
         has_weights: bool = True,
+        widget_image: Optional[Path] = None,
 ) -> None:
     """Write ``README.md`` into a folder and, if matplotlib is installed, the picture that it shows.
 
-    The arguments are those of ``make_card``.
+    The arguments are those of ``make_card``, but ``widget_image`` is a file, which is copied into the folder.
 
     Raises:
-        PruningError: ``make_card`` raised it.
+        PruningError: ``make_card`` raised it, or the image can't be read or isn't a PNG or JPEG.
     """
     metrics = check_metrics(metrics)
     figure = FIGURE if draw_layers(folder / FIGURE, model.pruning_plan) else None
-    text = make_card(model, repo_id, metrics, figure, has_weights)
+    widget = None if widget_image is None else _copy_widget(widget_image, folder)
+    text = make_card(model, repo_id, metrics, figure, has_weights, widget)
     (folder / CARD).write_text(text, encoding='utf-8', newline='\n')
+
+
+def _copy_widget(image: Path, folder: Path) -> str:
+    """Copy an image as the model page's example. Returns its name there."""
+    with one_line(f'widget image {image} can\'t be used; give a PNG or JPEG'):
+        with Image.open(image, formats=tuple(_WIDGETS)) as opened:
+            name = f'example.{_WIDGETS[opened.format]}'
+        shutil.copyfile(image, folder / name)
+    return name
 
 
 def make_card(
@@ -69,6 +80,7 @@ def make_card(
         metrics: Optional[Mapping[str, Any]] = None,
         figure: Optional[str] = None,
         has_weights: bool = True,
+        widget_image: Optional[str] = None,
 ) -> str:
     """The text of a card, with the stamp that marks it as generated.
 
@@ -79,6 +91,7 @@ def make_card(
         figure: File name of the picture of what was cut. None: the card shows no picture.
         has_weights: Whether the repo holds weights. Otherwise the repo's name is that of a variant, and the card shows
             how to build the variant from its plan.
+        widget_image: File name of an image in the repo, which the model's page offers as an example. None: it has none.
 
     Raises:
         PruningError: The metrics are invalid, or the plan's base can't be built.
@@ -90,7 +103,7 @@ def make_card(
     steps = recipe_steps(saved_plan['recipe'])
     license_name = (getattr(model, 'pretrained_cfg', None) or {}).get('license')
     card = ModelCard.from_template(
-        _card_data(name, license_name, origin_of(model), metrics),
+        card_metadata(repo_id, license_name, origin_of(model), metrics, widget_image),
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id,
@@ -125,36 +138,6 @@ def is_ours(text: str) -> bool:
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _card_data(
-        name: str,
-        license_name: Optional[str],
-        origin: Optional[str],
-        metrics: Mapping[str, Any],
-) -> ModelCardData:
-    license_is_known = license_name in (None, *_HUB_LICENSES)
-    dataset, top1 = metrics.get('dataset', ''), metrics.get('pruned', {}).get('top1')
-    dataset_is_id = re.fullmatch(r'[\w.-]+(/[\w.-]+)?', dataset)
-    result = None if top1 is None else EvalResult(
-        task_type='image-classification',
-        dataset_type=re.sub(r'[^a-z0-9/]+', '-', dataset.lower()).strip('-'),
-        dataset_name=dataset,
-        metric_type='accuracy',
-        metric_name='top-1, %',
-        metric_value=top1,
-    )
-    return ModelCardData(
-        model_name=name if result else None,
-        eval_results=[result] if result else None,
-        datasets=[dataset] if dataset_is_id else None,
-        library_name='timm',
-        pipeline_tag='image-classification',
-        license=license_name if license_is_known else 'other',
-        license_name=None if license_is_known else license_name,
-        base_model=origin,  # without base_model_relation: none of its values (adapter, finetune, …) means pruned
-        tags=TAGS,
-    )
 
 
 def _comparison(model: nn.Module, plan: Plan, metrics: Mapping[str, Any]) -> List[Tuple[str, str, str, str]]:
@@ -246,6 +229,7 @@ _VALUES = {
 }
 _METRICS: Dict[str, Any] = {
     'dataset': _LINE,
+    'dataset_id': Rule("a dataset's id on the Hub", lambda value: isinstance(value, str) and is_repo_id(value)),
     'dense': _VALUES,
     'pruned': _VALUES,
     'latency': {'machine': _LINE, 'batch_size': _COUNT, 'dtype': _LINE, 'threads': _COUNT},

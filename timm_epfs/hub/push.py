@@ -8,27 +8,26 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Mapping, Optional, Tuple
+from typing import Any, List, Mapping, Optional, Tuple, Union
 
 from httpx2 import HTTPError
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 from huggingface_hub.utils import validate_repo_id
 from torch import nn
 
-from ..core import PruningError, warn
+from ..core import PruningError, aligned_table, one_line, step, warn
 from ..version import __version__
 from ..zoo import plan_of, save_pretrained
 from .cards import CARD, check_metrics, is_ours, stamp, write_card
 
-__all__ = ['Pushed', 'push_to_hub']
+__all__ = ['DryRun', 'Pushed', 'push_to_hub']
 
 _WAITS = (1.0, 2.0, 4.0)  # seconds before each retry of a push that failed for a temporary reason
 _TEMPORARY = (408, 412, 429, 500, 502, 503, 504)  # HTTP status codes of temporary failures
@@ -47,7 +46,7 @@ class Pushed:
 
     Attributes:
         url: Page of the commit. If nothing had changed: page of the repo's last commit.
-        oid: Hash of that commit. ``''`` if the repo doesn't exist yet (``dry_run``).
+        oid: Hash of that commit; ``''`` for a dry run.
         files: Names of the committed files. Empty if the repo was up to date.
         pull_request: Page of the pull request, if one was opened.
     """
@@ -55,6 +54,24 @@ class Pushed:
     oid: str
     files: Tuple[str, ...]
     pull_request: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class DryRun(Pushed):
+    """What a push would send. ``print`` shows it file by file, and how the card begins.
+
+    Attributes:
+        sizes: Bytes of each of the files.
+        card: Text of the model card.
+    """
+    sizes: Tuple[int, ...] = ()
+    card: str = ''
+
+    def __str__(self) -> str:
+        rows = [('file', 'bytes'), *((name, f'{size:,}') for name, size in zip(self.files, self.sizes))]
+        metadata, _, text = self.card.partition('\n---\n')
+        title = next((line for line in text.splitlines() if line.startswith('#')), '')
+        return f'{aligned_table(rows)}\n\n{CARD} begins:\n{metadata}\n---\n{title}'
 
 
 def push_to_hub(
@@ -70,6 +87,7 @@ def push_to_hub(
         *,
         card: Optional[str] = None,
         dry_run: bool = False,
+        widget_image: Optional[Union[str, Path]] = None,
 ) -> Pushed:
     """Push a pruned model; ``timm.create_model('hf-hub:<repo_id>', pretrained=True)`` loads it back, bit for bit.
 
@@ -87,10 +105,13 @@ def push_to_hub(
         commit_message: First line of the commit message.
         overwrite_card: Replace a card that was written or edited by hand. False: keep it, with a warning.
         card: Text of a card to push in place of the generated one.
-        dry_run: Push nothing, only return what would be pushed.
+        dry_run: Write all files, but send nothing, and return a ``DryRun`` that shows them. That takes neither a token
+            nor a network, so it isn't known which of the files the repo already has.
+        widget_image: A PNG or JPEG file that the model's page offers as an example. None: it offers none.
 
     Raises:
-        PruningError: The model can't be saved, an argument is invalid, the Hub can't be reached, or it refuses.
+        PruningError: The model can't be saved, an argument is invalid, the card's metadata can't be read, the Hub can't
+            be reached, or it refuses.
 
     Warns:
         UserWarning: A card that was written or edited by hand is kept.
@@ -101,23 +122,40 @@ def push_to_hub(
         raise PruningError(
             'push: no name builds this model, so timm could not load it from a repo; give base= when pruning, or keep '
             'it by save_pretrained and load_pretrained')
-    with tempfile.TemporaryDirectory() as scratch:
+    if card is not None:
+        with one_line('push: the metadata of card= can\'t be read'):
+            ModelCard(card)
+    what = f'{"preparing what goes" if dry_run else "pushing"} to {repo_id}'
+    with tempfile.TemporaryDirectory() as scratch, step(what):
         folder = save_pretrained(model, Path(scratch) / 'model')
-        write_card(folder, model, repo_id, metrics)
+        write_card(folder, model, repo_id, metrics, widget_image=None if widget_image is None else Path(widget_image))
         if card is not None:
             (folder / CARD).write_text(stamp(card), encoding='utf-8', newline='\n')
+        if dry_run:
+            return _dry_run(repo_id, folder)
         push = _Push(HfApi(token=token, library_name='timm_epfs', library_version=__version__), repo_id, folder,
                      revision, create_pr, overwrite_card)
         # A pull request is not retried: if only the answer was lost, a second one would be opened.
         for wait in (*(() if create_pr else _WAITS), None):
             try:
-                return push.dry_run() if dry_run else push(private, commit_message)
+                return push(private, commit_message)
             except (HTTPError, OSError, RuntimeError, ValueError) as e:
                 if isinstance(e, PruningError):
                     raise
                 if wait is None or not _is_temporary(e):
                     raise PruningError(f'push to {repo_id}: {_reason(e)}') from e
                 time.sleep(wait)
+
+
+def _dry_run(repo_id: str, folder: Path) -> DryRun:
+    names = _names(folder)
+    sizes = tuple((folder / name).stat().st_size for name in names)
+    card = (folder / CARD).read_text(encoding='utf-8')
+    return DryRun(f'{constants.ENDPOINT}/{repo_id}', '', names, sizes=sizes, card=card)
+
+
+def _names(folder: Path) -> Tuple[str, ...]:
+    return tuple(sorted(path.name for path in folder.iterdir()))
 
 
 def _check_target(repo_id: str, revision: Optional[str], create_pr: bool) -> None:
@@ -153,7 +191,7 @@ class _Push:
             raise PruningError(f'push: private=True was given, {self.repo_id} is public; make it private on the Hub')
         files = self._changed(head)
         if not files:
-            return self._pushed(head, files)
+            return Pushed(f'{self.api.endpoint}/{self.repo_id}/commit/{head.sha}', head.sha, files)
         # With parent_commit, the Hub refuses the commit if another push was made after the comparison.
         commit = self.api.create_commit(
             self.repo_id,
@@ -165,27 +203,15 @@ class _Push:
         )
         return Pushed(commit.commit_url, commit.oid, files, commit.pr_url)
 
-    def dry_run(self) -> Pushed:
-        try:
-            head = self._head()
-        except (RepositoryNotFoundError, RevisionNotFoundError):
-            return Pushed(f'{self.api.endpoint}/{self.repo_id}', '', self._names())
-        return self._pushed(head, self._changed(head))
-
-    def _pushed(self, head: ModelInfo, files: Tuple[str, ...]) -> Pushed:
-        return Pushed(f'{self.api.endpoint}/{self.repo_id}/commit/{head.sha}', head.sha, files)
-
     def _head(self) -> ModelInfo:
         return self.api.model_info(self.repo_id, revision=self.revision)
-
-    def _names(self) -> Tuple[str, ...]:
-        return tuple(sorted(path.name for path in self.folder.iterdir()))
 
     def _changed(self, head: ModelInfo) -> Tuple[str, ...]:
         """Names of the files that differ from the repo's or are missing there, without a card that must be kept."""
         entries = self.api.list_repo_tree(self.repo_id, revision=head.sha)
         remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
-        changed = [name for name in self._names() if name not in remote or _differs(self.folder / name, remote[name])]
+        changed = [
+            name for name in _names(self.folder) if name not in remote or _differs(self.folder / name, remote[name])]
         if CARD in changed and CARD in remote and not self.overwrite_card and not self._card_is_ours(head):
             warn(f'{CARD} in {self.repo_id} was written or edited by hand and is kept; overwrite_card=True replaces it')
             changed.remove(CARD)
