@@ -173,6 +173,7 @@ def test_a_run_shows_its_epochs_and_its_masks(cuts, tmp_path):
     ('none/page.html', None, 'there is no folder'),
     ('page.html', nn.Linear(1, 1), 'Linear has no pruning_plan'),
     ('page.html', [], 'no pruned model was given'),
+    ('page.html', timm_epfs.rebuild(timm_epfs.Plan('resnet18', {}, ())), "doesn't say what its cut costs"),
 ])
 def test_what_can_not_be_written_gets_one_line(pruner, cuts, tmp_path, path, pruned, message):
     with pytest.raises(PruningError, match=message) as e:

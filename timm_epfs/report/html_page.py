@@ -11,6 +11,7 @@ from ..importance import Sensitivity
 from ..latency import latency_note, time_models
 from ..plan import Plan
 from ..pruner import Pruner, example_for
+from ..zoo import plan_of
 from .comparison import Rows, compare, top1
 from .page import check_page, write_page
 from .sections import accuracy_section, comparison_section, layers_section, sensitivity_section
@@ -59,7 +60,7 @@ def html_report(
     check_page(path, 'html_report')
     model = dense.model if isinstance(dense, Pruner) else dense
     models = [pruned] if isinstance(pruned, nn.Module) else list(pruned)
-    names = _names(models)
+    names = _names(model, models)
     compared = _compare_all(model, dict(zip(names, models)), data, _example(dense) if latency else None)
     plans = {name: each.pruning_plan for name, each in zip(names, models)}
     notes = latency_note(str(device_of(model))) if latency else ''
@@ -74,7 +75,7 @@ def html_report(
     return path
 
 
-def _names(models: Sequence[nn.Module]) -> List[str]:
+def _names(dense: nn.Module, models: Sequence[nn.Module]) -> List[str]:
     """What the page calls each model: what it has left of the MACs, numbered where two have the same."""
     if not models:
         raise PruningError('html_report: no pruned model was given; give at least one')
@@ -82,7 +83,11 @@ def _names(models: Sequence[nn.Module]) -> List[str]:
         if not isinstance(getattr(model, 'pruning_plan', None), Plan):
             raise PruningError(
                 f'html_report: this {type(model).__name__} has no pruning_plan; give models that prune() returned')
-    shares = [percent(after / before) for before, after in (model.pruning_plan.cost['macs'] for model in models)]
+        if 'macs' not in model.pruning_plan.cost:
+            raise PruningError('html_report: a plan doesn\'t say what its cut costs; give models that prune() returned')
+    earlier_plan = plan_of(dense)  # where the dense model was itself cut
+    costs = [model.pruning_plan.cost['macs'] for model in models]
+    shares = [percent(after / (earlier_plan.cost['macs'][1] if earlier_plan else before)) for before, after in costs]
     return [
         share + (f' ({shares[:i].count(share) + 1})' if shares.count(share) > 1 else '')
         for i, share in enumerate(shares)]

@@ -298,8 +298,8 @@ class Run:
             latency_ms = latencies(models, image.to(args.device))
         rows = compare(dense, slim, {'top-1, %': tuple(accuracy)}, latency_ms)
         notes = latency_note(args.device)
-        told = (self.options, rows, notes, self.history, self.masks, slim.pruning_plan)
-        write_report(self.folder, *told)
+        found = (self.options, rows, notes, self.history, self.masks, slim.pruning_plan)
+        write_report(self.folder, *found)
         if args.report:
-            write_run_page(args.report, *told)
+            write_run_page(args.report, *found)
         return Result(folder, rows, notes, self.history)
