@@ -63,6 +63,15 @@ class Description:
         """Whether weights of the pruned model are saved; otherwise there are those of the base."""
         return has_weights(self.fields)
 
+    @property
+    def num_classes(self) -> Optional[int]:
+        """How many classes a model's own config.json says that it has, where only its top says so.
+
+        What loads it into a head of another size, as transformers does, changes the number there and not in the plan.
+        """
+        is_its_own = is_from_config(self.cfg) and 'plan' in self.model_args
+        return self.cfg.get('num_classes') if is_its_own and 'num_classes' not in self.model_args else None
+
     def create_args(self) -> Dict[str, Any]:
         """The arguments of ``timm.create_model`` by which a model gets this description."""
         return {

@@ -93,14 +93,17 @@ def describe_torchvision(model: nn.Module, plan: Plan, cfg: Optional[Mapping[str
 
 
 def _of_this_model(plan: Plan, description: Description, kwargs: Mapping[str, Any]) -> Plan:
-    """The plan with the arguments that this model is built with, where they aren't those of the saved model."""
-    saved = description.model_args
-    own = {
+    """The plan with the arguments that this model is built with, where they aren't those of the plan."""
+    saved, classes = description.model_args, description.num_classes
+    args = dict(plan.base_args)
+    if classes is not None and 'num_classes' in args:
+        args['num_classes'] = classes
+    args |= {
         name: value for name, value in kwargs.items()
         if name not in (*_FEATURE_ARGS, 'features_only') and not name.endswith(_DROP_RATE)
         and isinstance(value, _PLAIN) and (name not in saved or value != saved[name])
     }
-    return replace(plan, base_args={**plan.base_args, **own}) if own else plan
+    return replace(plan, base_args=args)
 
 
 def _pruned_torchvision(plan: Plan, description: Description, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:

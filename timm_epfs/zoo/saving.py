@@ -4,7 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, Union
+from typing import Any, Dict, Union
 
 import safetensors.torch
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, save_config_for_hf
@@ -85,7 +85,10 @@ def _loadable(model: nn.Module, plan: Plan) -> Plan:
     """
     check_arguments(plan.base_args, 'save: base_args')
     try:
-        plan = replace(plan, base_args=rebuilding_args(model, plan.base, plan.base_args, plan))
+        args = rebuilding_args(model, plan.base, plan.base_args, plan)
+        if plan.base.startswith(TORCHVISION) and 'num_classes' not in args:
+            args = _with_classes(model, plan, args)
+        plan = replace(plan, base_args=args)
     except PruningError as e:
         raise PruningError(
             f'save: {e}, so it could not be loaded by its name; save it with as_module=True, and load it with '
@@ -93,6 +96,18 @@ def _loadable(model: nn.Module, plan: Plan) -> Plan:
         ) from e
     check_arguments(plan.base_args, 'save: base_args')
     return plan
+
+
+def _with_classes(model: nn.Module, plan: Plan, args: Dict[str, Any]) -> Dict[str, Any]:
+    """Arguments of a torchvision model that also say its number of classes, where it's built by one.
+
+    timm takes the number from a config.json itself. torchvision has to be told, and transformers may change it.
+    """
+    classes = describe_torchvision(copy.copy(model), plan).num_classes
+    try:
+        return rebuilding_args(model, plan.base, {**args, 'num_classes': classes}, plan)
+    except PruningError:
+        return args
 
 
 def _save_config(model: nn.Module, plan: Plan, path: Path) -> None:
@@ -110,9 +125,15 @@ def _save_config(model: nn.Module, plan: Plan, path: Path) -> None:
         )
     except ValueError as e:
         raise PruningError(f'save: the model can\'t be described in a config.json: {e}') from e
-    # timm writes arguments in the order in which it got them; sorted, a model that is saved again gives the same file
     config = json.loads(path.read_text(encoding='utf-8'))
+    # The file says the number of classes at its top, too, and transformers passes both on.
+    config['model_args'].pop('num_classes', None)
+    # timm writes arguments in the order in which it got them; sorted, a model that is saved again gives the same file
     config['model_args'] = dict(sorted(config['model_args'].items()))
+    # where transformers looks for them
+    labels = config['pretrained_cfg'].get('label_names')
+    if isinstance(labels, list) and len(labels) == config['num_classes']:
+        config['label_names'] = labels
     path.write_text(json.dumps(config, indent=2), encoding='utf-8', newline='\n')
 
 
