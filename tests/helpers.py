@@ -71,10 +71,10 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a - b).abs().max() / a.abs().max()).item()
 
 
-def forkserver() -> BaseContext:
-    """Starts processes that share one import of all that they need."""
+def forkserver(*modules: str) -> BaseContext:
+    """Starts processes that share one import of all that they need, further modules included."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['timm_epfs.cli', 'timm_epfs.training.run', 'sklearn.model_selection'])
+    context.set_forkserver_preload(['timm_epfs.cli', 'timm_epfs.training.run', 'sklearn.model_selection', *modules])
     return context
 
 

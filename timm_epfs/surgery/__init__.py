@@ -8,11 +8,11 @@ from .batch_norm import recalibrate_bn
 from .compensation import compensate
 from .copying import cut_copy
 from .cutting import apply_plan
-from .masks import Masks, is_maskable, is_masked
+from .masks import Masks, is_maskable, is_masked, unmasked_name
 from .skeleton import Skeleton, rebuild
 from .state_dicts import inflate_checkpoint, slice_checkpoint
 
 __all__ = [
     'TORCHVISION', 'Masks', 'Skeleton', 'apply_plan', 'build_base', 'compensate', 'cut_copy', 'inflate_checkpoint',
-    'is_maskable', 'is_masked', 'rebuild', 'recalibrate_bn', 'slice_checkpoint',
+    'is_maskable', 'is_masked', 'rebuild', 'recalibrate_bn', 'slice_checkpoint', 'unmasked_name',
 ]

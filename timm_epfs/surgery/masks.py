@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 
 from ..core import PruningError, Structure
 
-__all__ = ['Masks', 'is_maskable', 'is_masked']
+__all__ = ['Masks', 'is_maskable', 'is_masked', 'unmasked_name']
 
 Place = Tuple[Tuple[int, ...], torch.Tensor]
 
@@ -168,6 +168,15 @@ def _register(module: nn.Module, leaf: str, scale: Scale) -> None:
 def is_masked(model: nn.Module) -> bool:
     """Whether a learner's masks are on the model."""
     return any(isinstance(module, Scale) for module in model.modules())
+
+
+def unmasked_name(model: nn.Module, name: str) -> str:
+    """The name that a parameter of a model has once the masks are off."""
+    owner, _, leaf = name.rpartition('.')
+    if leaf != 'original' or not any(isinstance(step, Scale) for step in model.get_submodule(owner).children()):
+        return name
+    module, _, tensor = owner.rpartition('parametrizations.')
+    return module + tensor
 
 
 def _aliases(model: nn.Module) -> Dict[str, List[Tuple[str, torch.Tensor]]]:
