@@ -105,14 +105,6 @@ def test_without_timm_and_with_a_broken_one_the_error_is_theirs(site):
     assert 'ValueError: theirs' in run(site, 'import timm', timm='raise ValueError("theirs")').stderr.splitlines()[-1]
 
 
-def test_the_real_timm_knows_a_variant(site):
-    (site.parent / 'sitecustomize.py').write_text(f'import site; site.addsitedir({str(site)!r})')
-    env = {**os.environ, 'PYTHONPATH': os.pathsep.join([str(site.parent), str(ROOT)])}
-    program = 'import timm; print(type(timm.create_model("resnet18_epfs55")).__name__)'
-    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, env=env, cwd=site)
-    assert (done.stdout, done.stderr) == ('ResNet\n', '')
-
-
 def test_on_and_off_leave_nothing_behind(tmp_path):
     assert not is_on(tmp_path) and not switch_off(tmp_path)
     assert switch_on(tmp_path) == switch_on(tmp_path) == autoload_path(tmp_path)

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,12 +123,18 @@ def test_pruning_in_a_trainer_resumes_exactly_and_saves_the_pruned_model(tmp_pat
     assert same(model.state_dict(), other.state_dict())
 
     trainer.save_model(str(tmp_path / 'half'))
+    trainer.save_model(_internal_call=True)  # as push_to_hub does
+    assert json.loads((tmp_path / 'run' / 'config.json').read_text())['architecture'] == 'epfs_pruned'
     x = images(2)
     slim, loaded = again(tmp_path / 'half'), AutoModelForImageClassification.from_pretrained(tmp_path / 'half')
     torch.testing.assert_close(logits(slim, x), logits(model, x), atol=1e-5, rtol=1e-4)  # masked is cut
     dense_macs, left = slim.pruning_plan.cost['macs']
     assert abs(left / dense_macs - 0.6) < 0.02 and torch.equal(logits(loaded, x), logits(slim, x))
     assert trainer.model is model
+
+    before = whole.learner.state_dict()
+    trainer.train(resume_from_checkpoint=str(checkpoint))  # again in the same program
+    assert same(before, whole.learner.state_dict()) and same(model.state_dict(), other.state_dict())
 
 
 def test_an_exported_model_is_fine_tuned_with_its_dense_teacher(tmp_path):
@@ -143,6 +150,20 @@ def test_an_exported_model_is_fine_tuned_with_its_dense_teacher(tmp_path):
     x = images(2)
     assert not torch.equal(logits(before, x), logits(slim, x))
     assert torch.equal(logits(again(tmp_path / 'tuned' / 'checkpoint-2'), x), logits(slim, x))
+
+
+def test_a_model_that_is_not_timms_is_saved_for_load_pretrained(tmp_path):
+    from transformers import ViTConfig, ViTForImageClassification
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8,
+        num_labels=CLASSES)
+    model = ViTForImageClassification(config)
+    pruning = pruning_callback(steps=1, example_input={'pixel_values': images(1)[..., :16, :16]})
+    trainer = make_trainer(tmp_path, model, [pruning], max_steps=2, save_strategy='no', image_size=16)
+    trainer.train()
+    trainer.save_model(str(tmp_path / 'half'))
+    slim, x = timm_epfs.load_pretrained(ViTForImageClassification(config), tmp_path / 'half'), images(2)[..., :16, :16]
+    torch.testing.assert_close(logits(slim, x), logits(model, x), atol=1e-5, rtol=1e-4)
 
 
 def test_distillation_is_the_divergence_of_the_probabilities(tmp_path):
@@ -196,6 +217,8 @@ def test_what_goes_wrong_in_a_trainer_is_said_in_a_line(tmp_path):
     trainer = make_trainer(tmp_path, wrapped(dense()), [pruning_callback()], mixin=False)
     with pytest.raises(PruningError, match='no penalty in it; train with a class PruningTrainer'):
         trainer.train()
+    with pytest.raises(PruningError, match='over 2 GPUs by DataParallel'):
+        pruning_callback().on_train_begin(SimpleNamespace(load_best_model_at_end=False, n_gpu=2), None, None)
     with pytest.raises(PruningError, match='load_best_model_at_end=True would bring back'):
         make_trainer(
             tmp_path, wrapped(dense()), [pruning_callback()], load_best_model_at_end=True, save_strategy='best',
@@ -217,7 +240,7 @@ def test_without_transformers_one_line_says_what_to_install(monkeypatch):
 
 
 def accelerated(folder, steps, first=0, load=None, dataset=None):
-    """The loop of docs/integrations.md."""
+    """A user's loop with accelerate."""
     from accelerate import Accelerator
     accelerator = Accelerator(cpu=True)
     model = dense()

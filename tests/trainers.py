@@ -10,8 +10,8 @@ def images(n=BATCH, seed=0):
     return torch.randn(n, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
 
 
-def labelled(n=4 * BATCH):
-    return [{'pixel_values': image, 'labels': i % CLASSES} for i, image in enumerate(images(n))]
+def labelled(n=4 * BATCH, size=SIZE):
+    return [{'pixel_values': image[:, :size, :size], 'labels': i % CLASSES} for i, image in enumerate(images(n))]
 
 
 def dense(name='test_vit', **args):
@@ -30,7 +30,7 @@ def wrapped(model):
     return found
 
 
-def make_trainer(folder, model, callbacks=(), mixin=True, **options):
+def make_trainer(folder, model, callbacks=(), mixin=True, image_size=SIZE, **options):
     from transformers import Trainer, TrainingArguments
 
     from timm_epfs.integrations import PruningTrainerMixin
@@ -42,7 +42,8 @@ def make_trainer(folder, model, callbacks=(), mixin=True, **options):
     args = TrainingArguments(output_dir=str(folder), **{**args, **options})
     bases = (PruningTrainerMixin, Trainer) if mixin else (Trainer,)
     return type('PruningTrainer', bases, {})(
-        model, args, train_dataset=labelled(), eval_dataset=labelled(BATCH), callbacks=list(callbacks), **own)
+        model, args, train_dataset=labelled(size=image_size), eval_dataset=labelled(BATCH, image_size),
+        callbacks=list(callbacks), **own)
 
 
 def pruning_callback(**options):

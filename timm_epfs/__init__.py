@@ -5,7 +5,7 @@
 The packages, in the order in which data flows; each knows only those before it:
 
 ``core`` → ``trace`` → ``activations`` → ``importance`` → ``latency`` → ``allocate`` → ``plan`` → ``surgery`` → ``zoo``
-→ ``pruner`` → ``learn`` → ``report`` → ``hub`` → ``training`` → ``deploy`` → ``cli``
+→ ``pruner`` → ``learn`` → ``report`` → ``hub`` → ``training`` → ``integrations`` → ``deploy`` → ``cli``
 """
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, List

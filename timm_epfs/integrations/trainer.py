@@ -1,8 +1,7 @@
 """transformers' ``Trainer`` with a learner: a callback that steps it, and a mixin for what callbacks can't do."""
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, Iterator, Mapping, Optional, Type, Union
+from typing import Any, Dict, Mapping, Optional, Type, Union
 
 import torch
 import torch.nn.functional as F
@@ -70,11 +69,19 @@ class PruningCallback(TrainerCallback):
             model: Optional[nn.Module] = None,
             **kwargs: Any,
     ) -> None:
-        """Make the learner, unless an earlier training of this model did, or resume it."""
+        """Make the learner, unless an earlier training of this model did, or resume it.
+
+        Raises:
+            PruningError: An argument of the training or of the method can't be.
+        """
         if args.load_best_model_at_end:
             raise PruningError(
                 'load_best_model_at_end=True would bring back weights of before the selection; leave it out while a '
                 'PruningCallback is on')
+        if args.n_gpu > 1:
+            raise PruningError(
+                f'the Trainer spreads the model over {args.n_gpu} GPUs by DataParallel, which copies no masks; start a '
+                'process for each with torchrun, or set CUDA_VISIBLE_DEVICES to one')
         if self._model is not model:
             steps = self._saved.get('steps') or max(1, state.max_steps // 2)
             self.learner = self.method(_inner(model), **{'steps': steps, **self.options})
@@ -102,12 +109,12 @@ class PruningCallback(TrainerCallback):
         self._has_penalty = True
         return self.learner.penalty(target)
 
-    def export(self) -> PrunedModel:
+    def export(self) -> nn.Module:
         """Cut a copy of the model. Of a wrapped timm model, the copy is wrapped, too.
 
-        It is a model of transformers: fine-tune it in a ``Trainer``, and save it by its own ``save_pretrained``. timm
-        and ``AutoModelForImageClassification`` load what that writes. Other models of transformers are saved as
-        ``Learner.export`` says.
+        That one can be fine-tuned in a ``Trainer``, and saved by its own ``save_pretrained``: timm and
+        ``AutoModelForImageClassification`` load what that writes. Any other is what ``Learner.export`` returns; save it
+        by ``timm_epfs.save_pretrained``.
 
         Raises:
             PruningError: Training hasn't begun, or the model isn't what its config builds.
@@ -125,6 +132,8 @@ class PruningCallback(TrainerCallback):
     def resume(self, checkpoint: Union[str, Path]) -> None:
         """Read the learner's state from a checkpoint, for the training that follows. Without one, it learns anew."""
         self._saved = Checkpoints(Path(checkpoint) / _FOLDER).load() or {}
+        if self.learner is not None:  # of an earlier training of this program
+            self.learner.remove()
         self._model = self.learner = None
 
 
@@ -134,7 +143,8 @@ class PruningTrainerMixin:
     - The loss of training includes the penalty of the callback's learner, and logs have its numbers.
     - Checkpoints hold the dense weights under their own names, and the learner's state in a folder beside them.
       Training resumes from them exactly.
-    - ``save_model`` and ``push_to_hub`` write the pruned model once training has begun.
+    - ``save_model`` and ``push_to_hub`` write the pruned model once training has begun: a wrapped timm model for
+      transformers and timm, any other for ``timm_epfs.load_pretrained``.
 
     Without a callback, it trains any model, such as a pruned one, with a teacher.
 
@@ -215,22 +225,24 @@ class PruningTrainerMixin:
             if self.args.should_save:
                 pruning.save(output_dir, self.state.global_step)
         else:
-            with self._in_place_of_model(pruning.export()):
-                super().save_model(output_dir, _internal_call)
+            self._save_pruned(pruning.export(), output_dir, _internal_call)
+
+    def _save_pruned(self, slim: nn.Module, output_dir: Optional[str], _internal_call: bool) -> None:
+        if _inner(slim) is slim:  # no config of transformers builds it
+            if self.args.should_save:
+                save_pretrained(slim, output_dir or self.args.output_dir, overwrite=True)
+            return
+        trained, self.model = self.model, slim
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self.model = trained
 
     def _save(self, output_dir: Optional[str] = None, state_dict: Optional[Dict[str, torch.Tensor]] = None) -> None:
         if state_dict is None and is_masked(self.model):
             tensors = self.model.state_dict()
             state_dict = {unmasked_name(self.model, name): tensor for name, tensor in tensors.items()}
         super()._save(output_dir, state_dict)
-
-    @contextmanager
-    def _in_place_of_model(self, model: nn.Module) -> Iterator[None]:
-        trained, self.model = self.model, model
-        try:
-            yield
-        finally:
-            self.model = trained
 
     def _share(self, num_items_in_batch: Any) -> float:
         """Factor of a mean over this batch in a loss that ``Trainer`` divides by the steps of accumulation, or not."""
