@@ -48,6 +48,7 @@ assert_type(timm_epfs.slice_checkpoint(model.state_dict(), slim.pruning_plan), D
 optimizer = torch.optim.AdamW(model.parameters())
 moments = timm_epfs.slice_checkpoint(optimizer.state_dict(), slim.pruning_plan, dict(model.named_parameters()))
 torch.optim.AdamW(slim.parameters()).load_state_dict(moments)
+timm_epfs.cut_optimizer(optimizer, model, slim)
 assert_type(timm_epfs.save_pretrained(slim, 'folder'), Path)
 assert_type(timm_epfs.save_pretrained(slim, 'module', overwrite=True, as_module=True), Path)
 assert_type(timm_epfs.load_pretrained(model, 'module').pruning_plan, timm_epfs.Plan)

@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from .plan import Plan, PrunedModel
     from .pruner import Pruner, inspect, prune
     from .report import html_report, plot
-    from .surgery import compensate, rebuild, recalibrate_bn, slice_checkpoint
+    from .surgery import compensate, cut_optimizer, rebuild, recalibrate_bn, slice_checkpoint
     from .zoo import load_pretrained, save_pretrained
     from .zoo.variants import register
 
 __all__ = [
     'BNSFP', 'Budget', 'CRITERIA', 'EPFS', 'OneShot', 'Plan', 'PrunedModel', 'Pruner', 'PruningError', 'SFP', 'SSS',
-    'Scratch', '__version__', 'compensate', 'html_report', 'inspect', 'load_pretrained', 'plot', 'prune', 'push_to_hub',
-    'rebuild', 'recalibrate_bn', 'register', 'save_pretrained', 'slice_checkpoint',
+    'Scratch', '__version__', 'compensate', 'cut_optimizer', 'html_report', 'inspect', 'load_pretrained', 'plot',
+    'prune', 'push_to_hub', 'rebuild', 'recalibrate_bn', 'register', 'save_pretrained', 'slice_checkpoint',
 ]
 
 # Where each name that is loaded on first use lives.
@@ -44,6 +44,7 @@ _HOMES = {
     'SSS': 'learn',
     'Scratch': 'learn',
     'compensate': 'surgery',
+    'cut_optimizer': 'surgery',
     'html_report': 'report',
     'inspect': 'pruner',
     'load_pretrained': 'zoo',

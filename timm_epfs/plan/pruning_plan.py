@@ -97,6 +97,21 @@ class Plan:
                 gone.setdefault(member.tensor, {}).setdefault(member.dim, []).append(member.index[units].ravel())
         return {tensor: {dim: distinct(parts) for dim, parts in dims.items()} for tensor, dims in gone.items()}
 
+    def removed_since(self, earlier: Optional['Plan']) -> Dict[str, Dict[int, np.ndarray]]:
+        """Entries that this plan removes and an earlier one of the same base doesn't, by tensor and dim, sorted.
+
+        They are counted in the tensors that the earlier plan leaves. None stands for the base.
+        """
+        before = {} if earlier is None else earlier.removed()
+        since: Dict[str, Dict[int, np.ndarray]] = {}
+        for tensor, dims in self.removed().items():
+            for dim, gone in dims.items():
+                first = before.get(tensor, {}).get(dim, gone[:0])
+                new = np.setdiff1d(gone, first)
+                if len(new):
+                    since.setdefault(tensor, {})[dim] = new - np.searchsorted(first, new)
+        return since
+
     def compose(self, later: 'Plan') -> 'Plan':
         """The plan that does in one step what this one and then ``later``, made on the pruned model, do in two.
 

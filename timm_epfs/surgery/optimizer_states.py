@@ -3,12 +3,14 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ..core import PruningError
 from ..plan import Plan
+from .factored_moments import cut_factors
 from .tensors import cut_tensor, tensor_misfits, wrong_base
 
-__all__ = ['is_optimizer_state', 'slice_optimizer_state']
+__all__ = ['cut_entry', 'is_optimizer_state', 'slice_optimizer_state']
 
 
 def is_optimizer_state(state: Mapping[str, Any]) -> bool:
@@ -42,10 +44,10 @@ def slice_optimizer_state(
         groups.append({**group, 'params': list(numbers)})
         if 'param_names' in group:
             groups[-1]['param_names'] = [name for _, name in left]
-        entries.update(zip(numbers, left))
+        entries.update((number, (*known, group)) for number, known in zip(numbers, left))
     cut = {
-        number: _cut_entry(state['state'][key], name, parameters[name], removed.get(name, {}))
-        for number, (key, name) in entries.items() if key in state['state']
+        number: cut_entry(state['state'][key], name, parameters[name].shape, group, removed.get(name, {}))
+        for number, (key, name, group) in entries.items() if key in state['state']
     }
     return {**state, 'state': cut, 'param_groups': groups}
 
@@ -65,16 +67,34 @@ def _names(groups: Sequence[Mapping[str, Any]], parameters: Mapping[str, Tensor]
     return [[next(rest) for _ in range(length)] for length in lengths]
 
 
-def _cut_entry(entry: Mapping[str, Any], name: str, parameter: Tensor, removed: Mapping[int, Any]) -> Dict[str, Any]:
-    """What an optimizer remembers of one parameter. Whatever has its shape is cut as it is."""
-    def cut(key: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not removed or value.numel() == 1:
-            return value
-        if value.shape != parameter.shape:
-            raise PruningError(
-                f'slice_checkpoint: {key!r} of {name} has shape {tuple(value.shape)} where the parameter has '
-                f'{tuple(parameter.shape)}, so it can\'t be cut; start with a new optimizer')
-        return cut_tensor(value, removed)
+def cut_entry(
+        entry: Mapping[str, Any],
+        name: str,
+        shape: Sequence[int],
+        group: Mapping[str, Any],
+        removed: Mapping[int, Any],
+) -> Dict[str, Any]:
+    """What an optimizer keeps of one parameter, cut: whatever has its shape, and Adafactor's factors. Scalars stay.
 
+    Args:
+        entry: What the optimizer keeps, by name.
+        name: Name of the parameter.
+        shape: Its shape before the cut.
+        group: Options of its parameter group.
+        removed: Entries of the parameter that go, by dim.
+
+    Raises:
+        PruningError: Something else is kept.
+    """
     with torch.no_grad():
-        return {key: cut(key, value) for key, value in entry.items()}
+        factors, cut = cut_factors(entry, shape, group, removed)
+        for key, value in entry.items():
+            sizes = [tuple(leaf.shape) for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.numel() != 1]
+            if key in factors:
+                continue
+            if sizes and (not isinstance(value, Tensor) or value.shape != shape):
+                raise PruningError(
+                    f'the optimizer keeps {key!r} of {name} with shape {sizes[0]} where the parameter has '
+                    f'{tuple(shape)}, so it can\'t be cut; start with a new optimizer')
+            cut[key] = cut_tensor(value, removed) if sizes and removed else value
+    return cut

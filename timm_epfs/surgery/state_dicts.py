@@ -21,7 +21,7 @@ def slice_checkpoint(
     """Cut a dense checkpoint of the plan's base, or the state of an optimizer that trained it.
 
     Tensors that the plan doesn't cut pass through as they are. Of an optimizer's state, the moments are cut as their
-    parameters are, so that training goes on where it was::
+    parameters are, so that training goes on where it was (``cut_optimizer`` does this to an optimizer in use)::
 
         state = slice_checkpoint(optimizer.state_dict(), slim.pruning_plan, dict(dense.named_parameters()))
         optimizer = torch.optim.AdamW(slim.parameters())
@@ -34,8 +34,8 @@ def slice_checkpoint(
             in which it has them, unless it was made with ``named_parameters()``.
 
     Raises:
-        PruningError: The checkpoint or the parameters are of another base, or part of an optimizer's state is not of
-            its parameter's shape (Adafactor).
+        PruningError: The checkpoint or the parameters are of another base, or part of an optimizer's state is neither
+            of its parameter's shape nor one number (as in Kron and LBFGS).
     """
     check_plan(plan)
     if is_optimizer_state(state_dict):
