@@ -1,4 +1,4 @@
-"""Learners in the trainers of other libraries: transformers' ``Trainer`` and timm's tasks.
+"""Learners in the trainers of other libraries: transformers' and Lightning's ``Trainer``, and timm's tasks.
 
 In: a training loop that isn't ours, and a budget. Out: the model that it trained, pruned.
 
@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 from ..core import PruningError
 
 if TYPE_CHECKING:
+    from .lightning_callback import LightningPruningCallback
     from .timm_task import PruningTask, PruningTaskMixin
     from .trainer import PruningCallback, PruningTrainerMixin
 
-__all__ = ['PruningCallback', 'PruningTask', 'PruningTaskMixin', 'PruningTrainerMixin']
+__all__ = [
+    'LightningPruningCallback', 'PruningCallback', 'PruningTask', 'PruningTaskMixin', 'PruningTrainerMixin',
+]
 
 # The module of each name, and the extra that installs what it needs.
 _HOMES = {
+    'LightningPruningCallback': ('lightning_callback', 'lightning'),
     'PruningCallback': ('trainer', 'hf'),
     'PruningTask': ('timm_task', None),
     'PruningTaskMixin': ('timm_task', None),

@@ -1,5 +1,5 @@
 """An optimizer in use, taken from a model to what a cut left of it."""
-from typing import Any, Dict, Iterator, List, Mapping, Optional
+from typing import Any, Collection, Dict, Iterator, List, Mapping, Optional
 
 from timm.utils import unwrap_model
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ def cut_optimizer(optimizer: Optimizer, model: nn.Module, slim: nn.Module) -> No
     """Let an optimizer that trained a model go on with the model that a cut left of it. It is changed in place.
 
     The optimizer keeps its parameter groups with their options, so learning rate schedulers and gradient scalers that
-    refer to it go on, too. The groups then hold the parameters of ``slim``, and the moments are cut as the parameters
-    were. So training goes on exactly as if the units that went had been masked, for optimizers that treat every entry
-    of a weight by itself (SGD, Adam, Lion and most others). Where norms or factors of whole tensors play a part (LAMB,
-    Muon, Adafactor), it goes on with what is left of the moments. To cut in several steps, repeat::
+    refer to it go on, too. The groups then hold the parameters of ``slim``, in its order if they were in the model's
+    (which masks change), and the moments are cut as the parameters were. So training goes on exactly as if the units
+    that went had been masked, for optimizers that treat every entry of a weight by itself (SGD, Adam, Lion and most
+    others). Where norms or factors of whole tensors play a part (LAMB, Muon, Adafactor), it goes on with what is left
+    of the moments. To cut in several steps, repeat::
 
         for macs in (0.8, 0.65, 0.5):
             train_for_an_epoch(model, optimizer)
@@ -69,11 +70,34 @@ def cut_optimizer(optimizer: Optimizer, model: nn.Module, slim: nn.Module) -> No
         for parameter in names:
             state.pop(parameter, None)
         state.update(cut)
+    places = {parameter: i for i, parameter in enumerate(slim.parameters())}
     for group in groups:
-        left = [i for i, p in enumerate(group['params']) if p not in names or p in successors]
-        for key in {'params', 'param_names'} & set(group):
-            group[key][:] = [group[key][i] for i in left]
-        group['params'][:] = [successors.get(parameter, parameter) for parameter in group['params']]
+        was_in_order = [id(p) for p in group['params'] if p in names] == [id(p) for p in names if group_of[p] is group]
+        _replace_parameters(group, names, successors, places if was_in_order else {})
+
+
+def _replace_parameters(
+        group: Dict[str, Any],
+        names: Collection[Tensor],
+        successors: Mapping[Tensor, Tensor],
+        places: Mapping[Tensor, int],
+) -> None:
+    """Let a parameter group hold what is left of its parameters.
+
+    Args:
+        group: The group, which is changed in place.
+        names: The model's parameters; the group's others stay.
+        successors: What is left of them.
+        places: Their places in the new order. Empty: the order stays.
+    """
+    labels = group.get('param_names', group['params'])
+    kept = [(p, label) for p, label in zip(group['params'], labels) if p not in names or p in successors]
+    ours = [(successors[p], label) for p, label in kept if p in names]
+    in_order = iter(sorted(ours, key=lambda item: places.get(item[0], 0)))
+    kept = [next(in_order) if p in names else (p, label) for p, label in kept]
+    if 'param_names' in group:
+        group['param_names'][:] = [label for _, label in kept]
+    group['params'][:] = [p for p, _ in kept]
 
 
 def _with_wrapped(optimizer: Optimizer) -> Iterator[Optimizer]:
