@@ -208,6 +208,39 @@ def test_killed_in_any_phase_and_resumed_gives_the_same_model(tmp_path):
     assert not list((tmp_path / 'killed').rglob('.*'))
 
 
+def test_cut_in_steps_stopped_at_each_and_resumed_gives_the_same_model(tmp_path, monkeypatch):
+    class Stopped(BaseException):
+        pass
+
+    arguments = ['--cut-steps', '3', '--epochs', '4', '--opt', 'adamw', '--model-ema', '--model-ema-decay', '0.7']
+    assert train(tmp_path / 'whole', *arguments) == 0
+    plain_update = Phase._after_update
+    for number, left in ((13, [1, 2]), (6, [2, 3])):  # after the second cut and after the third
+        updates = iter(range(number - 1))
+
+        def update(phase, updates=updates):
+            plain_update(phase)
+            if next(updates, None) is None:
+                raise Stopped
+
+        monkeypatch.setattr(Phase, '_after_update', update)
+        with pytest.raises(Stopped):
+            train(tmp_path / 'stopped', *arguments, '--resume')
+        found = [int(path.stem) for path in (tmp_path / 'stopped' / 'checkpoints').glob('*.json')]
+        assert sorted(found) == left
+    monkeypatch.setattr(Phase, '_after_update', plain_update)
+    assert train(tmp_path / 'stopped', *arguments, '--resume') == 0
+    for name in ('pruned/model.safetensors', 'pruned/config.json', 'summary.csv'):
+        assert (tmp_path / 'stopped' / name).read_bytes() == (tmp_path / 'whole' / name).read_bytes(), name
+
+    rows = history(tmp_path / 'whole')
+    assert [row['phase'] for row in rows] == ['dense', *['cut', 'finetune'] * 3]
+    cubic = [0.5 + 0.5 * (1 - step / 3) ** 3 for step in (1, 2, 3)]  # Zhu and Gupta, equation 1
+    assert [float(row['alive']) for row in rows if row['phase'] == 'cut'] == pytest.approx(cubic, abs=0.01)
+    slim = timm.create_model(f'local-dir:{tmp_path / "whole" / "pruned"}', pretrained=True)
+    assert len(slim.pruning_plan.recipe['steps']) == 3
+
+
 def test_where_weights_are_from_is_not_forgotten_by_resuming(tmp_path, monkeypatch):
     dense, arguments = timm.create_model('test_resnet').state_dict(), ['--num-classes', '10', '--pretrained']
     monkeypatch.setattr('timm.models._builder.load_state_dict_from_hf', lambda *args, **kwargs: dict(dense))
@@ -382,6 +415,8 @@ def test_an_overwrite_that_is_killed_leaves_a_folder_that_is_still_a_run(tmp_pat
     (['--method-kwargs', 'exlude=conv1'], 'unknown keyword exlude=; did you mean exclude=?'),
     (['--method-kwargs', 'macs=0.3'], "--method none can't cut"),
     (['--method-kwargs', 'scope=magic'], "'magic'"),
+    (['--method', 'epfs', '--cut-steps', '2'], '--cut-steps 2 needs --method none, --method is epfs'),
+    (['--cut-steps', '2'], '--cut-steps 2 needs as many epochs of fine-tuning, there are 1'),
     (['--method', 'epfs', '--criterion', 'l1'], '--criterion needs --method none, --method is epfs'),
     (['--method', 'epfs', '--compensate'], '--compensate is for cuts that nothing was learned for, --method is epfs'),
     (['--method', 'epfs', '--sparse-epochs', '0'], '--method epfs learns in the sparse phase, which has 0 epochs'),

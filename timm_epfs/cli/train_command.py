@@ -59,6 +59,10 @@ def _add_phase_arguments(group: argparse._ArgumentGroup) -> None:
         help='epochs of the sparse phase, in which the method learns what to cut; the rest are for fine-tuning '
              '(default: 0.4 of the epochs after the dense phase; 0 for --method none)')
     group.add_argument(
+        '--cut-steps', type=positive, metavar='N',
+        help='with --method none: cut in N steps, the first before fine-tuning and one after each of its first N - 1 '
+             'epochs, to budgets on the cubic schedule of Zhu and Gupta (default: 1)')
+    group.add_argument(
         '--compensate', action='store_true',
         help='with --method none: before fine-tuning, let the weights that stay make up for those that went, as far as '
              'training images show it (default: off)')

@@ -49,6 +49,7 @@ def check_options(args: argparse.Namespace) -> None:
     if args.method != 'none' and args.compensate:
         raise PruningError(
             f'--compensate is for cuts that nothing was learned for, --method is {args.method}; drop one of them')
+    _check_cut_steps(args)
     if args.amp and args.amp_dtype == 'float16' and args.device == 'cpu':
         raise PruningError('--amp-dtype float16 has no fast kernels on cpu; use bfloat16, or another --device')
     if args.amp and args.device == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2':
@@ -56,6 +57,21 @@ def check_options(args: argparse.Namespace) -> None:
     if args.workers is None:
         args.workers = 0 if args.dataset == 'digits' else min(4, os.cpu_count() or 1)
     phase_epochs(args)
+
+
+def _check_cut_steps(args: argparse.Namespace) -> None:
+    steps = args.cut_steps or 1
+    if steps == 1:
+        return
+    if args.method != 'none':
+        raise PruningError(f'--cut-steps {steps} needs --method none, --method is {args.method}; drop one of them')
+    if args.latency is not None:
+        raise PruningError(f'--cut-steps {steps} needs a budget of --macs or --params, --latency was given; give those')
+    finetune = phase_epochs(args)['finetune']
+    if finetune < steps:
+        raise PruningError(
+            f'--cut-steps {steps} needs as many epochs of fine-tuning, there are {finetune}; give more --epochs or '
+            'fewer steps')
 
 
 def phase_epochs(args: argparse.Namespace) -> Dict[str, int]:

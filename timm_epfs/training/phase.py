@@ -10,9 +10,10 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import TrainingTask, evaluation_sample_limit
 from timm.utils import AverageMeter, NativeScaler, accuracy, dispatch_clip_grad, distribute_bn
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core import PruningError, one_line
+from ..surgery import cut_optimizer
 
 __all__ = ['Phase', 'evaluate']
 
@@ -62,13 +63,32 @@ class Phase:
             )
         scale_loss = args.amp and args.amp_dtype == 'float16'
         self.scaler = NativeScaler(device=self.device.type) if scale_loss else None
-        if args.model_ema:
-            task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-        if args.torchcompile:
-            task.compile(backend=args.torchcompile)
-        if args.distributed:
-            task.prepare_distributed(device_ids=[args.local_rank] if self.device.type == 'cuda' else None)
+        self._prepare_task()
         self._update_lr()
+
+    def _prepare_task(self) -> None:
+        args = self.args
+        if args.model_ema:
+            self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        if args.torchcompile:
+            self.task.compile(backend=args.torchcompile)
+        if args.distributed:
+            self.task.prepare_distributed(device_ids=[args.local_rank] if self.device.type == 'cuda' else None)
+
+    def go_on_with(self, task: TrainingTask, before: nn.Module, after: nn.Module) -> None:
+        """Train what a cut left of the model, with the optimizer's state and the schedule. Averages start anew.
+
+        Args:
+            task: A task with the cut model.
+            before: The model that was trained so far.
+            after: The cut model.
+
+        Raises:
+            PruningError: The optimizer's state can't be cut.
+        """
+        cut_optimizer(self.optimizer, before, after)
+        self.task = task
+        self._prepare_task()
 
     def _update_lr(self) -> None:
         """Set the learning rate of the next step; ``lr`` keeps that of the last one, for the history."""

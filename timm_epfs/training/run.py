@@ -87,7 +87,7 @@ class Run:
         config: The model's data config.
         batches: The images.
         epochs: Epochs of each phase.
-        history: One row per epoch, and one for the cut.
+        history: One row per epoch, and one for each cut.
         masks: A histogram of the masks for each sparse epoch.
 
     Raises:
@@ -149,6 +149,8 @@ class Run:
         random_seed(self.args.seed)
         phase = self._phase(name, saved) if self.epochs[name] else None
         for epoch in range(saved['epoch'] if saved else 0, self.epochs[name]):
+            if name == 'finetune' and 0 < epoch < (self.args.cut_steps or 1):
+                self._cut_further(phase, number=epoch + 1)
             self._epoch(phase, epoch)
         has_ema = phase is not None and phase.task.has_ema()
         averaged = phase.task.get_trainable_module(ema=True).module if has_ema else None
@@ -162,6 +164,14 @@ class Run:
             if self.first:
                 self.dense_weights.save(self.model)
             self._wait()
+
+    def _cut_further(self, phase: Phase, number: int) -> None:
+        """Make the next of ``--cut-steps``, between two epochs. A run that is resumed from there makes it again."""
+        random_seed(self.args.seed)
+        self.batches.set_epoch(0)
+        before, self.model = self.model, self._cut.one_shot_further(self.model, number)
+        phase.go_on_with(self._task(phase.name), before, self.model)
+        self._record('cut', phase.evaluate(self.batches.validation))
 
     def _phase(self, name: str, saved: Optional[Mapping[str, Any]]) -> Phase:
         """A phase at its start, or where the checkpoint was saved."""

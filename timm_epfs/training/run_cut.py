@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Iterable
 
 from torch import nn
 
-from ..core import DEFAULT_KINDS, PruningError, Repeatable, one_line, step
+from ..core import Budget, PruningError, Repeatable, one_line, step
 from ..importance import CRITERIA
 from ..learn import METHODS, Learner
 from ..pruner import Pruner
@@ -34,11 +34,15 @@ class RunCut:
     @cached_property
     def pruner(self) -> Pruner:
         """The dense model with its trace, which is made once and serves the whole run."""
+        return self._pruner(self.model)
+
+    def _pruner(self, model: nn.Module) -> Pruner:
         method = METHODS.get(self.args.method)
         options, _ = cut_options(self.args)
-        options.setdefault('kinds', method.default_kinds if method else DEFAULT_KINDS)
+        if method is not None:
+            options.setdefault('kinds', method.default_kinds)
         with one_line(f'--method {self.args.method} can\'t be set up'):
-            return Pruner(self.model, data=self._some_batches, **options)
+            return Pruner(model, data=self._some_batches, **options)
 
     def check(self) -> None:
         """Raise ``PruningError`` before any training, if the model can't be cut as the options say."""
@@ -76,13 +80,42 @@ class RunCut:
             return method(pruner, budget(self.args), steps, **options)
 
     def one_shot(self) -> nn.Module:
-        """A copy of the model, cut by a criterion.
+        """A copy of the model, cut by a criterion: to the budget, or to that of the first of ``--cut-steps``.
 
         Raises:
             PruningError: The model can't be cut to the budget.
         """
+        wanted = budget(self.args)
+        if (self.args.cut_steps or 1) > 1:
+            wanted = self._budget_of_step(1, self.pruner.cost(wanted.quantity))
+        return self._cut(self.pruner, wanted)
+
+    def one_shot_further(self, model: nn.Module, number: int) -> nn.Module:
+        """A copy of what earlier cuts left, cut to the budget of the next of ``--cut-steps``.
+
+        Args:
+            model: The pruned model as it is now.
+            number: Number of this cut, from 2 on.
+
+        Raises:
+            PruningError: The model can't be cut to the budget.
+        """
+        dense_cost, _ = model.pruning_plan.cost[budget(self.args).quantity]
+        return self._cut(self._pruner(model), self._budget_of_step(number, dense_cost))
+
+    def _cut(self, pruner: Pruner, wanted: Budget) -> nn.Module:
         with one_line('--method none can\'t cut'):
-            return self.pruner(budget(self.args), compensate=self.args.compensate, **self._one_shot_options())
+            return pruner(wanted, compensate=self.args.compensate, **self._one_shot_options())
+
+    def _budget_of_step(self, number: int, dense_cost: float) -> Budget:
+        """What one of ``--cut-steps`` may leave, as a count. What is removed of the cost grows on a cubic schedule.
+
+        Zhu and Gupta, To prune, or not to prune, 2017, equation 1: most goes early, while there is much to spare.
+        """
+        final = budget(self.args)
+        share = final.share(dense_cost)
+        left = share + (1 - share) * (1 - number / self.args.cut_steps) ** 3
+        return Budget(**{final.quantity: left * dense_cost})
 
     def _one_shot_options(self) -> Dict[str, Any]:
         _, options = cut_options(self.args)
