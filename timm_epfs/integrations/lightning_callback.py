@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..core import PruningError, one_line
-from ..learn import METHODS, Learner
+from ..learn import Learner, method_of
 from ..plan import Plan
 from ..surgery import cut_copy, cut_optimizer
 
@@ -57,11 +57,9 @@ class LightningPruningCallback(pl.Callback):
             target: Optional[Callable[[Any], Any]] = None,
             **options: Any,
     ):
-        if isinstance(method, str) and method not in METHODS:
-            raise PruningError(f'method={method!r} is unknown; give one of {", ".join(METHODS)}')
         if not (isinstance(sparse_epochs, int) and sparse_epochs >= 1):
             raise PruningError(f'sparse_epochs={sparse_epochs!r} was given; give a positive integer')
-        self.method = METHODS[method] if isinstance(method, str) else method
+        self.method = method_of(method)
         self.sparse_epochs, self.attribute, self.target, self.options = sparse_epochs, attribute, target, options
         self.learner: Optional[Learner] = None
         self._plan: Optional[Plan] = None   # of the cut, made on the model as it was before training

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..core import PruningError
-from ..learn import METHODS, Learner
+from ..learn import Learner, method_of
 from ..plan import PrunedModel
 from ..surgery import is_masked, unmasked_name
 from ..training.checkpoints import Checkpoints
@@ -52,9 +52,7 @@ class PruningCallback(TrainerCallback):
     """
 
     def __init__(self, method: Union[str, Type[Learner]] = 'epfs', **options: Any):
-        if isinstance(method, str) and method not in METHODS:
-            raise PruningError(f'method={method!r} is unknown; give one of {", ".join(METHODS)}')
-        self.method = METHODS[method] if isinstance(method, str) else method
+        self.method = method_of(method)
         self.options = options
         self.learner: Optional[Learner] = None
         self._model: Optional[nn.Module] = None
