@@ -97,8 +97,8 @@ def main() -> None:
     draw(results, path.with_suffix('.png'))
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_args(description: str = __doc__) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument('model')
     parser.add_argument('--data-dir', type=Path, required=True, help='CIFAR-10, or a folder or .tar of ImageNet images')
     parser.add_argument('--checkpoint', type=Path, help='dense weights (default: those in cifar10/results)')

@@ -284,6 +284,26 @@ def test_the_clock_shows_what_was_asked(fake_clock, name, asked):
     assert timm_epfs.Plan.from_json(slim.pruning_plan.to_json()).recipe == json.loads(json.dumps(recipe))
 
 
+def test_a_latency_is_met_by_widths_and_depth_in_one_search(fake_clock, monkeypatch):
+    """On a clock that takes as long for a narrow call as for a wide one, blocks go unless kinds= keeps them."""
+    plain = seconds_of
+    monkeypatch.setattr(sys.modules[__name__], 'seconds_of', lambda *args: 4e-7 + plain(*args))
+    pruner = timm_epfs.Pruner('resnet20_cifar')
+    both, macs = pruner(latency=0.6, criterion='fpgm').pruning_plan, pruner(macs=0.5, criterion='fpgm').pruning_plan
+    widths = timm_epfs.prune('resnet20_cifar', latency=0.6, criterion='fpgm', kinds=['channels']).pruning_plan
+    assert both.removed_blocks() and 'blocks' in both.recipe['kinds']
+    assert not widths.removed_blocks() and not macs.removed_blocks() and 'kinds' not in macs.recipe
+    assert both.cost['macs'][1] > widths.cost['macs'][1]
+    whole_layers = timm_epfs.prune('resnet20_cifar', latency=0.6, criterion='fpgm', exclude=['layer1', 'layer2.0'])
+    assert not {'layer1.0', 'layer1.1', 'layer1.2', 'layer2.0'} & {*whole_layers.pruning_plan.removed_blocks()}
+
+
+@pytest.mark.parametrize('options', [{'widths': 'cost'}, {'scope': 'local'}, {'widths': 'l1'}])
+def test_blocks_stay_where_something_else_than_scores_says_how_much_goes(fake_clock, options):
+    plan = timm_epfs.Pruner('resnet20_cifar').plan(latency=0.6, **options)
+    assert not plan.removed_blocks() and 'kinds' not in plan.recipe
+
+
 def test_a_model_that_is_given_stays_as_it_is(fake_clock):
     model = timm.create_model('resnet20_cifar').eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

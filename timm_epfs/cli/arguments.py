@@ -116,7 +116,8 @@ def add_choice_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         '--kinds', nargs='+', metavar='KIND',
         help=f'kinds of units to cut: channels (or filters, neurons), {", ".join(KINDS[1:])} '
-             f'(default: {", ".join(DEFAULT_KINDS)}; train --method sss: all)')
+             f'(default: {", ".join(DEFAULT_KINDS)}; with --latency blocks, too, unless a method learns; train '
+             f'--method sss: all)')
     group.add_argument(
         '--streams', action=argparse.BooleanOptionalAction,
         help='whether residual streams that are normalised over their channels may be cut '

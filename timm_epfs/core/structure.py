@@ -18,7 +18,7 @@ from .text import nearest
 __all__ = ['DEFAULT_KINDS', 'KINDS', 'Member', 'Size', 'Structure', 'check_patterns', 'kinds_named', 'pattern_list']
 
 KINDS = ('channels', 'heads', 'head_dims', 'groups', 'blocks')
-DEFAULT_KINDS = ('channels', 'heads', 'head_dims', 'groups')  # whole blocks are cut only on request
+DEFAULT_KINDS = ('channels', 'heads', 'head_dims', 'groups')  # blocks only on request, or to meet a latency
 _SYNONYMS = {'filters': 'channels', 'neurons': 'channels'}  # as papers call them
 
 
