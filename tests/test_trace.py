@@ -5,6 +5,9 @@ import importlib
 import math
 import pkgutil
 from collections import Counter, defaultdict
+from dataclasses import dataclass
+from operator import attrgetter
+from types import SimpleNamespace
 from typing import Dict
 
 import numpy as np
@@ -24,7 +27,7 @@ from torchvision.ops import DeformConv2d, nms, roi_align
 import timm_epfs
 import timm_epfs.trace
 from timm_epfs.core import PruningError
-from timm_epfs.plan import make_plan
+from timm_epfs.plan import Plan, make_plan
 from timm_epfs.pruner import trace_model
 from timm_epfs.surgery import apply_plan
 from timm_epfs.trace import rule
@@ -398,6 +401,18 @@ def test_a_trace_leaves_mode_and_weights():
 
 # -- attributes -----------------------------------------------------------------------------------------------------
 
+@dataclass(frozen=True)
+class Config:
+    width: int
+    groups: int
+
+
+def holding(**attributes):
+    module = nn.Identity()
+    vars(module).update(attributes)
+    return module
+
+
 ATTRIBUTE_ROWS = {
     'an attribute': (lambda m, y: y.reshape(-1, 2, m.width), {'width': 4}, {'width': 2}),
     'half of an attribute': (lambda m, y: y.reshape(-1, 2, m.twice // 2), {'twice': 8}, {'twice': 4}),
@@ -405,6 +420,17 @@ ATTRIBUTE_ROWS = {
         lambda m, y: y.reshape(-1, m.heads, 2).relu().reshape(-1, m.heads * 2), {'heads': 4}, {'heads': 2}),
     'an entry of a tuple': (lambda m, y: y.reshape(-1, *m.shape), {'shape': (2, 4)}, {'shape': (2, 2)}),
     'a length that was read from a tensor': (lambda m, y: y.reshape(-1, 2, y.shape[-1] // 2), {}, {}),
+    'an attribute below a name with an underscore': (
+        lambda m, y: y.reshape(-1, 2, m._inner.width), {'_inner': holding(width=4)}, {'_inner.width': 2}),
+    'a setting of an object': (
+        lambda m, y: y.reshape(-1, 2, m.config.widths[-1]), {'config': SimpleNamespace(depth=3, widths=[2, 4])},
+        {'config.depth': 3, 'config.widths': [2, 2]}),
+    'a setting of a frozen dataclass': (
+        lambda m, y: y.reshape(-1, m.config.groups, m.config.width), {'config': Config(4, 2)},
+        {'config': Config(2, 2)}),
+    'a setting of a dict in an object': (
+        lambda m, y: y.reshape(-1, 2, m.config.encoder['width']), {'config': SimpleNamespace(encoder={'width': 4})},
+        {'config.encoder': {'width': 2}}),
     'an attribute of that value that is not used': (
         lambda m, y: y.reshape(-1, 2, y.shape[-1] // 2), {'stride': 4}, {'stride': 4}),
 }
@@ -426,9 +452,49 @@ def test_attributes_follow(what):
     keep = {structure.name: np.arange(structure.units)[::2]}
     cut = apply_plan(copy.deepcopy(module), make_plan(traced, keep, {}))
     assert cut.a.out_features == 4
-    assert {name: getattr(cut, name) for name in expected} == expected
+    assert {name: attrgetter(name)(cut) for name in expected} == expected
     with torch.no_grad():
         assert distance(masked(module, traced.structures, keep)(rows), cut(rows)) < 1e-5
+
+
+class Scaled(nn.Module):
+    """Mixes by channels whose number it reads from a config."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.up, self.down = nn.Linear(12, config.width), nn.Linear(config.width, 12)
+
+    def forward(self, x):
+        y = self.up(x).relu().view(-1, 2, self.config.width // 2).transpose(1, 2).reshape(-1, self.config.width)
+        return self.down(y)
+
+
+def test_layers_that_share_a_config_get_their_own_where_they_are_cut():
+    config = SimpleNamespace(width=8, eps=1e-5)
+    model = nn.Sequential(Scaled(config), Scaled(config), Scaled(config), nn.Linear(12, 5)).eval()
+    traced = trace_model(model, torch.zeros(1, 12))
+    units = {'0.up': 4, '1.up': 4, '2.up': 4}
+    assert {name: found(traced)[name] for name in units} == units
+    keep = {s.name: np.arange({'0.up': 2, '1.up': 3}.get(s.name, s.units)) for s in traced.structures}
+    plan = Plan.from_json(make_plan(traced, keep, {}).to_json())
+    cut = apply_plan(copy.deepcopy(model), plan)
+    assert [layer.config.width for layer in cut[:3]] == [4, 6, 8] and config.width == 8
+    x = torch.randn(2, 12)
+    assert distance(masked(model, traced.structures, keep)(x), cut(x)) < 1e-5
+
+
+def test_a_setting_that_stands_for_two_widths_holds_both():
+    def forward(net, x):
+        y = net.b(net.a(x).relu().view(-1, net.config.width))
+        return net.d(net.c(y.relu()).relu().view(-1, net.config.width))
+
+    net = Net(forward, a=nn.Linear(12, 8), b=nn.Linear(8, 6), c=nn.Linear(6, 8), d=nn.Linear(8, 5),
+              config=SimpleNamespace(width=8))
+    traced = trace_model(net, torch.zeros(1, 12))
+    assert found(traced) == {'b': 6}
+    assert traced.fixed['a'] == traced.fixed['c'] == (
+        8, 'config.width is one number, and what it is the length of would be cut differently')
 
 
 def test_a_number_in_the_code_costs_coverage_and_breaks_nothing():

@@ -4,6 +4,7 @@ In: nothing of this library. Out: ``Structure``, ``CostModel``, ``Budget``, ``Pr
 """
 from .attention import PrunedMultiheadAttention, plain_attention, refresh_attention, without_fused_attention
 from .budget import BUDGETS, Budget
+from .configs import changed_settings, settings_of
 from .cost import QUANTITIES, CostModel, is_number
 from .deep_copies import clone_tensor, deep_copy
 from .errors import OutOfReach, PruningError, first_few, one_line
@@ -23,10 +24,10 @@ from .validation import ANYTHING, DICT, FLAG, INTEGER, LIST, TEXT, Rule, check, 
 __all__ = [
     'ANYTHING', 'BUDGETS', 'Budget', 'CostModel', 'DEFAULT_KINDS', 'DICT', 'FLAG', 'INTEGER', 'KINDS', 'LIST',
     'Member', 'OutOfReach', 'PrunedMultiheadAttention', 'PruningError', 'QUANTITIES', 'Repeatable', 'Rule', 'Size',
-    'Structure', 'TEXT', 'aligned_table', 'check', 'check_patterns', 'check_place', 'clone_tensor', 'complement',
-    'deep_copy', 'device_of', 'distinct', 'eval_mode', 'first_few', 'format_count', 'from_first', 'invalid',
-    'is_number', 'kind_of', 'kinds_named', 'locked', 'markdown_table', 'measured_by_first', 'named_tensors',
-    'nearest', 'nearest_keyword', 'one_line', 'pattern_list', 'percent', 'plain_attention', 'progress',
-    'refresh_attention', 'refuse_unknown', 'returned_tensors', 'set_modes', 'shorten', 'step', 'summed', 'warn',
-    'whole_folder', 'without_fused_attention', 'world_size', 'write_whole',
+    'Structure', 'TEXT', 'aligned_table', 'changed_settings', 'check', 'check_patterns', 'check_place',
+    'clone_tensor', 'complement', 'deep_copy', 'device_of', 'distinct', 'eval_mode', 'first_few', 'format_count',
+    'from_first', 'invalid', 'is_number', 'kind_of', 'kinds_named', 'locked', 'markdown_table', 'measured_by_first',
+    'named_tensors', 'nearest', 'nearest_keyword', 'one_line', 'pattern_list', 'percent', 'plain_attention',
+    'progress', 'refresh_attention', 'refuse_unknown', 'returned_tensors', 'set_modes', 'settings_of', 'shorten',
+    'step', 'summed', 'warn', 'whole_folder', 'without_fused_attention', 'world_size', 'write_whole',
 ]

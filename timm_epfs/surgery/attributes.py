@@ -11,7 +11,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..core import PrunedMultiheadAttention, refresh_attention
+from ..core import PrunedMultiheadAttention, changed_settings, refresh_attention, settings_of
 
 __all__ = ['attribute_misfits', 'refresh_encoders', 'refresh_shapes', 'repeated_sizes', 'set_attribute']
 
@@ -56,7 +56,8 @@ def attribute_misfits(model: nn.Module, attributes: Mapping[str, int]) -> List[s
 def set_attribute(model: nn.Module, path: str, value: int) -> None:
     """Set the integer at a path: ``'blocks.0.attn.num_heads'``, ``'feature_info.2.num_chs'``.
 
-    Lists, tuples and dicts on the way are replaced, because a model may share them with its copies or its class:
+    Lists, tuples, dicts and configs on the way are replaced, because a model may share them with its copies or its
+    class, and its modules with each other:
 
     >>> class Net(nn.Module):
     ...     widths = (4, 8)
@@ -79,13 +80,17 @@ def _entry(owner: Any, part: str) -> Any:
         return owner[int(part)]
     if isinstance(owner, dict):
         return owner[part]
-    if not isinstance(owner, nn.Module) or part.startswith('_'):
+    if not isinstance(owner, nn.Module):
+        return settings_of(owner)[part]
+    if part in owner._modules:
+        return owner._modules[part]
+    if part.startswith('_'):
         raise KeyError(part)
-    return owner._modules[part] if part in owner._modules else inspect.getattr_static(owner, part)
+    return inspect.getattr_static(owner, part)
 
 
 def _with_entry(owner: Any, path: Sequence[str], value: int) -> Any:
-    """The owner with this entry: itself where it is an object, a new one where it is a list, tuple or dict."""
+    """The owner with this entry: itself where it is a module, a new one where it is a list, tuple, dict or config."""
     part, rest = path[0], path[1:]
     present = _entry(owner, part)
     entry = _with_entry(present, rest, value) if rest else value
@@ -98,6 +103,8 @@ def _with_entry(owner: Any, path: Sequence[str], value: int) -> Any:
         return type(owner)(entry if i == int(part) else item for i, item in enumerate(owner))
     if isinstance(owner, dict):
         return {**owner, part: entry}
+    if not isinstance(owner, nn.Module):
+        return changed_settings(owner, {part: entry})
     setattr(owner, part, entry)
     return owner
 

@@ -12,7 +12,7 @@ from .labels import Solution
 from .recorder import Recorder
 from .sizes import Sizer, attribute_sizes
 
-__all__ = ['Proposal', 'build', 'fixed_dims']
+__all__ = ['FixedDim', 'Proposal', 'build', 'fixed_dims']
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Proposal:
         structures: The structures, in the order of the model's parameters, residual blocks last.
         cost: The cost model.
         attributes: Sizes of the integer attributes that follow, by path.
-        conflicts: Labels that must be pinned first, since an attribute would have to have two values.
+        conflicts: Labels that must be pinned first, since an attribute would have to have two values, and why.
         sizer: Sizes of labels.
         blocks: The residual blocks among the structures.
         solution: The units that the structures and sizes come from.
@@ -31,7 +31,7 @@ class Proposal:
     structures: Tuple[Structure, ...]
     cost: CostModel
     attributes: Dict[str, Size]
-    conflicts: List[np.ndarray]
+    conflicts: List[Tuple[np.ndarray, str]]
     sizer: Sizer
     blocks: Tuple[Block, ...]
     solution: Solution
@@ -43,10 +43,12 @@ class FixedDim(NamedTuple):
     Attributes:
         module: Name of the layer.
         units: Length of the dim.
-        source: Number of the operation that pins it, ``RETURNED``, or None where it isn't known.
+        unit: Unit of its first entry.
+        source: Number of the operation that pins it, ``RETURNED``, or None where no operation does.
     """
     module: str
     units: int
+    unit: int
     source: Optional[int]
 
 
@@ -95,7 +97,8 @@ def fixed_dims(rec: Recorder, solution: Solution) -> Iterator[FixedDim]:
         for label in labels if name in rec.parameters else ():
             if label is not None and written[label].all() and solution.pinned[label].all():
                 owner = Member(name, 0, 'out', label).owner
-                yield FixedDim(owner or name, len(label), sources.get(int(solution.unit[label[0]])))
+                unit = int(solution.unit[label[0]])
+                yield FixedDim(owner or name, len(label), unit, sources.get(unit))
 
 
 def _activation_labels(rec: Recorder) -> Iterator[np.ndarray]:

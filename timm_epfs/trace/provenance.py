@@ -7,6 +7,7 @@ from typing import Any, Iterator, Optional, Tuple, Union
 import numpy as np
 from torch import nn
 
+from ..core import changed_settings, settings_of
 from .labels import Label
 
 __all__ = ['Length', 'Tracked', 'tagged']
@@ -82,23 +83,42 @@ class Tracked(int):
 
 @contextmanager
 def tagged(model: nn.Module) -> Iterator[None]:
-    """Inside the block, a model's integer attributes, also those in tuples and lists, remember their paths."""
+    """Inside the block, a model's integer attributes remember their paths, also those in tuples, lists and configs.
+
+    Modules that share a config have one of their own inside the block, so that each may get another width.
+    """
     before = []
     for name, module in model.named_modules():
-        prefix = f'{name}.' if name else ''
         for key, value in list(vars(module).items()):
             if key.startswith('_') or key == 'training':
                 continue
-            if type(value) is int:
-                tracked: Any = Tracked(value, ((prefix + key, 1),))
-            elif type(value) in (tuple, list) and value and all(type(v) is int for v in value):
-                tracked = type(value)(Tracked(v, ((f'{prefix}{key}.{i}', 1),)) for i, v in enumerate(value))
-            else:
-                continue
-            before.append((module, key, value))
-            vars(module)[key] = tracked
+            tracked = _tracked(f'{name}.{key}' if name else key, value)
+            if tracked is not value:
+                before.append((module, key, value))
+                vars(module)[key] = tracked
     try:
         yield
     finally:
         for module, key, value in before:
             vars(module)[key] = value
+
+
+def _tracked(path: str, value: Any, within: Tuple[int, ...] = ()) -> Any:
+    """A value whose integers remember their paths; the value itself where it has none.
+
+    Args:
+        path: Its path.
+        value: The value.
+        within: Ids of the configs that it is in, any of which it may hold in turn.
+    """
+    if type(value) is int:
+        return Tracked(value, ((path, 1),))
+    if type(value) in (tuple, list):
+        if not value or any(type(v) is not int for v in value):
+            return value
+        return type(value)(_tracked(f'{path}.{i}', v) for i, v in enumerate(value))
+    if id(value) in within:
+        return value
+    found = {key: (v, _tracked(f'{path}.{key}', v, (*within, id(value)))) for key, v in settings_of(value).items()}
+    changes = {key: after for key, (v, after) in found.items() if after is not v and '.' not in key}
+    return changed_settings(value, changes) if changes else value

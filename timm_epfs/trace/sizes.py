@@ -60,12 +60,15 @@ class Sizer:
         return length
 
 
-def attribute_sizes(attributes: Iterable[Attribute], sizer: Sizer) -> Tuple[Dict[str, Size], List[np.ndarray]]:
+def attribute_sizes(
+        attributes: Iterable[Attribute],
+        sizer: Sizer,
+) -> Tuple[Dict[str, Size], List[Tuple[np.ndarray, str]]]:
     """The integer attributes that follow a cut.
 
     Returns:
         sizes: Their sizes, by path.
-        conflicts: Labels that can't be cut, since an attribute would have to have two values or a fraction.
+        conflicts: Labels that can't be cut, since an attribute would have to have two values or a fraction, and why.
     """
     found, conflicts = {}, []
     for attribute in attributes:
@@ -74,7 +77,8 @@ def attribute_sizes(attributes: Iterable[Attribute], sizer: Sizer) -> Tuple[Dict
             for label, scale in attribute.seen
         }
         if len(sizes) > 1 or None in sizes:
-            conflicts += [label for label, _ in attribute.seen if label is not None and sizer.is_cut(label)]
+            why = f'{attribute.path} is one number, and what it is the length of would be cut differently'
+            conflicts += [(label, why) for label, _ in attribute.seen if label is not None and sizer.is_cut(label)]
         elif (size := sizes.pop()).coefs:
             found[attribute.path] = size
     return found, conflicts

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map
 
 from ..core import CostModel, PruningError, Size, Structure
 from .blocks import Block
-from .build import Proposal, build, fixed_dims
+from .build import FixedDim, Proposal, build, fixed_dims
 from .calls import Call
 from .copies import raised_at
 from .costs import build_calls
@@ -96,12 +96,13 @@ def trace(
             skipped = _training_only(rec, forward)
         skipped += [Skipped(_place(site), f'operation {name} has no rule') for name, site in rec.opaque.items()]
         verifier = None if cut is None else Verifier(forward, cut, rec.operations[:rec.main], isolation)
-        proposal, skipped = _find_verified(rec, verifier, skipped)
+        proposal, limits = _find_verified(rec, verifier, skipped)
     calls = build_calls(rec, proposal.sizer, proposal.blocks)
     unseen = {name: tuple(tensor.shape) for name, tensor in rec.parameters.items() if name not in rec.params}
-    fixed = {dim.module: (dim.units, _reason(rec, dim.source)) for dim in fixed_dims(rec, proposal.solution)}
+    fixed = {
+        dim.module: (dim.units, _reason(rec, dim, proposal, limits)) for dim in fixed_dims(rec, proposal.solution)}
     return Trace(
-        proposal.structures, proposal.cost, proposal.attributes, tuple(skipped), calls, on_numbers, unseen, fixed)
+        proposal.structures, proposal.cost, proposal.attributes, limits.skipped, calls, on_numbers, unseen, fixed)
 
 
 # -- record ---------------------------------------------------------------------------------------------------------
@@ -163,16 +164,6 @@ def _training_only(rec: Recorder, forward: Forward) -> List[Skipped]:
     return []
 
 
-def _reason(rec: Recorder, source: Optional[int]) -> str:
-    """Why a width is fixed, given what pinned it."""
-    if source == RETURNED:
-        return OUTPUT_WIDTH
-    if source is None or source >= len(rec.operations):
-        return 'a cut there does not run as predicted'
-    operation = rec.operations[source]
-    return f'{operation.name} at {_place(operation.site)}'
-
-
 # -- propose, verify, tighten ---------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -180,11 +171,11 @@ class _Limits:
     """What a proposal must leave alone.
 
     Attributes:
-        pins: Labels of which nothing is cut.
+        pins: Labels of which nothing is cut, and why.
         blocks: The residual blocks that may go; no others.
         skipped: Where the pins come from.
     """
-    pins: Tuple[np.ndarray, ...]
+    pins: Tuple[Tuple[np.ndarray, str], ...]
     blocks: Tuple[Block, ...]
     skipped: Tuple[Skipped, ...]
 
@@ -193,19 +184,19 @@ def _find_verified(
         rec: Recorder,
         verifier: Optional[Verifier],
         skipped: Sequence[Skipped],
-) -> Tuple[Proposal, Tuple[Skipped, ...]]:
+) -> Tuple[Proposal, _Limits]:
     """Propose, verify and tighten the limits until a proposal holds.
 
     Returns:
         proposal: The one that holds.
-        skipped: The places given, and those that the limits come from.
+        limits: Its limits. They come from the places given and from others.
     """
     limits = _Limits((), rec.blocks, tuple(skipped))
     for _ in range(_MAX_ROUNDS):
-        proposal = build(rec, rec.labels.solve(limits.pins), limits.blocks)
+        proposal = build(rec, rec.labels.solve([label for label, _ in limits.pins]), limits.blocks)
         tighter = _tighten(limits, proposal, rec.operations, verifier)
         if tighter is None:
-            return proposal, limits.skipped
+            return proposal, limits
         limits = tighter
     last = limits.skipped[-1] if limits.skipped else Skipped('attributes', 'they need two values at once')
     raise PruningError(
@@ -228,7 +219,8 @@ def _tighten(
         copy = verifier.verify(proposal)
     except Mismatch as e:
         skipped = Skipped(_place(operations[e.index].site), e.why)
-        pins = _labels_around(operations, e.index, proposal.sizer)
+        why = f'a cut fails at {skipped.where}: {e.why}'
+        pins = [(label, why) for label in _labels_around(operations, e.index, proposal.sizer)]
         return replace(limits, pins=(*limits.pins, *pins), skipped=(*limits.skipped, skipped))
     if not verifier.runs_without_blocks(copy, proposal):
         return replace(limits, blocks=_fewer(limits.blocks))
@@ -248,6 +240,17 @@ def _touched(operations: Sequence[Operation], some: Sequence[Operation]) -> List
     """Labels that some operations touch, wherever their lines of code run."""
     lines = {(op.name, op.site) for op in some}
     return [label for op in operations if (op.name, op.site) in lines for label in op.labels]
+
+
+def _reason(rec: Recorder, dim: FixedDim, proposal: Proposal, limits: _Limits) -> str:
+    """Why a width is fixed."""
+    if dim.source == RETURNED:
+        return OUTPUT_WIDTH
+    if dim.source is not None and dim.source < len(rec.operations):
+        operation = rec.operations[dim.source]
+        return f'{operation.name} at {_place(operation.site)}'
+    held = (why for label, why in limits.pins if (proposal.solution.unit[label] == dim.unit).any())
+    return next(held, 'a reshape that no cut fits')
 
 
 def _fewer(blocks: Sequence[Block]) -> Tuple[Block, ...]:
