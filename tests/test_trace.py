@@ -353,6 +353,18 @@ RULE_ROWS = {
     'unpooling': (
         Net(lambda m, x: m.b(F.max_unpool2d(*F.max_pool2d(m.a(x), 2, return_indices=True), 2)), a=conv(3, 8),
             b=conv(8, 5)), IMAGE, {'a': 8}),
+    'sampling at an affine grid': (
+        Net(lambda m, x: m.b(F.grid_sample(m.a(x), F.affine_grid(
+            m.d(m.c(x).relu().mean((2, 3))).view(-1, 2, 3), m.a(x).shape, False), align_corners=False)),
+            a=conv(3, 8), c=conv(3, 6), d=nn.Linear(6, 6), b=conv(8, 5)), IMAGE, {'a': 8, 'c': 6}),
+    'triangles': (
+        Net(lambda m, x: m.b((m.w.tril() @ m.a(x)).relu()), a=nn.Linear(12, 8), b=nn.Linear(8, 5),
+            w=nn.Parameter(torch.randn(5, 5))), TOKENS, {'a': 8}),
+    'triangles of each channel': (
+        Net(lambda m, x: m.b(m.a(x).triu(1)), a=conv(3, 8), b=conv(8, 5)), IMAGE, {'a': 8}),
+    'a triangle of channels': (
+        Net(lambda m, x: m.c(m.b(m.a(x).tril().relu()).relu()), a=nn.Linear(12, 8), b=nn.Linear(8, 6),
+            c=nn.Linear(6, 5)), TOKENS, {'b': 6}),
     'deformable convolution': (
         Net(lambda m, x: m.b(m.c(m.a(x), m.o(x)).relu()), a=conv(3, 8), o=conv(3, 18), b=conv(6, 5),
             c=DeformConv2d(8, 6, 3, padding=1)), IMAGE, {'a': 8, 'c': 6}),

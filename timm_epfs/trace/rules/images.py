@@ -85,6 +85,15 @@ def _channels_only(rec, out, x, *args, **kwargs):
     return [result, [None] * out[1].ndim] if isinstance(out, tuple) else result
 
 
+@rule('affine_grid_generator')
+def _affine_grid(rec, out, theta, *args):
+    """A matrix for each image → the coordinates at which it is sampled."""
+    batch, *matrix = rec.labels_of(theta)
+    for label in matrix:
+        rec.labels.pin(label)
+    return [batch, *[None] * (out.ndim - 1)]
+
+
 @rule('max_unpool2d', 'max_unpool3d')
 def _max_unpool(rec, out, x, indices, *args):
     channels = rec.labels.tie(rec.labels_of(x)[-out.ndim + 1], rec.labels_of(indices)[-out.ndim + 1])

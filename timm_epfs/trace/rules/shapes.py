@@ -227,6 +227,15 @@ def _roll(rec, out, x, shifts, dims=()):
     return labels
 
 
+@rule('tril', 'triu')
+def _triangle(rec, out, x, diagonal=0):
+    """Whether an entry is set to zero depends on its place in the last two dims."""
+    labels = list(rec.labels_of(x))
+    for label in labels[-2:]:
+        rec.labels.pin(label)
+    return [*labels[:-2], None, None]
+
+
 @rule('constant_pad_nd')
 def _pad(rec, out, x, pad, value=0):
     labels = list(rec.labels_of(x))
