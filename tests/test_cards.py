@@ -78,6 +78,21 @@ def test_latency_comes_with_where_it_was_measured(slim):
     assert 'Latency' not in make_card(slim, 'me/half')
 
 
+def test_what_was_measured_in_int8_has_a_section_of_its_own(slim):
+    int8 = {
+        'float32': {'top1': 90.25, 'latency_ms': 1.0}, 'int8': {'top1': 90.0, 'latency_ms': 0.5},
+        'engine': 'ONNX Runtime', 'machine': 'AMD EPYC', 'batch_size': 1, 'threads': 2,
+    }
+    card, without = (make_card(slim, 'me/half', metrics) for metrics in ({**METRICS, 'int8': int8}, METRICS))
+    found = section(card, 'In int8')
+    assert numbers(table(found)['top-1, %']) == [90.25, 90, -0.25]
+    assert numbers(table(found)['latency, ms']) == [1, 0.5, -50]
+    assert 'ONNX Runtime on AMD EPYC, batch size 1, threads: 2.' in ' '.join(found.split())
+    assert stamp(card.replace(f'## In int8\n{found}', '')) == without
+    only_top1 = make_card(slim, 'me/half', {'dataset': 'digits', 'int8': {'int8': {'top1': 90.0}}})
+    assert table(section(only_top1, 'In int8'))['top-1, %'] == ['not measured', '90.00', 'not measured']
+
+
 def test_metadata_is_what_the_hub_reads(slim):
     data = ModelCard(make_card(slim, 'me/half', METRICS)).data
     assert data.library_name == 'timm' and data.license == 'apache-2.0' and data.datasets == ['digits']
@@ -272,7 +287,7 @@ def test_metrics_come_back_as_they_are():
 
 
 @pytest.mark.parametrize('metrics, message', [
-    ({'top1': 90}, "metrics: unknown field 'top1'; known: dataset, dataset_id, dense, pruned, latency"),
+    ({'top1': 90}, "metrics: unknown field 'top1'; known: dataset, dataset_id, dense, pruned, latency, int8"),
     ({'pruned': {'top5': 90}}, "metrics.pruned: unknown field 'top5'"),
     ({'pruned': 90}, 'expected a dict with top1, latency_ms'),
     ([], 'expected a dict'),
@@ -288,6 +303,8 @@ def test_metrics_come_back_as_they_are():
     ({'pruned': {'top1': 90}}, 'without the dataset'),
     ({**METRICS, 'latency': {'machine': 'AMD EPYC', 'batch_size': 1}}, "without the dtype; add 'latency'"),
     ({'dense': {'latency_ms': 1.0}}, 'without the machine'),
+    ({'int8': {'int8': {'top1': 90}}}, 'without the dataset'),
+    ({'int8': {'int8': {'latency_ms': 1.0}, 'machine': 'AMD EPYC', 'batch_size': 1}}, "engine; add 'int8'"),
 ])
 def test_metrics_that_make_no_sense(metrics, message):
     with pytest.raises(PruningError, match=message) as error:

@@ -1,4 +1,4 @@
-"""The dense model and the images of ``timm-epfs prune`` and ``timm-epfs sensitivity``, and their options."""
+"""The dense model and the images of ``timm-epfs prune``, ``sensitivity`` and ``export``, and their options."""
 import argparse
 import os
 from itertools import islice
@@ -16,8 +16,8 @@ from ..zoo import check_readable, create_model, load_weights
 from .arguments import given_model_args, positive
 
 __all__ = [
-    'add_data_arguments', 'add_weight_arguments', 'build_dense', 'check_weights', 'fit_images', 'read_images',
-    'with_progress',
+    'add_data_arguments', 'add_source_arguments', 'add_weight_arguments', 'build_dense', 'check_weights', 'fit_images',
+    'read_images', 'with_progress',
 ]
 
 
@@ -33,11 +33,12 @@ def add_weight_arguments(group: argparse._ArgumentGroup) -> None:
         help='seed of random weights, random scores and the choice of images (default: %(default)s)')
 
 
-def add_data_arguments(group: argparse._ArgumentGroup, required: bool = False) -> None:
+def add_source_arguments(group: argparse._ArgumentGroup, used_for: str, required: bool = False) -> None:
     """Add a folder of images, and how it is read.
 
     Args:
         group: The group of options.
+        used_for: What the training images are for.
         required: Whether there must be images.
     """
     group.add_argument(
@@ -47,16 +48,25 @@ def add_data_arguments(group: argparse._ArgumentGroup, required: bool = False) -
     group.add_argument(
         '--dataset', default='', metavar='NAME', help='dataset type, as in timm (default: a folder or .tar of images)')
     group.add_argument(
-        '--train-split', default='train', metavar='NAME',
-        help='split for criteria, widths and compensation (default: %(default)s)')
+        '--train-split', default='train', metavar='NAME', help=f'split for {used_for} (default: %(default)s)')
+    group.add_argument(
+        '-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N',
+        help='processes that load images (default: %(default)s; the number of CPU cores, at most 4)')
+
+
+def add_data_arguments(group: argparse._ArgumentGroup, required: bool = False) -> None:
+    """Add a folder of images, and how many of them criteria and compensation use.
+
+    Args:
+        group: The group of options.
+        required: Whether there must be images.
+    """
+    add_source_arguments(group, 'criteria, widths and compensation', required)
     group.add_argument(
         '-b', '--batch-size', type=positive, default=128, metavar='N', help='images per batch (default: %(default)s)')
     group.add_argument(
         '--num-batches', type=positive, default=32, metavar='N',
         help='largest number of batches of training images to use (default: %(default)s)')
-    group.add_argument(
-        '-j', '--workers', type=int, default=min(4, os.cpu_count() or 1), metavar='N',
-        help='processes that load images (default: %(default)s; the number of CPU cores, at most 4)')
 
 
 def check_weights(args: argparse.Namespace) -> None:

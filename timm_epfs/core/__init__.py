@@ -11,6 +11,7 @@ from .errors import OutOfReach, PruningError, first_few, one_line
 from .files import check_place, locked, whole_folder, write_whole
 from .indices import complement, distinct
 from .keywords import nearest_keyword, refuse_unknown
+from .log_filter import unlogged
 from .modules import device_of, eval_mode, named_tensors, set_modes
 from .processes import from_first, measured_by_first, summed, world_size
 from .progress_bar import progress, step
@@ -29,5 +30,5 @@ __all__ = [
     'from_first', 'invalid', 'is_number', 'kind_of', 'kinds_named', 'locked', 'markdown_table', 'measured_by_first',
     'named_tensors', 'nearest', 'nearest_keyword', 'one_line', 'pattern_list', 'percent', 'plain_attention',
     'progress', 'refresh_attention', 'refuse_unknown', 'returned_tensors', 'set_modes', 'settings_of', 'shorten',
-    'step', 'summed', 'warn', 'whole_folder', 'without_fused_attention', 'world_size', 'write_whole',
+    'step', 'summed', 'unlogged', 'warn', 'whole_folder', 'without_fused_attention', 'world_size', 'write_whole',
 ]

@@ -11,7 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..core import PruningError, eval_mode, format_count, one_line, write_whole
 
-__all__ = ['FORMATS', 'Run', 'export_model', 'onnx_forward', 'trace_program', 'write_onnx']
+__all__ = [
+    'FORMATS', 'Run', 'export_model', 'export_packages', 'onnx_forward', 'read_pt2', 'trace_program', 'write_onnx',
+    'write_pt2',
+]
 
 # Largest difference between outputs, relative to the largest output. Sums in another order explain as much.
 TOLERANCE = 1e-3
@@ -73,7 +76,7 @@ def write_onnx(exported: ExportedProgram, path: Path) -> None:
     if size >= MOST_ONNX:
         raise PruningError(
             f'export: the weights are {format_count(size)} bytes, an ONNX file holds less than 2 GiB; use --format pt2')
-    with one_line('export: this model can\'t be written as ONNX'), _packages_for_onnx():
+    with one_line('export: this model can\'t be written as ONNX'), export_packages('ONNX'):
         torch.onnx.export(
             exported, f=str(path), dynamo=True, external_data=False, verbose=False,
             input_names=['images'], output_names=['output'],
@@ -82,7 +85,7 @@ def write_onnx(exported: ExportedProgram, path: Path) -> None:
 
 def onnx_forward(path: Path) -> Run:
     """A function that runs an ONNX file with ONNX Runtime on the CPU, on as many threads as torch uses."""
-    with _packages_for_onnx():
+    with export_packages('ONNX'):
         import onnxruntime
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -92,21 +95,27 @@ def onnx_forward(path: Path) -> Run:
     return lambda images: [torch.from_numpy(output) for output in session.run(None, {name: images.numpy()})]
 
 
-def _write_pt2(exported: ExportedProgram, path: Path) -> None:
+def write_pt2(exported: ExportedProgram, path: Path) -> None:
+    """Write an exported program as an archive of ``torch.export``."""
     exported.example_inputs = None  # torch would save them as a pickle
     archive = io.BytesIO()  # given a path that doesn't end in .pt2, torch warns
     torch.export.save(exported, archive)
     path.write_bytes(archive.getbuffer())
 
 
+def read_pt2(path: Path) -> ExportedProgram:
+    """Read an archive of ``torch.export``."""
+    return torch.export.load(io.BytesIO(path.read_bytes()))  # given a path that doesn't end in .pt2, torch warns
+
+
 def _pt2_forward(path: Path) -> Run:
-    module = torch.export.load(io.BytesIO(path.read_bytes())).module()
+    module = read_pt2(path).module()
     return lambda images: tree_leaves(module(images))
 
 
 FORMATS: Dict[str, Tuple[Write, Callable[[Path], Run]]] = {
     'onnx': (write_onnx, onnx_forward),
-    'pt2': (_write_pt2, _pt2_forward),
+    'pt2': (write_pt2, _pt2_forward),
 }
 
 
@@ -133,9 +142,10 @@ def _compare(model: nn.Module, run: Run, images: Tensor) -> Tuple[float, float]:
 
 
 @contextmanager
-def _packages_for_onnx() -> Iterator[None]:
+def export_packages(what: str) -> Iterator[None]:
+    """Turn the failed import of a package inside the block into a ``PruningError`` that says what needs it."""
     try:
         yield
     except ImportError as e:
         raise PruningError(
-            f'ONNX needs {e.name or "a package"}, which is not installed; pip install timm-epfs[export]') from e
+            f'{what} needs {e.name or "a package"}, which is not installed; pip install timm-epfs[export]') from e

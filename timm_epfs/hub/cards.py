@@ -112,6 +112,7 @@ def make_card(
         license=license_name,  # the real name; the metadata may say "other"
         metrics=metrics,
         rows=_comparison(model, plan, metrics),
+        int8_rows=_int8_comparison(metrics.get('int8', {})),
         kept=_share(*plan.cost['macs']) if 'macs' in plan.cost else 'some',
         cut=_describe_cuts(plan),
         steps=[_describe_step(step) for step in steps],
@@ -150,12 +151,20 @@ def _comparison(model: nn.Module, plan: Plan, metrics: Mapping[str, Any]) -> Lis
         return [metrics.get(which, {}).get(quantity) for which in ('dense', 'pruned')]
 
     return [
-        _row('top-1, %', measured('top1'), '{:.2f}'.format, lambda before, after: f'{after - before:+.2f}'),
+        _top1_row(measured('top1')),
         _row('MACs', plan.cost.get('macs', (None, None)), format_count),
         _row('parameters', params, format_count),
         _row('size, MB', sizes, lambda size: f'{size / 1e6:.2f}'),
-        _row('latency, ms', measured('latency_ms'), '{:.2f}'.format),
+        _latency_row(measured('latency_ms')),
     ]
+
+
+def _int8_comparison(measured: Mapping[str, Any]) -> List[Tuple[str, str, str, str]]:
+    """Rows of the table of the pruned model in both number formats: quantity, float32, int8, change."""
+    def pair(quantity: str) -> List[Optional[float]]:
+        return [measured.get(which, {}).get(quantity) for which in ('float32', 'int8')]
+
+    return [_top1_row(pair('top1')), _latency_row(pair('latency_ms'))] if measured else []
 
 
 def _relative_change(before: float, after: float) -> str:
@@ -170,6 +179,14 @@ def _row(
 ) -> Tuple[str, str, str, str]:
     dense, pruned = (_MISSING if value is None else show(value) for value in pair)
     return quantity, dense, pruned, _MISSING if None in pair or not pair[0] else change(*pair)
+
+
+def _top1_row(pair: Any) -> Tuple[str, str, str, str]:
+    return _row('top-1, %', pair, '{:.2f}'.format, lambda before, after: f'{after - before:+.2f}')
+
+
+def _latency_row(pair: Any) -> Tuple[str, str, str, str]:
+    return _row('latency, ms', pair, '{:.2f}'.format)
 
 
 def _share(before: float, after: float) -> str:
@@ -205,16 +222,24 @@ def check_metrics(metrics: Optional[Mapping[str, Any]]) -> Dict[str, Any]:
 
     Raises:
         PruningError: A key is unknown, a value is invalid, or a number lacks its context: top-1 needs the dataset;
-            latency needs the machine, the batch size and the dtype.
+            latency needs the machine, the batch size and the dtype; in int8, the engine in place of the dtype.
     """
     checked = check({} if metrics is None else metrics, _METRICS, 'metrics')
+    int8 = checked.get('int8', {})
     measured = [checked.get(which, {}) for which in ('dense', 'pruned')]
-    if any('top1' in values for values in measured) and 'dataset' not in checked:
+    in_int8 = [int8.get(which, {}) for which in ('float32', 'int8')]
+    if any('top1' in values for values in (*measured, *in_int8)) and 'dataset' not in checked:
         raise PruningError("metrics: top1 was given without the dataset it was measured on; add 'dataset'")
-    for key in ('machine', 'batch_size', 'dtype'):
-        if any('latency_ms' in values for values in measured) and key not in checked.get('latency', {}):
-            raise PruningError(f"metrics: latency_ms was given without the {key}; add 'latency': {{'{key}': …}}")
+    _check_latency(measured, checked.get('latency', {}), 'latency', 'dtype')
+    _check_latency(in_int8, int8, 'int8', 'engine')
     return checked
+
+
+def _check_latency(measured: List[Mapping[str, Any]], context: Mapping[str, Any], name: str, runs_in: str) -> None:
+    """Raise ``PruningError`` if a latency was given without its context, which ``metrics`` has under a name."""
+    for key in ('machine', 'batch_size', runs_in):
+        if any('latency_ms' in values for values in measured) and key not in context:
+            raise PruningError(f"metrics: latency_ms was given without the {key}; add '{name}': {{'{key}': …}}")
 
 
 def _is_line(value: Any) -> bool:
@@ -233,4 +258,7 @@ _METRICS: Dict[str, Any] = {
     'dense': _VALUES,
     'pruned': _VALUES,
     'latency': {'machine': _LINE, 'batch_size': _COUNT, 'dtype': _LINE, 'threads': _COUNT},
+    'int8': {  # of the pruned model, as timm-epfs export --int8 --metrics writes it
+        'float32': _VALUES, 'int8': _VALUES, 'engine': _LINE, 'machine': _LINE, 'batch_size': _COUNT, 'threads': _COUNT,
+    },
 }

@@ -10,7 +10,6 @@ Each function is built on the one above it:
 
 ``peak_memory`` stands by itself.
 """
-import logging
 import os
 import time
 from contextlib import ExitStack, contextmanager
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from ..core import device_of, eval_mode
+from ..core import device_of, eval_mode, unlogged
 
 if TYPE_CHECKING:
     from torch.utils.benchmark import Measurement, Timer
@@ -43,7 +42,7 @@ Forward = Callable[[], object]
 def timer(call: Forward, device: torch.device) -> 'Timer':
     """torch's timer of a call, on as many threads as torch uses now."""
     _keep_heap()
-    with _unlogged('torch.utils.cpp_extension'):  # its import warns where CUDA is installed without a GPU
+    with unlogged('torch.utils.cpp_extension'):  # its import warns where CUDA is installed without a GPU
         from torch.utils.benchmark import Timer
     return Timer('call()', timer=partial(_now, device), globals={'call': call}, num_threads=torch.get_num_threads())
 
@@ -166,21 +165,6 @@ def _keep_heap() -> None:
     ``M_MMAP_THRESHOLD``), unless the buffer came from the heap: the heap hardly has room for four of them.
     """
     [torch.empty(31 << 20, dtype=torch.uint8) for _ in range(4)]
-
-
-@contextmanager
-def _unlogged(name: str) -> Iterator[None]:
-    """Drop what is logged under a name inside the block."""
-    logger = logging.getLogger(name)
-
-    def drop(record: logging.LogRecord) -> bool:
-        return False
-
-    logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        logger.removeFilter(drop)
 
 
 @contextmanager

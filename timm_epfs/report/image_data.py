@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from ..core import PruningError, one_line
 from ..pruner import example_for
 
-__all__ = ['check_classes', 'image_loader', 'image_splits', 'random_images']
+__all__ = ['check_classes', 'class_count', 'image_loader', 'image_splits', 'random_images']
 
 
 def image_splits(
@@ -50,21 +50,26 @@ def image_splits(
     return tuple(datasets)
 
 
+def class_count(dataset: Dataset) -> int:
+    """Number of classes that a dataset names: one of timm's, or any other with ``classes``. 0: it names none."""
+    reader = getattr(dataset, 'reader', None)
+    attributes = ('class_to_idx', 'class_name_to_idx')
+    of_reader = next(filter(None, (getattr(reader, name, None) for name in attributes)), None)
+    return len(of_reader or getattr(dataset, 'classes', ()))
+
+
 def check_classes(dataset: Dataset, num_classes: Optional[int], what: str) -> None:
     """Raise ``PruningError`` if a dataset names more classes than a model has.
 
     Args:
-        dataset: A dataset of timm's, or any other with ``classes``.
+        dataset: A dataset, as in ``class_count``.
         num_classes: Number of the model's classes. None or 0: the model has no classifier, and nothing is checked.
         what: What the message calls the dataset.
     """
-    reader = getattr(dataset, 'reader', None)
-    attributes = ('class_to_idx', 'class_name_to_idx')
-    of_reader = next(filter(None, (getattr(reader, name, None) for name in attributes)), None)
-    classes = of_reader or getattr(dataset, 'classes', ())
-    if num_classes and len(classes) > num_classes:
+    classes = class_count(dataset)
+    if num_classes and classes > num_classes:
         raise PruningError(
-            f'data: {what} has {len(classes)} classes, the model has {num_classes}; give --num-classes {len(classes)}')
+            f'data: {what} has {classes} classes, the model has {num_classes}; give --num-classes {classes}')
 
 
 def image_loader(
