@@ -443,6 +443,8 @@ ATTRIBUTE_ROWS = {
     'a setting of a dict in an object': (
         lambda m, y: y.reshape(-1, 2, m.config.encoder['width']), {'config': SimpleNamespace(encoder={'width': 4})},
         {'config.encoder': {'width': 2}}),
+    'an attribute that a length is compared with': (
+        lambda m, y: y if y.shape[-1] == m.width else None, {'width': 8}, {'width': 4}),
     'an attribute of that value that is not used': (
         lambda m, y: y.reshape(-1, 2, y.shape[-1] // 2), {'stride': 4}, {'stride': 4}),
 }

@@ -57,7 +57,7 @@ class Follower:
         """The length ``n`` of a dim as an integer that remembers the dim."""
         if label is None:
             return n
-        return Tracked(n, ((self._lengths.setdefault(id(label), Length(label)), 1),))
+        return Tracked(n, ((self._lengths.setdefault(id(label), Length(label, self._match)), 1),))
 
     def note(self, path: str, value: int, label: Label) -> None:
         """An attribute is the length of a dim."""

@@ -2,7 +2,7 @@
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Iterator, Optional, Tuple, Union
+from typing import Any, Callable, Iterator, Optional, Tuple, Union
 
 import numpy as np
 from torch import nn
@@ -15,8 +15,14 @@ __all__ = ['Length', 'Tracked', 'tagged']
 
 @dataclass(frozen=True, eq=False)
 class Length:
-    """A dim whose length was read."""
+    """A dim whose length was read.
+
+    Attributes:
+        label: Its label.
+        found_equal: Told each integer that a forward compares with the length and finds equal.
+    """
     label: np.ndarray
+    found_equal: Callable[['Tracked', np.ndarray], None] = lambda other, label: None
 
 
 Source = Union[str, Length]  # the path of an attribute, or a length
@@ -76,6 +82,20 @@ class Tracked(int):
             powers[source] = powers.get(source, 0) + power * p
         sources = tuple((source, p) for source, p in powers.items() if p)
         return Tracked(value, sources, self.scale * other.scale ** power)
+
+    def __eq__(self, other):
+        equal = int(self) == other
+        if equal and isinstance(other, Tracked):
+            for a, b in ((self, other), (other, self)):
+                if a.label is not None:
+                    a.source.found_equal(b, a.label)
+                    break
+        return equal
+
+    def __ne__(self, other):
+        return not self == other
+
+    __hash__ = int.__hash__
 
     def __reduce__(self):
         return int, (int(self),)
