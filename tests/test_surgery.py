@@ -10,7 +10,7 @@ from hand_plans import NORM_TENSORS, VIT, VIT_ARGS, identity, resnet_plan, vit_p
 from timm.models import FeatureInfo
 from torch import nn
 
-from timm_epfs.core import Member, PruningError, Structure
+from timm_epfs.core import Member, PruningError, Structure, configs
 from timm_epfs.plan import Cut, Plan
 from timm_epfs.surgery import (
     apply_plan,
@@ -142,7 +142,7 @@ def test_a_cut_copy_shares_nothing_and_copies_nothing_that_goes():
 
 
 def test_the_examples_run():
-    assert doctest.testmod(attributes).failed == 0
+    assert doctest.testmod(attributes).failed == doctest.testmod(configs).failed == 0
 
 
 def layer_plan(name, tensors, units, keep, **attributes):
