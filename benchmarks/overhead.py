@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable, Dict
+from typing import Callable, Dict, Optional
 
 import timm
 import torch
@@ -69,22 +69,40 @@ def measure(name: str, repeats: int, threads: int) -> Dict[str, float]:
     }
 
 
-def stepper(name: str, kind: str) -> Callable[[], None]:
-    """One training step of a model of its own, with or without a learner."""
-    batch, size = CASES[name]
+def stepper(
+        name: str,
+        kind: str,
+        batch: Optional[int] = None,
+        device: str = 'cpu',
+        amp_dtype: Optional[torch.dtype] = None,
+) -> Callable[[], None]:
+    """One training step of a model of its own, with or without a learner.
+
+    Args:
+        name: One of ``CASES``.
+        kind: ``'plain'`` or ``'epfs'``.
+        batch: Images per step. None: those of ``CASES``.
+        device: Where it trains.
+        amp_dtype: Data type of mixed precision, with a ``GradScaler``. None: float32.
+    """
+    usual, size = CASES[name]
     torch.manual_seed(0)
-    model = timm.create_model(name).train()
-    images = torch.randn(batch, 3, size, size)
-    target = torch.randint(model.num_classes, (batch,))
+    model = timm.create_model(name).train().to(device)
+    images = torch.randn(batch or usual, 3, size, size, device=device)
+    target = torch.randint(model.num_classes, (len(images),), device=device)
+    autocast = torch.autocast(torch.device(device).type, amp_dtype, enabled=amp_dtype is not None)
+    scaler = torch.amp.GradScaler(torch.device(device).type, enabled=amp_dtype is not None)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     learner = timm_epfs.EPFS(model, macs=0.5, steps=1000) if kind == 'epfs' else None
 
     def step() -> None:
-        loss = F.cross_entropy(model(images), target)
-        if learner is not None:
-            loss = loss + learner.penalty(target)
-        loss.backward()
-        optimizer.step()
+        with autocast:
+            loss = F.cross_entropy(model(images), target)
+            if learner is not None:
+                loss = loss + learner.penalty(target)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
         if learner is not None:
             learner.step()

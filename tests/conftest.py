@@ -14,6 +14,11 @@ from timm.models import _registry
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        '--device', default='cuda', help='device of the tests marked gpu, which are skipped where there is none')
+
+
 @pytest.fixture(autouse=True)
 def no_progress(monkeypatch):
     """A busy machine is slow: what a test expects on stderr must not depend on it."""
