@@ -92,8 +92,9 @@ def export_int8(
             QUANTIZERS[format](float32, part, _of_size(calibration, batch_size))
         runs = [_in_batches(FORMATS[format][1](file), batch_size) for file in (float32, part)]
         compared = _Comparison(has_classes(model))
-        for batch in calibration if test is None else test:
-            compared.add(runs, *_split(batch))
+        with one_line('export: images to compare outputs on can\'t be read'):
+            for batch in calibration if test is None else test:
+                compared.add(runs, *_split(batch))
         compared.check()
         reports.append(Int8Report(
             sum(map(len, calibration)), compared.images, compared.error, compared.agreement, compared.top1,

@@ -2,7 +2,8 @@
 
 The caller passes its measurements as ``metrics``; the card shows "not measured" for any that are missing. MACs,
 parameters and size can't be passed: they are counted from the plan and the model. ``dataset`` is for people;
-``dataset_id`` is the dataset's repo on the Hub, which then links the two.
+``dataset_id`` is the dataset's repo on the Hub, which then links the two. ``timm-epfs export --int8 --metrics`` adds
+what it measured as ``'int8'``.
 
 >>> metrics = {
 ...     'dataset': 'CIFAR-10', 'dataset_id': 'uoft-cs/cifar10',
