@@ -42,13 +42,12 @@ def main() -> None:
     args = parse_args()
     table = Table(args.results / 'beyond.csv', COLUMNS)
     names = [n for n in MODELS if not args.patterns or any(fnmatchcase(n, pattern) for pattern in args.patterns)]
-    todo = [n for n in names if n not in table.rows or args.redo or args.redo_failed and not is_ok(table.rows[n])]
     if not args.markdown:
-        for library in sorted({LIBRARIES[name] for name in todo} - {'own'}):
+        for library in sorted({LIBRARIES[name] for name in names} - {'own'}):
             if importlib.util.find_spec(library) is None:
                 print(f'{library} is not installed, so its models are left out')
-                todo = [name for name in todo if LIBRARIES[name] != library]
-        fill(table, todo, args)
+                names = [name for name in names if LIBRARIES[name] != library]
+        fill(table, names, args)
     result = summary(table)
     print(result)
     if not args.patterns:
@@ -70,30 +69,44 @@ def parse_args() -> argparse.Namespace:
 
 
 def fill(table: Table, names: List[str], args: argparse.Namespace) -> None:
-    try:
-        with tqdm(total=len(names), unit='model') as bar:
-            for name, row in run(measure, names, args.jobs, args.limit, args.memory):
-                table.put({'name': name, **row})
-                if row['status'] != 'ok':
-                    bar.write(f'{name}: {row["status"]}: {row.get("message", "")}')
-                bar.update()
-    finally:
-        table.save()
-
-
-def measure(name: str) -> Dict[str, Any]:
-    """The row of one model; ``status`` is the first stage that failed."""
-    torch.manual_seed(0)
-    row: Dict[str, Any] = {'status': 'build', 'rival': 'build'}
-    for check, status, message in ((_ours, 'status', 'message'), (_theirs, 'rival', 'rival_message')):
+    """Cut all models by ours, then by theirs: some hang there."""
+    for measure, status in ((ours, 'status'), (theirs, 'rival')):
+        found = {name: table.rows.get(name, {}).get(status) for name in names}
+        failed = [name for name in names if args.redo_failed and status == 'status' and found[name] != 'ok']
+        todo = [name for name in names if args.redo or not found[name] or name in failed]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')
-                model, (args, kwargs) = MODELS[name]()
-                check(randomise(model).eval(), args, kwargs, row)
-            row[status] = 'ok'
-        except Exception as e:
-            row[message] = one_line(e)
+            with tqdm(total=len(todo), unit='model') as bar:
+                for name, row in run(measure, todo, args.jobs, args.limit, args.memory):
+                    row = row if status in row else {status: row['status']}  # where the worker was lost
+                    table.put({**table.rows.get(name, {}), 'name': name, **row})
+                    if row[status] != 'ok':
+                        bar.write(f'{name}: {status} {row[status]}: {row.get("message", "")}')
+                    bar.update()
+        finally:
+            table.save()
+
+
+def ours(name: str) -> Dict[str, Any]:
+    """Our columns of one model; ``status`` is the first stage that failed."""
+    return _measure(name, _ours, 'status', 'message')
+
+
+def theirs(name: str) -> Dict[str, Any]:
+    """torch-pruning's columns of one model; ``rival`` is the first stage that failed."""
+    return _measure(name, _theirs, 'rival', 'rival_message')
+
+
+def _measure(name: str, check: Callable, status: str, message: str) -> Dict[str, Any]:
+    torch.manual_seed(0)
+    row: Dict[str, Any] = {status: 'build', message: ''}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            model, (args, kwargs) = MODELS[name]()
+            check(randomise(model).eval(), args, kwargs, row)
+        row[status] = 'ok'
+    except Exception as e:
+        row[message] = one_line(e)
     return row
 
 
