@@ -109,8 +109,10 @@ for _config in ('Bert', 'Roberta', 'Electra', 'Albert', 'DebertaV2', 'MPNet', 'C
     add_transformers(f'{_config}ForSequenceClassification', _config, TOKENS, **TEXT)
 add_transformers('DistilBertForSequenceClassification', 'DistilBert', TOKENS, dim=64, n_layers=2, n_heads=4,
                  hidden_dim=128, vocab_size=100)
-for _config in ('Llama', 'Mistral', 'Qwen2', 'Gemma', 'Phi', 'GPTNeoX'):
+for _config in ('Llama', 'Phi', 'GPTNeoX'):
     add_transformers(f'{_config}ForCausalLM', _config, TOKENS, **TEXT)
+for _config in ('Mistral', 'Qwen2', 'Gemma'):
+    add_transformers(f'{_config}ForCausalLM', _config, TOKENS, **TEXT, num_key_value_heads=2, head_dim=16)
 add_transformers('GPT2LMHeadModel', 'GPT2', TOKENS, n_embd=64, n_layer=2, n_head=4, vocab_size=100)
 add_transformers('OPTForCausalLM', 'OPT', TOKENS, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
                  ffn_dim=128, vocab_size=100, word_embed_proj_dim=64)
@@ -144,7 +146,7 @@ def open_clip(name: str) -> Tuple[nn.Module, Example]:
     model = importlib.import_module('open_clip').create_model(name, pretrained=None)
     size = model.visual.image_size
     size = size[0] if isinstance(size, (tuple, list)) else size
-    return model, ((image(size), torch.ones(1, 77, dtype=torch.long)), {})
+    return model, ((image(size), torch.ones(1, model.context_length, dtype=torch.long)), {})
 
 
 def ultralytics(name: str) -> Tuple[nn.Module, Example]:

@@ -202,6 +202,19 @@ class WithHook(Net):
         return logits + self.kept.pop().mean()
 
 
+def test_hooks_of_the_library_that_a_model_is_from_run_in_a_trace():
+    """transformers collects hidden states by hooks, from the first forward on."""
+    transformers = pytest.importorskip('transformers')
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[8, 16], num_attention_heads=[1, 2], decoder_hidden_size=8,
+        patch_sizes=[3, 3], strides=[2, 2], sr_ratios=[2, 1], mlp_ratios=[2, 2], num_labels=3)
+    model = transformers.SegformerForSemanticSegmentation(config).eval()
+    images = torch.rand(1, 3, 16, 16)
+    model(images)
+    slim = timm_epfs.prune(model, macs=0.7, example_input=images)
+    assert slim(images).logits.shape == model(images).logits.shape
+
+
 def test_hooks_of_the_model_run_in_a_trace():
     model = WithHook()
     slim = prune(model)

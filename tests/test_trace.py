@@ -191,6 +191,13 @@ def found(traced) -> Dict[str, int]:
     return {s.name: s.units if s.exact else -s.units for s in traced.structures if s.kind != 'blocks'}
 
 
+def compared(m, x):
+    ids = torch.arange(5, device='cpu')
+    assert m.pad in ids and (m.pad == ids).sum() == 1 and (m.pad != ids).sum() == 4
+    assert (np.arange(3) == m.pad).sum() == 1
+    return m.b(m.a(x).relu())
+
+
 def attention(net, x):
     b, n, c = x.shape
     q, k, v = net.qkv(x).reshape(b, n, 3, net.heads, net.width).permute(2, 0, 3, 1, 4).unbind(0)
@@ -329,6 +336,8 @@ RULE_ROWS = {
     'embedding': (
         Net(lambda m, x: m.b(m.e(torch.arange(5, device=x.device)) + m.a(x)), e=nn.Embedding(5, 8), a=nn.Linear(12, 8),
             b=nn.Linear(8, 5)), TOKENS, {'e': 8}),
+    "a number that is compared with all a tensor's entries": (
+        Net(compared, a=nn.Linear(12, 8), b=nn.Linear(8, 5), pad=0), TOKENS, {'a': 8}),
     'LSTM': (
         Net(lambda m, x: m.b(m.a(x)[0]), a=nn.LSTM(12, 8, batch_first=True), b=nn.Linear(8, 5)), TOKENS, {'a': 8}),
     'attention heads': (

@@ -4,8 +4,10 @@ A trace runs the first and leaves out the others: these are their users', who ex
 """
 import dis
 import inspect
+import sys
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Set
 
@@ -64,14 +66,29 @@ def without_global_hooks() -> Iterator[None]:
 
 
 def _is_the_models(hook: Any, owned: Set[int], classes: Set[type]) -> bool:
-    """Whether a hook was put on by torch (a weight norm) or by the model: in a method, or as one of its objects'."""
+    """Whether a hook was put on by torch (a weight norm), by the installed library that the model is from (transformers
+    collects hidden states so), or by the model: in a method, or as one of its objects'."""
     hook = _unwrapped(hook)
     owner = hook.__self__ if isinstance(hook, MethodType) else hook
     where = hook if isinstance(hook, (FunctionType, MethodType)) else type(hook)
-    if id(owner) in owned or (where.__module__ or '').partition('.')[0] == 'torch':
+    library = _package(where)
+    if id(owner) in owned or library == 'torch':
+        return True
+    if _is_installed(library) and any(_package(cls) == library for cls in classes):
         return True
     return isinstance(hook, FunctionType) and any(
         hook.__module__ == cls.__module__ and hook.__qualname__.startswith(f'{cls.__qualname__}.') for cls in classes)
+
+
+def _package(code: Any) -> str:
+    """The outermost package that a function or class is from."""
+    return (code.__module__ or '').partition('.')[0]
+
+
+def _is_installed(package: str) -> bool:
+    """Whether a package was installed, unlike what a user is working on."""
+    file = getattr(sys.modules.get(package), '__file__', None)
+    return file is not None and not {'site-packages', 'dist-packages'}.isdisjoint(Path(file).parts)
 
 
 def _unwrapped(hook: Any) -> Any:

@@ -84,8 +84,10 @@ class Tracked(int):
         return Tracked(value, sources, self.scale * other.scale ** power)
 
     def __eq__(self, other):
-        equal = int(self) == other
-        if equal and isinstance(other, Tracked):
+        if not isinstance(other, Tracked):  # a tensor or an array compares all its entries
+            return int(self) == other
+        equal = int(self) == int(other)
+        if equal:
             for a, b in ((self, other), (other, self)):
                 if a.label is not None:
                     a.source.found_equal(b, a.label)
@@ -93,7 +95,7 @@ class Tracked(int):
         return equal
 
     def __ne__(self, other):
-        return not self == other
+        return not self == other if isinstance(other, Tracked) else int(self) != other
 
     __hash__ = int.__hash__
 
