@@ -107,6 +107,31 @@ def test_heads_are_found_and_cut_exactly(dense, exact):
             assert distance(*kept) < 1e-5
 
 
+class Detector(nn.Module):
+    """As DETR's decoder: the first layer's queries, keys and values are parameters, and no image is in them."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(1, 6, 16))
+        self.embed = nn.Linear(8, 16)
+        self.decoder = nn.TransformerDecoderLayer(16, 4, 32, batch_first=True)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.decoder(self.queries.expand(len(x), -1, -1), self.embed(x)))
+
+
+def test_attention_over_learned_queries_is_cut_by_heads_exactly():
+    torch.manual_seed(0)
+    dense, x = randomise(Detector()).eval(), torch.rand(2, 5, 8)
+    pruner = timm_epfs.Pruner(dense, example_input=x, exclude=['embed'])
+    kinds = {s.name: (s.kind, s.units, s.exact) for s in pruner.structures}
+    assert kinds['decoder.self_attn'] == kinds['decoder.multihead_attn'] == ('heads', 4, True)
+    plan = pruner.plan(macs=0.6, criterion='random')
+    keep = {cut.structure.name: cut.keep for cut in plan.cuts}
+    assert distance(masked(dense, pruner.trace.structures, keep)(x), cut_copy(dense, plan)(x)) < 1e-5
+
+
 def test_a_cut_layer_knows_its_widths_and_others_stay_torchs_own(dense, exact):
     plan = exact.plan(macs=0.9, criterion='random')
     slim = cut_copy(dense, plan)

@@ -73,7 +73,21 @@ class LowRank(nn.Module):
         return self.layer(x) + self.up(self.down(x))
 
 
+def hooked(layer):
+    """A layer whose output a user's hook doubles."""
+    layer.register_forward_hook(lambda module, args, out: 2 * out)
+    return layer
+
+
+def patched(layer):
+    """A layer whose method a user replaced."""
+    layer.forward = lambda x, forward=layer.forward: 2 * forward(x)
+    return layer
+
+
 @mark.parametrize('path, replace, said', [
+    ('layer1', hooked, 'Sequential() and a forward hook where test_resnet has Sequential()'),
+    ('layer2', patched, 'Sequential() and another forward where test_resnet has Sequential()'),
     ('fc', lambda old: nn.Sequential(nn.Dropout(), nn.Linear(old.in_features, 7)), 'Sequential where test_resnet has '),
     ('fc', LowRank, 'LowRank where test_resnet has Linear'),
     ('conv1.0', lambda old: nn.Conv2d(1, old.out_channels, 3, 2, 1, bias=False), 'Conv2d(1, '),
@@ -96,6 +110,8 @@ def test_what_its_name_does_not_build_any_more_is_refused_by_the_name_of_the_lay
 
 def test_what_only_training_differs_in_is_no_difference(tmp_path):
     model = small(drop_rate=0.2, drop_path_rate=0.1)
+    seen = []
+    model.layer1.register_forward_hook(lambda module, args, out: seen.append(out))
     for module in model.modules():
         if isinstance(module, nn.ReLU):
             module.inplace = False

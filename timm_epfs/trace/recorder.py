@@ -3,7 +3,7 @@
 Below autograd every model is a few dozen ATen operations; what each does to labels is looked up in the table of rules.
 """
 from contextlib import ExitStack
-from typing import Any, Callable, Collection, Dict, FrozenSet, List, Tuple
+from typing import Any, Callable, Collection, Dict, FrozenSet, List, Set, Tuple
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ RETURNED = -1  # stands for the model's output among the numbers of operations
 _NO_LABELS = frozenset({
     'arange', 'linspace', 'eye', 'tril_indices', 'triu_indices', 'scalar_tensor', 'nonzero', 'randperm',
 })
+
+_PRODUCTS = frozenset({'mm', 'addmm', 'bmm', 'baddbmm', 'convolution', '_convolution'})
 
 # Not recorded: a cut may change strides, and with them whether a reshape copies.
 TRANSPARENT = frozenset({'clone', 'contiguous', 'alias', 'as_strided_', 'detach', 'lift_fresh', '_to_copy'})
@@ -97,7 +99,8 @@ class Recorder(TorchDispatchMode):
         self._known: Dict[int, List[Label]] = {}
         self._repeated: Dict[int, FrozenSet[int]] = {}
         self._inexact_if_read: Dict[int, List[Tuple[Label, str]]] = {}
-        self._weights: set = set()
+        self._weights: Set[int] = set()
+        self._layer_outputs: Set[int] = set()
         self._alive: List[torch.Tensor] = []
         self._names: Dict[int, str] = {}
         for name, tensor in named_tensors(model).items():
@@ -127,6 +130,10 @@ class Recorder(TorchDispatchMode):
         """Whether this is a parameter, a buffer or computed from nothing else."""
         self.labels_of(tensor)
         return id(tensor) in self._weights
+
+    def is_layer_output(self, tensor: torch.Tensor) -> bool:
+        """Whether a product made this of parameters alone, as a layer does of learned queries."""
+        return id(tensor) in self._layer_outputs
 
     def note_repeated(self, tensor: torch.Tensor, dims: Collection[int]) -> None:
         """A tensor repeats one entry in some dims: ``expand`` made it."""
@@ -188,12 +195,16 @@ class Recorder(TorchDispatchMode):
         self._block_finder.see(self.name, args, out)
         outputs = [o for o in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(o, torch.Tensor)]
         from_weights = bool(inputs) and all(id(t) in self._weights for t in inputs)
+        from_product = from_weights and (
+            self.name in _PRODUCTS or any(id(t) in self._layer_outputs for t in inputs))
         self.labels.among_weights, self.labels.source = from_weights, len(self.operations)
         labels = self._apply_rule(func, args, kwargs, inputs, out, outputs)
         for tensor, dims in zip(outputs, labels):
             self._remember(tensor, dims)
             if from_weights:
                 self._weights.add(id(tensor))
+            if from_product:
+                self._layer_outputs.add(id(tensor))
         if self.name not in TRANSPARENT:
             self.operations.append(Operation(
                 same_name(self.name),

@@ -9,13 +9,20 @@ from ..reshapes import Grid, Reshape
 from .base import Dims, rule
 
 
-def _contract(rec, a: torch.Tensor, b: torch.Tensor, label_a: Label, label_b: Label) -> None:
-    """A product sums over a dim of both tensors."""
+def _contract(rec, label_a: Label, label_b: Label, weights: Tuple[bool, bool]) -> None:
+    """A product sums over a dim of both factors.
+
+    Args:
+        rec: The recorder.
+        label_a: Label of the dim of the first factor.
+        label_b: Label of the dim of the second factor.
+        weights: Whether each of them is a weight.
+    """
     rec.labels.tie(label_a, label_b)
-    if not rec.is_weight(a) and not rec.is_weight(b):
+    if not any(weights):
         rec.labels.mark_inexact(label_a, 'two activations are multiplied over it')
-    for tensor, label in ((a, label_a), (b, label_b)):
-        if rec.is_weight(tensor):
+    for is_weight, label in zip(weights, (label_a, label_b)):
+        if is_weight:
             rec.mark_input(label)
 
 
@@ -24,12 +31,16 @@ def _contract_vector(rec, a: torch.Tensor, b: torch.Tensor, label_a: Label, labe
     if rec.is_weight(a) and rec.is_weight(b):
         rec.labels.mark_inexact(rec.labels.tie(label_a, label_b), 'a weight is divided by a sum over it')
     else:
-        _contract(rec, a, b, label_a, label_b)
+        _contract(rec, label_a, label_b, _weights(rec, a, b))
 
 
-def _write(rec, a: torch.Tensor, b: torch.Tensor, label_a: Label, label_b: Label) -> None:
+def _weights(rec, a: torch.Tensor, b: torch.Tensor) -> Tuple[bool, bool]:
+    """Which factors of a product are weights."""
+    return rec.is_weight(a), rec.is_weight(b)
+
+
+def _write(rec, label_a: Label, label_b: Label, weights: Tuple[bool, bool]) -> None:
     """If one of two factors is a weight, a product writes the dim of it that it doesn't sum over."""
-    weights = rec.is_weight(a), rec.is_weight(b)
     if any(weights) and not all(weights):
         rec.mark_output(label_a if weights[0] else label_b)
 
@@ -37,8 +48,9 @@ def _write(rec, a: torch.Tensor, b: torch.Tensor, label_a: Label, label_b: Label
 @rule('mm')
 def _mm(rec, out, a, b, **kwargs):
     (m, k_a), (k_b, n) = rec.labels_of(a), rec.labels_of(b)
-    _contract(rec, a, b, k_a, k_b)
-    _write(rec, a, b, m, n)
+    weights = _weights(rec, a, b)
+    _contract(rec, k_a, k_b, weights)
+    _write(rec, m, n, weights)
     rec.count_product(out, [(a.shape[0], m), (a.shape[1], k_a), (b.shape[1], n)], [m, n])
     return [m, n]
 
@@ -51,10 +63,12 @@ def _addmm(rec, out, bias, a, b, **kwargs):
 @rule('bmm')
 def _bmm(rec, out, a, b, **kwargs):
     (batch_a, m, k_a), (batch_b, k_b, n) = rec.labels_of(a), rec.labels_of(b)
-    _contract(rec, a, b, k_a, k_b)
-    _write(rec, a, b, m, n)
+    # Attention over learned queries multiplies what layers made of them, which are activations to it.
+    weights = tuple(rec.is_weight(t) and not rec.is_layer_output(t) for t in (a, b))
+    _contract(rec, k_a, k_b, weights)
+    _write(rec, m, n, weights)
     batch = rec.labels.tie(batch_a, batch_b) if a.shape[0] > 1 else None
-    if not rec.is_weight(a) and not rec.is_weight(b):
+    if not any(weights):
         rec.labels.mark_heads(batch)
     rec.count_product(out, [(a.shape[0], batch), (a.shape[1], m), (a.shape[2], k_a), (b.shape[2], n)], [batch, m, n])
     return [batch, m, n]
@@ -100,8 +114,9 @@ def _convolution(rec, out, x, weight, bias, stride, padding, dilation, transpose
         channels = (_transposed_groups if transposed else _groups)(rec, x, weight, groups)
     else:
         read, channels = (w_labels[0], w_labels[1]) if transposed else (w_labels[1], w_labels[0])
-        _contract(rec, x, weight, x_labels[1], read)
-        _write(rec, x, weight, None, channels)
+        weights = _weights(rec, x, weight)
+        _contract(rec, x_labels[1], read, weights)
+        _write(rec, None, channels, weights)
     if bias is not None:
         channels = rec.labels.tie(channels, rec.labels_of(bias)[0])
 
