@@ -142,14 +142,26 @@ def test_the_seed_decides_everything(tmp_path):
 
 
 def test_a_saved_model_is_cut_further(tmp_path, capsys):
+    """From its own weights, without being asked to."""
     assert main(['prune', 'test_resnet', '--macs', '0.7', '-o', str(tmp_path / 'a')]) == 0
-    again = ['prune', f'local-dir:{tmp_path / "a"}', '--pretrained', '--macs', '0.5', '-o', str(tmp_path / 'b')]
+    again = ['prune', f'local-dir:{tmp_path / "a"}', '--macs', '0.5', '-o', str(tmp_path / 'b')]
     capsys.readouterr()
     assert main(again) == 0
+    few, many = (state_of(tmp_path / name)['fc.weight'] for name in 'ba')
+    assert torch.isin(few, many).all()
     assert table(capsys.readouterr().out)['MACs'][2] == pytest.approx(0.5, abs=0.01)
     plan = timm.create_model(f'local-dir:{tmp_path / "b"}').pruning_plan
     assert plan.base == 'test_resnet' and len(plan.recipe['steps']) == 2
     assert plan.cost['macs'][1] / plan.cost['macs'][0] == pytest.approx(0.35, abs=0.02)
+
+
+def test_a_saved_model_is_cut_further_and_compensated(images, tmp_path):
+    data = ['--data-dir', str(images), '-b', '6', '-j', '0', '--criterion', 'fpgm']
+    assert main(['prune', 'resnet20_cifar', '--num-classes', '2', '--macs', '0.7', '-o', str(tmp_path / 'a')]) == 0
+    again = ['prune', f'local-dir:{tmp_path / "a"}', '--macs', '0.7', *data, '-o', str(tmp_path / 'b')]
+    assert main(again) == 0
+    first, second = timm.create_model(f'local-dir:{tmp_path / "b"}').pruning_plan.recipe['steps']
+    assert 'compensated' not in first and second['compensated'] == {'images': 24}
 
 
 def test_torchvision_models_are_pruned_too(tmp_path):

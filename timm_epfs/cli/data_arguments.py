@@ -24,7 +24,8 @@ __all__ = [
 def add_weight_arguments(group: argparse._ArgumentGroup) -> None:
     """Add the weights of the dense model, its device, and the seed."""
     group.add_argument(
-        '--pretrained', action='store_true', help="start from the model's published weights (default: off)")
+        '--pretrained', action='store_true',
+        help="start from the model's published weights (default: off; a saved model always has its own weights)")
     group.add_argument(
         '--checkpoint', type=Path, metavar='FILE', help='start from a .safetensors checkpoint (default: none)')
     group.add_argument('--device', default='cpu', help='device to run on (default: %(default)s)')

@@ -57,8 +57,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Parse a command line. Its argument is that of ``main``."""
-    return _parser().parse_args(argv)
+    """Parse a command line. Its argument is that of ``main``.
+
+    A saved model has its own weights, without being asked for, unless it's given others.
+    """
+    args = _parser().parse_args(argv)
+    if str(getattr(args, 'model', '')).startswith(('local-dir:', 'hf-hub:')) and not getattr(args, 'checkpoint', None):
+        args.pretrained = True
+    return args
 
 
 class _Parser(argparse.ArgumentParser):

@@ -205,7 +205,8 @@ def _add_machine_arguments(group: argparse._ArgumentGroup) -> None:
 
 def _add_output_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        '--pretrained', action='store_true', help="start from the model's published weights (default: off)")
+        '--pretrained', action='store_true',
+        help="start from the model's published weights (default: off; a saved model always has its own weights)")
     group.add_argument(
         '--checkpoint', type=Path, metavar='FILE', help='start from a .safetensors checkpoint (default: none)')
     group.add_argument(

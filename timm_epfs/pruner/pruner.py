@@ -156,10 +156,9 @@ class Pruner:
         with step(f'cutting {self.name}'):
             plan = self._plan_cut(*_request(macs, params, **options))
             slim = cast(PrunedModel, cut_copy(self.model, plan))
-        slim.pruning_plan = plan
+        slim.pruning_plan = self.composed(plan)
         if compensate and self._scorer.has_data:
             compensate_cut(slim, self.model, self._scorer.data)
-        slim.pruning_plan = self.composed(slim.pruning_plan)
         return slim
 
     def plan(

@@ -1,6 +1,6 @@
 """``compensate``: weights and BatchNorm statistics with which a cut model makes up for the units that went."""
 from dataclasses import replace
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..activations import fast_format, image_batches
 from ..core import PruningError, complement, eval_mode, first_few, named_tensors, one_line, plain_attention, warn
-from ..plan import Plan
+from ..plan import Plan, recipe_steps
 from .reconstruction import Reconstruction
 from .tensors import tensor_misfits, unchanged_on_error, wrong_base
 
@@ -45,7 +45,7 @@ def compensate(
 
     Args:
         model: A cut model with its ``pruning_plan``, on any device. Its weights may have been trained since.
-        dense: The dense model, with the weights that the cut model had before.
+        dense: The dense model, or one that was cut less, with the weights that the cut model had before.
         images: Images in one tensor, a list of batches, or a loader. A batch is a tensor of images, or a tuple that
             starts with one.
         num_images: Largest number of images to use. None: 1,024, or as many as have 16 million pixels, if these are
@@ -67,8 +67,14 @@ def compensate(
         warn(
             f'compensate: layers with more inputs than there are rows to fit them on: '
             f'{first_few(reconstruction.scarce)}; give more images')
-    model.pruning_plan = replace(plan, recipe={**plan.recipe, 'compensated': {'images': used}})
+    model.pruning_plan = replace(plan, recipe=_with_last_step(plan.recipe, {'compensated': {'images': used}}))
     return model
+
+
+def _with_last_step(recipe: Mapping[str, Any], added: Mapping[str, Any]) -> Dict[str, Any]:
+    """A recipe with something added to its last cut."""
+    *first, last = recipe_steps(recipe)
+    return {'steps': [*first, {**last, **added}]} if first else {**last, **added}
 
 
 def plan_of(model: nn.Module) -> Plan:
@@ -129,8 +135,11 @@ def _kept_entries(model: nn.Module, dense: nn.Module, plan: Plan) -> Dict[Tuple[
         PruningError: The models don't have the shapes of the plan.
     """
     dense_tensors, kept = named_tensors(dense), {}
-    problems = tensor_misfits(plan, dense_tensors, may_lack=lambda name: False)
-    removed = {} if problems else plan.removed()
+    earlier: Optional[Plan] = getattr(dense, 'pruning_plan', None)
+    problems = [] if earlier else tensor_misfits(plan, dense_tensors, may_lack=lambda name: False)
+    removed = {} if problems else plan.removed_since(earlier)
+    if earlier and not removed:
+        problems.append('nothing was cut of it since')
     for name, tensor in {} if problems else named_tensors(model).items():
         if name not in dense_tensors:
             problems.append(f'{name} is missing')
