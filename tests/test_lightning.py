@@ -5,7 +5,7 @@ import warnings
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from pytest import approx, fixture, mark, raises
 from torch import nn
@@ -194,6 +194,8 @@ def test_errors_are_one_line(tmp_path):
         (lambda: pruning('epf'), "method='epf' is unknown; give one of epfs"),
         (lambda: pruning(sparse_epochs=0), 'sparse_epochs=0 was given; give a positive integer'),
         (lambda: pruning().setup(spawning, Module(), 'fit'), "DDPStrategy in spawned .* train with strategy='ddp'"),
+        (lambda: fit(Module(), [pruning(sparse_epochs=4)]), 'sparse_epochs=4 was given, and training ends after 3'),
+        (lambda: fit(Module(), [pruning(), EMAWeightAveraging()]), 'EMAWeightAveraging averages weights that change'),
         (lambda: fit(Elsewhere(), [pruning()]), 'Elsewhere.model is of type NoneType; give attribute='),
         (lambda: fit(module, [callback], ckpt_path=tmp_path / 'epoch=0.ckpt'), 'saved before the model was cut'),
     ]:

@@ -3,6 +3,7 @@ from math import ceil, isfinite
 from typing import Any, Callable, Dict, Mapping, Optional, Type, Union
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -77,6 +78,7 @@ class LightningPruningCallback(pl.Callback):
         is_new = self._slim is None and (self.learner is None or self.learner.model is not model)
         if stage == 'fit' and is_new:
             _check_strategy(trainer)
+            self._check_epochs_and_callbacks(trainer)
             self._make_learner(model, self.options.get('steps') or self._count_steps(trainer))
         own = pl_module.on_load_checkpoint
 
@@ -142,6 +144,18 @@ class LightningPruningCallback(pl.Callback):
         return {'plan': self._plan.to_json()} if self._plan else {}
 
     # How it does it.
+
+    def _check_epochs_and_callbacks(self, trainer: pl.Trainer) -> None:
+        """Raise ``PruningError`` where the model would never be cut, or something can't follow a cut."""
+        if trainer.max_epochs is not None and 0 <= trainer.max_epochs < self.sparse_epochs:
+            raise PruningError(
+                f'sparse_epochs={self.sparse_epochs} was given, and training ends after {trainer.max_epochs} epochs; '
+                'give fewer, or a larger max_epochs')
+        for callback in trainer.callbacks:
+            if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)):
+                raise PruningError(
+                    f'{type(callback).__name__} averages weights that change their shapes at the cut; average while '
+                    'you fine-tune, in a Trainer of its own')
 
     def _model(self, pl_module: pl.LightningModule) -> nn.Module:
         model = getattr(pl_module, self.attribute, None)

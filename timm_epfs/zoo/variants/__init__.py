@@ -98,8 +98,9 @@ def register(
     Raises:
         PruningError: The name is taken or not valid, or the plan or the weights can't be read.
     """
-    if not re.fullmatch(_NAME, name, re.ASCII):
-        raise PruningError(f'register: {name[:80]!r} is not a valid timm name; use letters, digits and underscores')
+    if not isinstance(name, str) or not re.fullmatch(_NAME, name, re.ASCII):
+        raise PruningError(
+            f'register: {str(name)[:80]!r} is not a valid timm name; use letters, digits and underscores')
     if timm.is_model(name):
         raise PruningError(f'register: timm has a model named {name!r} already; choose another name')
     plan = as_plan(plan)
