@@ -5,12 +5,12 @@ In: a model and its inputs. Out: structures, a cost model and attributes that fo
 from .calls import Call, Calls, tensors_in
 from .copies import meta_copy, meta_tensor, quiet
 from .forwards import Forward
-from .hooks import watching_hooks
+from .hooks import changes_results
 from .isolation import isolated
 from .rules import rule
 from .tracing import OUTPUT_WIDTH, Skipped, Trace, trace
 
 __all__ = [
-    'Call', 'Calls', 'Forward', 'OUTPUT_WIDTH', 'Skipped', 'Trace', 'isolated', 'meta_copy', 'meta_tensor', 'quiet',
-    'rule', 'tensors_in', 'trace', 'watching_hooks',
+    'Call', 'Calls', 'Forward', 'OUTPUT_WIDTH', 'Skipped', 'Trace', 'changes_results', 'isolated', 'meta_copy',
+    'meta_tensor', 'quiet', 'rule', 'tensors_in', 'trace',
 ]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.modules import module as module_globals
 from torch.utils._pytree import tree_leaves
 
-__all__ = ['drop_hooks_of', 'watching_hooks', 'without_global_hooks']
+__all__ = ['changes_results', 'drop_hooks_of', 'watching_hooks', 'without_global_hooks']
 
 _KINDS = ('_forward_pre_hooks', '_forward_hooks')
 # Calls that give nothing: what a lambda returns of them, ``lambda module, args, out: seen.append(out)``, is None.
@@ -32,7 +32,12 @@ def watching_hooks(model: nn.Module) -> List[Any]:
         return []
     owned = {id(leaf) for module in model.modules() for leaf in (module, *tree_leaves(_plain(vars(module))))}
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
-    return [hook for hook in hooks if not (_is_the_models(hook, owned, classes) or _may_return(_function(hook)))]
+    return [hook for hook in hooks if not (_is_the_models(hook, owned, classes) or changes_results(hook))]
+
+
+def changes_results(hook: Any) -> bool:
+    """Whether a forward hook may change what its module takes or gives."""
+    return _may_return(_function(hook))
 
 
 def drop_hooks_of(model: nn.Module, hooks: Sequence[Any]) -> None:
@@ -55,7 +60,7 @@ def without_global_hooks() -> Iterator[None]:
     before = [(hooks, dict(hooks)) for hooks in (getattr(module_globals, f'_global{kind}') for kind in _KINDS)]
     for hooks, all_hooks in before:
         for key, hook in all_hooks.items():
-            if not _may_return(_function(hook)):
+            if not changes_results(hook):
                 del hooks[key]
     try:
         yield

@@ -1,6 +1,6 @@
 """Whether a name still builds a model: users replace classifiers, stems and other layers by hand."""
 import re
-from typing import Any, Collection, Dict, List, Mapping, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
 import torch
 from timm.layers import DropBlock2d, DropPath, PatchDropout, to_2tuple
@@ -108,19 +108,11 @@ def _classes(model: nn.Module) -> Dict[str, str]:
 
 def _layers(model: nn.Module) -> Dict[str, str]:
     """A description of each module that does something in evaluation mode, by name."""
-    from ..trace import watching_hooks  # here, since importing timm_epfs has to be cheap
-
-    only_watch = {id(hook) for hook in watching_hooks(model)}
-    return {name: _layer(m, only_watch) for name, m in model.named_modules() if not isinstance(m, _ONLY_IN_TRAINING)}
+    return {name: _layer(m) for name, m in model.named_modules() if not isinstance(m, _ONLY_IN_TRAINING)}
 
 
-def _layer(module: nn.Module, only_watch: Collection[int]) -> str:
-    """What a module computes, as far as it says so, and the shapes of its own tensors.
-
-    Args:
-        module: The module.
-        only_watch: The ``id`` of each forward hook that changes nothing.
-    """
+def _layer(module: nn.Module) -> str:
+    """What a module computes, as far as it says so, and the shapes of its own tensors."""
     if isinstance(module, _BatchNorm):  # synchronised or not, whatever its momentum
         act = 'Act' if hasattr(module, 'act') else ''
         said = f'BatchNorm{act}({module.num_features}, eps={module.eps})'
@@ -128,13 +120,21 @@ def _layer(module: nn.Module, only_watch: Collection[int]) -> str:
         said = f'{type(module).__name__}({re.sub("(, )?inplace=True", "", module.extra_repr())})'
     if 'forward' in vars(module) and not hasattr(module, '_original_forward'):  # accelerate's only converts the output
         said += ' and another forward'
-    if any(id(hook) not in only_watch for hooks in (module._forward_pre_hooks, module._forward_hooks)
-           for hook in hooks.values()):
+    if _has_changing_hook(module):
         said += ' and a forward hook'
     transient = module._non_persistent_buffers_set
     tensors = {**module._parameters, **{name: b for name, b in module._buffers.items() if name not in transient}}
     shapes = [f'{name} {tuple(tensor.shape)}' for name, tensor in sorted(tensors.items()) if tensor is not None]
     return f'{said}{_SHAPES}{", ".join(shapes)}' if shapes else said
+
+
+def _has_changing_hook(module: nn.Module) -> bool:
+    """Whether a hook on a module may change what it takes or gives."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    if not hooks:
+        return False
+    from ..trace import changes_results  # here, since importing timm_epfs has to be cheap
+    return any(map(changes_results, hooks))
 
 
 def _possible_classes(model: nn.Module, built: nn.Module) -> List[int]:
