@@ -1,127 +1,144 @@
-"""What int8 costs a pruned model: top-1 by ONNX Runtime after static quantisation, against float32.
+"""What int8 costs and gains, dense and pruned: top-1 and time by ONNX Runtime, against float32.
 
-``python benchmarks/int8.py FOLDER --data-dir DIR`` takes the folder of a saved model, and CIFAR-10 as
-benchmarks/cifar10 does, and writes results/int8_<base>.json and .md. ``--dense FILE`` also measures the dense base with
-those weights.
+``python benchmarks/int8.py resnet56_cifar --data-dir cifar10-jpeg`` and ``tf_efficientnet_lite0 --checkpoint
+FILE.safetensors --data-dir FOLDER.tar`` take weights and images as training_free.py does. The images to fit on choose
+the widths, compensate the cut and give the ranges of int8. ``--pruned`` adds models that are pruned and trained
+already, by name or folder. Writes results/int8_<model>.json and .md, and goes on where it was interrupted.
 """
 import argparse
-import sys
 import tempfile
+import time
+from functools import cached_property, partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List
 
-import timm
 import torch
-from common import RESULTS, header, header_line, write_results
-from onnxruntime.quantization import CalibrationDataReader, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
-from torch import Tensor, nn
-from tqdm import tqdm
+from common import RESULTS, header_line, measure_missing, write_results
+from torch import nn
+from training_free import Job, add_job_arguments, parse_job
 
-from timm_epfs.deploy import Run, onnx_forward, trace_program, write_onnx
-from timm_epfs.zoo import load_model, load_weights
+from timm_epfs.deploy import export_int8, export_model, onnx_forward
+from timm_epfs.report import count_macs
+from timm_epfs.zoo import load_model
 
-sys.path.insert(0, str(Path(__file__).parent / 'comparison'))
-
-from cifar10_images import Images, load, name_of  # noqa: E402
-
-BATCH = 250
 PACKAGES = ('onnx', 'onnxruntime')
+DENSE = 'dense'
+LEAST = 20  # turns
 
 
 def main() -> None:
     args = parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)  # the order of the images for calibration
-    pruned = load_model(str(args.folder))
-    models = {'pruned': pruned}
-    if args.dense:
-        dense = timm.create_model(pruned.pruning_plan.base, **pruned.pruning_plan.base_args).eval()
-        load_weights(dense, args.dense)
-        models = {'dense': dense, **models}
-    images = load(args.data_dir, args.cache)
-    train, test = (
-        Images(images[f'{split}.pixels'], images[f'{split}.targets'], pruned.pretrained_cfg, BATCH,
-               torch.device('cpu'), training=split == 'train')
-        for split in ('train', 'test')
-    )
-    calibration = [batch for batch, _ in islice(train, -(-args.calibration // BATCH))]
-    name = pruned.pruning_plan.base
-    results = {
-        'machine': header(), 'packages': {package: version(package) for package in PACKAGES}, 'model': name,
-        'recipe': pruned.pruning_plan.recipe, 'macs': pruned.pruning_plan.cost['macs'], 'images': name_of(images),
-        'test_images': len(test.targets), 'calibration_images': sum(map(len, calibration)),
-        'rows': {what: measure(model, calibration, test) for what, model in models.items()},
-    }
-    write_results(args.results / f'int8_{name}.json', results, markdown(results))
+    torch.set_num_threads(1)
+    budgets = {f'compensated at {macs:g}': macs for macs in args.macs}
+    path = args.results / f'int8_{args.model}.json'
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(Job(args, args.seed), budgets, Path(folder), args.seconds)
+        results = measure_missing(
+            path, 'rows', [DENSE, *budgets, *args.pruned], bench.measure, model=args.model, images=args.data_dir.name,
+            packages={name: version(name) for name in PACKAGES})
+    write_results(path, results, markdown(results))
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument('folder', type=Path, help='of a model saved by timm_epfs')
-    parser.add_argument('--data-dir', type=Path, required=True, help='CIFAR-10: folders or tar files of images')
-    parser.add_argument('--dense', type=Path, help='safetensors of the dense base')
-    parser.add_argument('--cache', type=Path, default=Path(tempfile.gettempdir()) / 'cifar10.safetensors',
-                        help='where decoded images are kept')
-    parser.add_argument('--calibration', type=int, default=1000, help='training images to find ranges with')
-    parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--results', type=Path, default=RESULTS)
-    return parser.parse_args()
+    add_job_arguments(parser)
+    parser.add_argument('--macs', type=float, nargs='*', default=[0.7], help='shares of the MACs to keep')
+    parser.add_argument('--pruned', nargs='*', default=[], metavar='NAME|DIR', help='pruned models with their weights')
+    parser.add_argument('--seed', type=int, default=0, help='of the choice of images')
+    parser.add_argument('--seconds', type=float, default=10, help='how long the models of a row take turns')
+    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
+    return parse_job(parser)
 
 
-class Calibration(CalibrationDataReader):
-    def __init__(self, batches: Sequence[Tensor]):
-        self.batches = iter(batches)
+class Bench:
+    """Measures one model after the other.
 
-    def get_next(self) -> Optional[Dict[str, Any]]:
-        batch = next(self.batches, None)
-        return None if batch is None else {'images': batch.numpy()}
+    Args:
+        job: The dense model with its images.
+        budgets: Share of the MACs to keep, by the name of the row.
+        folder: Where ONNX files are kept.
+        seconds: How long the models of a row take turns.
+    """
 
+    def __init__(self, job: Job, budgets: Dict[str, float], folder: Path, seconds: float):
+        self._job, self._budgets, self._folder, self._seconds = job, budgets, folder, seconds
 
-@torch.inference_mode()
-def measure(model: nn.Module, calibration: List[Tensor], test: Images) -> Dict[str, Dict[str, float]]:
-    """Top-1 in percent, and bytes of the ONNX file, by number format."""
-    with tempfile.TemporaryDirectory() as folder:
-        exported, prepared, quantised = (Path(folder) / f'{name}.onnx' for name in ('float32', 'prepared', 'int8'))
-        with torch.inference_mode(False), torch.no_grad():
-            write_onnx(trace_program(model, calibration[0], dynamic_batch=True), exported)
-        quant_pre_process(exported, prepared, skip_symbolic_shape=True)  # norms go into convolutions
-        quantize_static(prepared, quantised, Calibration(calibration), per_channel=True)
+    def measure(self, name: str) -> Dict[str, Any]:
+        """Top-1 in percent, bytes and milliseconds of a model in float32 and in int8."""
+        fit, test = self._job.batches
+        model, example = self._model(name), test[0][0][:1]
+        files = {kind: self._folder / f'{kind}.onnx' for kind in ('float32', 'int8')}
+        for file in files.values():
+            file.unlink(missing_ok=True)
+        export_model(model, files['float32'], 'onnx', example, dynamic_batch=True)
+        report = export_int8(
+            model, files['int8'], 'onnx', example, fit, test, dynamic_batch=True,
+            num_images=sum(len(images) for images, _ in fit), seconds=0)
+        files = {DENSE: self._dense_file, **files}
+        forwards = {kind: partial(onnx_forward(file), example) for kind, file in files.items()}
         return {
-            'torch float32': {'top1': top1(lambda images: [model(images)], test)},
-            **{
-                f'ONNX Runtime {kind}': {'top1': top1(onnx_forward(path), test), 'bytes': path.stat().st_size}
-                for kind, path in (('float32', exported), ('int8', quantised))
-            },
+            'macs': count_macs(model, (example,), {}),
+            'calibration_images': report.calibration_images, 'test_images': report.images,
+            'agreement': report.agreement, 'error': report.error,
+            **{what: dict(zip(('float32', 'int8'), getattr(report, what))) for what in ('top1', 'size')},
+            'least_ms': least_ms(forwards, self._seconds),
         }
 
+    def _model(self, name: str) -> nn.Module:
+        if name == DENSE:
+            return self._job.model
+        if name in self._budgets:
+            return self._job.pruner(macs=self._budgets[name])
+        return load_model(name, pretrained=True)
 
-def top1(run: Run, test: Images) -> float:
-    right = sum((run(images)[0].argmax(1) == targets).sum().item() for images, targets in tqdm(test, leave=False))
-    return 100 * right / len(test.targets)
+    @cached_property
+    def _dense_file(self) -> Path:
+        """What every model takes turns with: the dense one in float32."""
+        path = self._folder / 'dense.onnx'
+        export_model(self._job.model, path, 'onnx', self._job.batches[1][0][0][:1], dynamic_batch=True)
+        return path
+
+
+def least_ms(forwards: Dict[str, Callable[[], Any]], seconds: float) -> Dict[str, float]:
+    """Milliseconds of processor time of the fastest forward of each, which take turns on one thread.
+
+    On a machine that does other work too, the time on the wall would also count the forward's waiting.
+    """
+    taken: Dict[str, List[float]] = {kind: [] for kind in forwards}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(taken[DENSE]) < LEAST:
+        for kind, forward in forwards.items():
+            forward()  # its weights are in the cache again
+            start = time.thread_time()
+            forward()
+            taken[kind].append(1000 * (time.thread_time() - start))
+    return {kind: min(each) for kind, each in taken.items()}
 
 
 def markdown(results: Dict[str, Any]) -> str:
+    rows = results['rows']
+    dense = rows[DENSE]
     packages = ', '.join(f'{name} {number}' for name, number in results['packages'].items())
-    before, after = results['macs']
-    lines = [
+    lines: List[str] = [
         f'# {results["model"]} in int8',
         '',
-        'Weights (one scale per channel) and activations in int8, by ONNX Runtime\'s static quantisation, calibrated '
-        f'on {results["calibration_images"]:,} training images. Top-1 on {results["test_images"]:,} test images of '
-        f'{results["images"]}. Pruned to {after / before:.2f} of the MACs.',
+        'Weights (one scale per channel) and activations in int8, by ONNX Runtime\'s static quantisation, with ranges '
+        f'from {dense["calibration_images"]:,} training images, which also chose the widths of compensated cuts. Top-1 '
+        f'on {dense["test_images"]:,} other images of `{results["images"]}`. *Times as fast*: as the dense model in '
+        'float32, by ONNX Runtime at batch 1 on one thread; they took turns, and the processor time of the fastest '
+        'forward of each counts.',
         f'{header_line(results["machine"])[:-1]}; {packages}.',
         '',
-        '| model | float32, % | float32 by ONNX Runtime, % | int8, % | drop | float32, kB | int8, kB |',
-        '|---|---|---|---|---|---|---|',
+        '| model | MACs | float32, % | int8, % | change | float32, kB | int8, kB | times as fast: float32 | int8 |',
+        '|---|---|---|---|---|---|---|---|---|',
     ]
-    for what, row in results['rows'].items():
-        plain, single, int8 = row['torch float32'], row['ONNX Runtime float32'], row['ONNX Runtime int8']
+    for name, row in rows.items():
+        top1, size, ms = (row[what] for what in ('top1', 'size', 'least_ms'))
         lines.append(
-            f'| {what} | {plain["top1"]:.2f} | {single["top1"]:.2f} | {int8["top1"]:.2f} '
-            f'| {plain["top1"] - int8["top1"]:.2f} | {single["bytes"] / 1e3:.0f} | {int8["bytes"] / 1e3:.0f} |')
+            f'| {name} | {row["macs"] / dense["macs"]:.3f} | {top1["float32"]:.2f} | {top1["int8"]:.2f} '
+            f'| {top1["int8"] - top1["float32"]:+.2f} | {size["float32"] / 1e3:.0f} | {size["int8"] / 1e3:.0f} '
+            f'| {ms["dense"] / ms["float32"]:.2f} | {ms["dense"] / ms["int8"]:.2f} |')
     return '\n'.join(lines) + '\n'
 
 

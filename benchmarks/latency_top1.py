@@ -5,15 +5,17 @@ All cuts of a row are as fast: the budgets of those that can't be given a latenc
 is right. Ours choose units by the images and are compensated with them; torch-pruning's BatchNorm is recalibrated.
 Writes results/latency_top1_<model>.json and .md. Run it on a machine that runs nothing else.
 """
+import argparse
 import copy
 import warnings
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Callable, Dict
 
 import torch
-from common import header_line, measure_missing, write_results
+from common import RESULTS, header_line, measure_missing, write_results
 from torch import nn
-from training_free import Job, parse_args
+from training_free import Job, add_job_arguments, parse_job
 
 import timm_epfs
 from timm_epfs.core import DEFAULT_KINDS
@@ -25,10 +27,10 @@ CUTS = ('latency=', 'latency=, widths only', 'macs=', 'torch-pruning')
 
 
 def main() -> None:
-    args = parse_args(__doc__)
+    args = parse_args()
     warnings.simplefilter('ignore')
     torch.set_num_threads(args.threads)
-    job = LatencyJob(args, args.seeds[0])
+    job = LatencyJob(args, args.seed)
     names = {f'{cut} at {share:g}': (cut, share) for share in SHARES for cut in CUTS}
     path = args.results / f'latency_top1_{args.model}.json'
 
@@ -38,6 +40,15 @@ def main() -> None:
     results = measure_missing(
         path, 'cuts', ['dense', *names], measure, model=args.model, images=args.data_dir.name, threads=args.threads)
     write_results(path, results, markdown(results))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_job_arguments(parser)
+    parser.add_argument('--seed', type=int, default=0, help='seed of the choice of images')
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
+    return parse_job(parser)
 
 
 class LatencyJob(Job):

@@ -21,7 +21,8 @@ TABLES = {
     'prune_speed': 'prune_speed.md',
     'create_speed': 'create_speed.md',
     'overhead': 'overhead.md',
-    'int8': 'int8_resnet20_cifar.md',
+    'gpu': 'gpu.md',
+    **{f'int8_{name}': f'int8_{name}.md' for name in ('resnet20_cifar', 'resnet56_cifar', 'tf_efficientnet_lite0')},
 }
 LONG = 30  # rows; a longer table is folded
 

@@ -97,8 +97,19 @@ def main() -> None:
     draw(results, path.with_suffix('.png'))
 
 
-def parse_args(description: str = __doc__) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_job_arguments(parser)
+    parser.add_argument('--macs', type=float, nargs='+', default=list(MACS), help='shares of the MACs to keep')
+    parser.add_argument('--rankings', nargs='+', default=list(RANKINGS)[:4], choices=list(RANKINGS))
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='seeds of the choice of images')
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
+    return parse_job(parser)
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a ``Job``."""
     parser.add_argument('model')
     parser.add_argument('--data-dir', type=Path, required=True, help='CIFAR-10, or a folder or .tar of ImageNet images')
     parser.add_argument('--checkpoint', type=Path, help='dense weights (default: those in cifar10/results)')
@@ -109,11 +120,10 @@ def parse_args(description: str = __doc__) -> argparse.Namespace:
     parser.add_argument('--fit-images', type=int, default=1024, help='images to compensate with')
     parser.add_argument('--held-back', type=int, default=400,
                         help='of a folder of ImageNet images, those that are not tested on; at least --fit-images')
-    parser.add_argument('--macs', type=float, nargs='+', default=list(MACS), help='shares of the MACs to keep')
-    parser.add_argument('--rankings', nargs='+', default=list(RANKINGS)[:4], choices=list(RANKINGS))
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='seeds of the choice of images')
-    parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--results', type=Path, default=RESULTS, help='folder of the results')
+
+
+def parse_job(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Parse the options, and refuse those by which a ``Job`` would test on images that it fits on."""
     args = parser.parse_args()
     if not args.model.endswith('_cifar') and not has_imagenette(args.data_dir) and args.fit_images > args.held_back:
         parser.error(f'--fit-images {args.fit_images} would be tested on: give --held-back as many')
