@@ -118,7 +118,7 @@ def _ours(model: nn.Module, args: Tuple, kwargs: Dict[str, Any], row: Dict[str, 
     traced = pruner.trace
     exact = sum(structure.exact for structure in traced.structures)
     row.update(
-        status='cut', exact=exact, inexact=len(traced.structures) - exact, on_numbers=traced.on_numbers,
+        status='cut', exact=exact, inexact=len(traced.structures) - exact, on_numbers=one_line(traced.on_numbers),
         skipped=len(traced.skipped))
     slim = pruner(macs=TARGET, criterion='random').eval()
     row['seconds'] = time.perf_counter() - start

@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 README = HERE.parent / 'README.md'
 TABLES = {
     'zoo': 'zoo.md',
+    'beyond': 'beyond.md',
     **{f'training_free_{name}': f'training_free_{name}.md'
        for name in ('resnet20_cifar', 'resnet56_cifar', 'tf_efficientnet_lite0', 'convnext_atto_imagenette',
                     'vit_tiny_patch16_224_imagenette', 'cost')},
@@ -69,8 +70,8 @@ def comparison(images: str) -> str:
 
 def headlines() -> List[str]:
     """What a new user asks first, as lines of a Markdown list."""
-    zoo, exact, speed, added, clock = (
-        load(name) for name in ('zoo', 'exactness', 'prune_speed', 'overhead', 'latency'))
+    zoo, beyond, exact, speed, added, clock = (
+        load(name) for name in ('zoo', 'beyond', 'exactness', 'prune_speed', 'overhead', 'latency'))
     ours, rivals = (
         sorted(row['dense']['least_ms'] / row[by]['least_ms'] for row in clock['rows'].values() if by in row)
         for by in ('macs', 'torch-pruning'))
@@ -84,6 +85,9 @@ def headlines() -> List[str]:
         f'{zoo["timm"]["ok"]:,} of timm\'s {zoo["timm"]["names"]:,} models and {zoo["torchvision"]["ok"]} of '
         f'torchvision\'s {zoo["torchvision"]["names"]} can be cut to half their MACs, run, and rebuilt from their '
         'plans: residual streams, depthwise and grouped convolutions, SE and attention heads included.',
+        f'{beyond["ok"]} of {beyond["models"]} models of other libraries (detectors, segmentation, video, audio, '
+        f'GANs; transformers, open_clip, Ultralytics) are cut to half their MACs and compute what the masked model '
+        f'does. torch-pruning cuts {beyond["rival_ok"]} of them.',
         f'Masking units and cutting them give the same outputs in {exact["ok"]} of {exact["names"]} models: median '
         f'error {exact["median_error"]:.1e}, worst {max(exact["worst"].values()):.1e}, '
         f'{len(exact["float64_needed"])} of them compared in float64.',

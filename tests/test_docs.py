@@ -161,10 +161,11 @@ def test_fences_are_of_kinds_that_are_looked_at():
 
 def measured():
     """Every number that a headline may give, from the committed results."""
-    zoo, exact, speed, added, clock = (
+    zoo, beyond, exact, speed, added, clock = (
         json.loads((RESULTS / f'{name}.json').read_text(encoding='utf-8'))
-        for name in ('zoo', 'exactness', 'prune_speed', 'overhead', 'latency'))
+        for name in ('zoo', 'beyond', 'exactness', 'prune_speed', 'overhead', 'latency'))
     counts = [zoo[library][count] for library in ('timm', 'torchvision') for count in ('ok', 'names')]
+    counts += [beyond[count] for count in ('ok', 'models', 'rival_ok')]
     errors = [exact['ok'], exact['names'], exact['median_error'], max(exact['worst'].values())]
     ranges = []
     for by in ('macs', 'torch-pruning'):

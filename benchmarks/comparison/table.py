@@ -27,6 +27,8 @@ FOLDERS = [path.parent / 'results' for path in sorted(HERE.parent.glob('*/experi
 def main() -> None:
     for results in filter(Path.exists, FOLDERS):
         for model, runs in read(results):
+            if not by_experiment(runs)[1]:  # the dense weights that trials start from
+                continue
             text = markdown(model, runs)
             write_text(results / f'{model}.md', text)
             print(text)
