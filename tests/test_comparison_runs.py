@@ -195,15 +195,20 @@ def test_photographs_that_are_missing_are_named(script, tmp_path):
         script.SETS['imagenette'](tmp_path, tmp_path)
 
 
-def test_the_dense_control_is_trained_on_photographs_with_all_its_units(script, photographs):
+def run_on_photographs(script, photographs, runner, macs, epochs):
+    """The result of an experiment on the two classes of photographs, from random dense weights."""
     images = script.SETS['imagenette'](photographs, photographs)
     (photographs / 'test_resnet').mkdir()
     weights = timm.create_model('test_resnet', num_classes=2).state_dict()
     save_file(script.halved(weights), photographs / 'test_resnet' / 'dense-0.safetensors')
     args = Namespace(runs=photographs / 'runs', results=photographs, data_dir=photographs, device='cpu')
-    options = {'method': 'none', 'macs': 0.995, 'epochs': 1, 'dense-epochs': 0, 'batch-size': 2, 'img-size': 32,
+    options = {'method': 'none', 'macs': macs, 'epochs': epochs, 'dense-epochs': 0, 'batch-size': 2, 'img-size': 32,
                'workers': 0}
-    result = script._run(args, {'runner': 'whole', 'options': options}, 'test_resnet/whole-0', 0, images)
+    return script._run(args, {'runner': runner, 'options': options}, f'test_resnet/{runner}-0', 0, images)
+
+
+def test_the_dense_control_is_trained_on_photographs_with_all_its_units(script, photographs):
+    result = run_on_photographs(script, photographs, 'whole', macs=0.995, epochs=1)
     assert result['macs'][0] == result['macs'][1] and result['plan']['keep'] == {} and result['epochs']['finetune'] == 1
     assert result['plan']['base_args']['num_classes'] == 2
 
@@ -269,13 +274,7 @@ def test_a_shape_that_another_experiment_found_is_filled_with_the_units_that_a_c
 
 
 def test_torch_pruning_cuts_the_same_share_of_each_layer(script, photographs):
-    images = script.SETS['imagenette'](photographs, photographs)
-    (photographs / 'test_resnet').mkdir()
-    weights = timm.create_model('test_resnet', num_classes=2).state_dict()
-    save_file(script.halved(weights), photographs / 'test_resnet' / 'dense-0.safetensors')
-    args = Namespace(runs=photographs / 'runs', results=photographs, data_dir=photographs, device='cpu')
-    options = {'method': 'none', 'macs': 0.4, 'epochs': 0, 'batch-size': 2, 'img-size': 32, 'workers': 0}
-    result = script._run(args, {'runner': 'torch_pruning', 'options': options}, 'test_resnet/theirs-0', 0, images)
+    result = run_on_photographs(script, photographs, 'torch_pruning', macs=0.4, epochs=0)
     assert result['macs'][1] / result['macs'][0] == pytest.approx(0.4, abs=0.02)
     shares = [len(cut.keep) / cut.structure.units for cut in _cuts(result).values() if cut.structure.kind != 'blocks']
     assert 0.5 < min(shares) and max(shares) - min(shares) < 0.06, shares
